@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/.done
 BUILD := build/editable
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # The torch that tests, benchmarks and the demo are pinned to. It is installed first and alone: an exact pin settles
 # which build is taken before another requirement can ask for a wider range.
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml | head -n 1)
@@ -105,14 +105,13 @@ format: $(DONE)/dev-extra
 sdist: $(DONE)/dev-extra
 	@$(BIN)/python -m build
 
-check-aarch64:
+check-aarch64: $(DONE)/build-tools
 	@if ! command -v $(CXX_AARCH64) >/dev/null; then \
 	  echo "no $(CXX_AARCH64): apt install g++-aarch64-linux-gnu"; exit 1; fi
 	@echo "==> cross-compiling the scalar tier for aarch64"
-	@cmake -S . -B build/aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/aarch64 -G Ninja -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 	  -DCMAKE_CXX_COMPILER=$(CXX_AARCH64) -DFASTATTN_BINDINGS=OFF -DFASTATTN_WERROR=ON >/dev/null
-	@cmake --build build/aarch64 --parallel 2 >/dev/null
-	@echo "aarch64: $$(file -b build/aarch64/libfastattn_core.a 2>/dev/null || echo built)"
+	@$(BIN)/cmake --build build/aarch64 -- -j 2 --quiet
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
