@@ -46,7 +46,8 @@ $(DONE)/build-tools: $(DONE)/venv
 	@touch $@
 
 # Editable: Python sources are used in place. The build folder is kept, so that a changed C++ file recompiles alone.
-EDITABLE := install --no-build-isolation -Cbuild-dir=$(BUILD)
+# After `make dev` it stays an install that recompiles at import.
+EDITABLE = install --no-build-isolation -Cbuild-dir=$(BUILD) $(if $(wildcard $(DONE)/dev),-Ceditable.rebuild=true)
 
 $(DONE)/package: $(DONE)/build-tools CMakeLists.txt pyproject.toml $(CSRC)
 	@echo "==> compiling and installing fastattn (about a minute the first time)"
@@ -66,8 +67,9 @@ $(DONE)/demo: $(DONE)/$(TORCH) $(DONE)/package demo/requirements.txt
 install: $(DONE)/package
 
 dev: $(DONE)/dev-extra
-	@echo "==> reinstalling so that import recompiles what changed"
-	@$(PIP) $(EDITABLE) -Ceditable.rebuild=true --no-deps -e .
+	@echo "==> reinstalling, so that import recompiles what changed"
+	@touch $(DONE)/dev
+	@$(PIP) install --no-build-isolation -Cbuild-dir=$(BUILD) -Ceditable.rebuild=true --no-deps -e .
 
 # --- what there is to run --------------------------------------------------------------------------------------------
 
