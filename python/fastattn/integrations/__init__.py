@@ -1,0 +1,1 @@
+"""fastattn inside other frameworks: one module a framework, imported only when asked for."""
