@@ -1,0 +1,274 @@
+"""The map of ARCHITECTURE.md, enforced: who may import whom, in Python and C++, and what no file may do."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+PACKAGE = ROOT / "python" / "fastattn"
+
+# Python: room -> the rooms that it may import. A room is a module or a subpackage of fastattn.
+PYTHON_ARROWS: dict[str, set[str]] = {
+    "__init__": {"functional", "dispatch", "problem", "config", "_core", "_threads"},
+    "__main__": {"cli"},
+    "_core": set(),
+    "_threads": {"_core"},
+    "arrays": set(),
+    "problem": {"arrays", "_core"},
+    "reference": {"problem", "arrays"},
+    "gpu": {"problem", "arrays"},
+    "backends": {"problem", "arrays", "reference", "gpu", "_core", "_threads"},
+    "dispatch": {"backends", "problem", "arrays"},
+    "torch_ops": {"dispatch", "problem", "arrays"},
+    "functional": {"dispatch", "torch_ops", "problem", "arrays", "_threads"},
+    "config": {"dispatch", "_core", "_threads"},
+    "nn": {"functional"},
+    "integrations": {"functional"},
+    "viz": {"functional"},
+    "cli": {"functional", "config", "viz", "__init__"},
+}
+
+
+def python_files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Absolute names of everything that `path` imports at run time, lazily or not."""
+    package = ["fastattn", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in runtime_nodes(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            # `from fastattn import problem` names a module, `from fastattn.problem import X` something in it.
+            yield from (f"{stem}.{alias.name}" for alias in node.names)
+
+
+def runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Walk `tree` but for the bodies of `if TYPE_CHECKING:`, which no run ever sees."""
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            continue
+        yield child
+        yield from runtime_nodes(child)
+
+
+def imported_rooms(path: Path) -> set[str]:
+    rooms = set()
+    for name in imported_modules(path):
+        first, *rest = name.split(".")
+        if first == "fastattn":
+            rooms.add(rest[0] if rest and rest[0] in PYTHON_ARROWS else "__init__")
+    return rooms
+
+
+@pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_python_imports_follow_the_arrows(path: Path) -> None:
+    room = room_of(path)
+    assert room in PYTHON_ARROWS, f"{path.name} has no place on the map: add it here and to ARCHITECTURE.md"
+    extra = imported_rooms(path) - PYTHON_ARROWS[room] - {room}
+    assert not extra, f"{room} must not import {sorted(extra)}"
+
+
+def test_python_arrows_have_no_circle() -> None:
+    assert_no_circle({room: arrows - {"__init__"} for room, arrows in PYTHON_ARROWS.items()})
+
+
+def test_reference_imports_no_kernel() -> None:
+    names = {name.split(".")[0] for name in imported_modules(PACKAGE / "reference.py")}
+    assert names <= {"__future__", "numpy", "fastattn", "math", "typing", "collections", "dataclasses"}
+    assert imported_rooms(PACKAGE / "reference.py").isdisjoint({"_core", "backends", "gpu"})
+
+
+def test_import_does_not_bring_torch() -> None:
+    heavy = {"torch", "triton", "matplotlib", "transformers", "rich"}
+    code = f"import sys, fastattn; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+# C++: dispatch.h is the table that tiers fill; dispatch.cpp chooses among them. The arrow from dispatch.cpp to
+# the tiers is a call of their register functions, not an include.
+CPP_ARROWS: dict[str, set[str]] = {
+    "params": set(),
+    "cpu_features": set(),
+    "parallel": set(),
+    "workspace": set(),
+    "table": {"params"},
+    "scalar": {"params", "table"},
+    "algorithm": {"params", "parallel", "workspace"},
+    "isa": {"algorithm", "params", "table"},
+    "dispatch": {"table", "cpu_features"},
+    "peak": {"table", "parallel"},
+    "bindings": {"table", "params", "peak", "cpu_features", "parallel", "workspace"},
+}
+KERNEL_ROOMS = {"params", "algorithm", "isa", "scalar"}
+
+
+def cpp_files() -> list[Path]:
+    return sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cpp"})
+
+
+def cpp_room(path: Path) -> str:
+    relative = path.relative_to(CSRC)
+    if relative.name == "dispatch.h":
+        return "table"
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
+
+
+def included_files(path: Path) -> Iterator[Path]:
+    """The files of csrc/ that `path` includes."""
+    for name in includes(path):
+        for base in (path.parent, CSRC):
+            if (base / name).is_file():
+                yield (base / name).resolve()
+                break
+
+
+def without_comments(path: Path) -> str:
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
+
+
+def cpp_id(path: Path) -> str:
+    return str(path.relative_to(CSRC))
+
+
+@pytest.mark.parametrize("path", cpp_files(), ids=cpp_id)
+def test_cpp_includes_follow_the_arrows(path: Path) -> None:
+    room = cpp_room(path)
+    assert room in CPP_ARROWS, f"{cpp_id(path)} has no place on the map: add it here and to ARCHITECTURE.md"
+    extra = {cpp_room(file) for file in included_files(path)} - CPP_ARROWS[room] - {room}
+    assert not extra, f"{room} must not include {sorted(extra)}"
+
+
+def test_cpp_arrows_have_no_circle() -> None:
+    assert_no_circle(CPP_ARROWS)
+
+
+@pytest.mark.parametrize("path", cpp_files(), ids=cpp_id)
+def test_only_bindings_know_python(path: Path) -> None:
+    python = [name for name in includes(path) if name == "Python.h" or name.startswith("pybind11")]
+    assert not python or cpp_room(path) == "bindings"
+
+
+@pytest.mark.parametrize("path", cpp_files(), ids=cpp_id)
+def test_only_parallel_names_openmp(path: Path) -> None:
+    named = re.search(r"omp\.h|#\s*pragma\s+omp|_OPENMP|\bomp_\w+\(", without_comments(path))
+    assert not named or cpp_room(path) == "parallel", named
+
+
+ALLOCATION = re.compile(
+    r"\b(?:malloc|calloc|realloc|aligned_alloc|posix_memalign|_mm_malloc|mmap)\s*\(|\bnew\b"
+    r"|std::(?:vector|string|function|map|deque|list|unique_ptr|shared_ptr|make_unique|make_shared)\b"
+)
+
+
+@pytest.mark.parametrize("path", [p for p in cpp_files() if cpp_room(p) in KERNEL_ROOMS], ids=cpp_id)
+def test_kernels_lease_their_scratch(path: Path) -> None:
+    """Only workspace.* allocates; the kernels use no container that would."""
+    assert not ALLOCATION.findall(without_comments(path))
+
+
+@pytest.mark.parametrize("path", [p for p in cpp_files() if cpp_room(p) != "isa"], ids=cpp_id)
+def test_only_isa_rooms_use_intrinsics(path: Path) -> None:
+    """The algorithm and everything around it compile for any CPU."""
+    assert not [name for name in includes(path) if name.endswith("intrin.h") or name == "arm_neon.h"]
+
+
+def test_build_flags_keep_floating_point_honest() -> None:
+    cmake = re.sub(r"#.*", "", (ROOT / "CMakeLists.txt").read_text())
+    assert not re.findall(r"-ffast-math|-Ofast|-march=native|-flto|-funsafe-math\S*", cmake)
+
+
+def test_every_isa_folder_is_built() -> None:
+    built = set(re.findall(r"fastattn_add_isa\((\w+) ", (ROOT / "CMakeLists.txt").read_text()))
+    assert built == {path.parent.name for path in CSRC.glob("isa/*/kernels.cpp")}
+
+
+def assert_no_circle(arrows: dict[str, set[str]]) -> None:
+    remaining = {room: set(targets) for room, targets in arrows.items()}
+    while remaining:
+        leaves = {room for room, targets in remaining.items() if not targets & remaining.keys()}
+        assert leaves, f"a circle among {sorted(remaining)}"
+        remaining = {room: targets for room, targets in remaining.items() if room not in leaves}
+
+
+# What the compiler made
+
+
+def tool_output(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} (binutils) is not installed")
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def isa_objects() -> list[Path]:
+    objects = sorted((ROOT / "build" / "editable").rglob("isa/*/kernels.cpp.o"))
+    if not objects:
+        pytest.skip("no object files here: the package was not built by `make`")
+    return objects
+
+
+def defined_symbols(path: Path) -> list[tuple[str, str]]:
+    """(kind, demangled name) as nm prints them."""
+    lines = tool_output("nm", "-C", "--defined-only", str(path)).splitlines()
+    return [(kind, name) for _, kind, name in (line.split(maxsplit=2) for line in lines)]
+
+
+def test_isa_objects_define_no_weak_symbol() -> None:
+    """Of a weak symbol the linker keeps one copy: AVX-512 code could end up in an AVX2 machine's hands."""
+    for path in isa_objects():
+        # The reference to the unwinder's personality routine is a pointer, the same in every object.
+        weak = {name for kind, name in defined_symbols(path) if kind in "VWuvw"}
+        assert not {name for name in weak if not name.startswith("DW.ref.")}, path.parent.name
+
+
+def test_isa_objects_define_one_entry() -> None:
+    for path in isa_objects():
+        exported = [name.split("(")[0] for kind, name in defined_symbols(path) if kind in "TDBR"]
+        assert exported == [f"fastattn::register_{path.parent.name}"]
+
+
+def test_isa_objects_run_nothing_at_load() -> None:
+    """A global constructor would run before the CPU has been asked what it can do."""
+    for path in isa_objects():
+        sections = tool_output("readelf", "-SW", str(path))
+        assert not re.findall(r"\.(?:init_array|ctors)\S*", sections), path.parent.name
+
+
+def test_extension_links_libgomp_by_its_plain_name() -> None:
+    from fastattn import _core
+
+    if sys.platform != "linux":
+        pytest.skip("the SONAME rule is Linux's")
+    dynamic = tool_output("readelf", "-dW", str(_core.__file__))
+    needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic))
+    assert "libgomp.so.1" in needed
+    assert not [name for name in needed if "torch" in name or "python" in name or "c10" in name]
+    assert not re.findall(r"RPATH|RUNPATH", dynamic)
+
+
+def test_scalar_tier_compiles_for_aarch64() -> None:
+    if shutil.which("aarch64-linux-gnu-g++") is None:
+        pytest.skip("no cross-compiler: apt install g++-aarch64-linux-gnu")
+    done = subprocess.run(["make", "-C", str(ROOT), "check-aarch64"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
