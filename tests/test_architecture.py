@@ -102,8 +102,8 @@ def test_import_does_not_bring_torch() -> None:
     assert done.stdout == "set()\n"
 
 
-# C++: dispatch.h is the table that tiers fill; dispatch.cpp chooses among them. The arrow from dispatch.cpp to
-# the tiers is a call of their register functions, not an include.
+# C++: dispatch.h is the table that tiers fill; dispatch.cpp chooses among them. The arrow from dispatch.cpp
+# to the tiers is a call of their register functions, not an include.
 CPP_ARROWS: dict[str, set[str]] = {
     "params": set(),
     "cpu_features": set(),
