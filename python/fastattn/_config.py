@@ -1,0 +1,71 @@
+"""What this installation is and what it made of the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import TextIO
+
+import numpy as np
+
+from fastattn._threads import num_threads_and_source
+
+VARIABLES = ("FASTATTN_ISA", "FASTATTN_NUM_THREADS", "FASTATTN_BACKEND", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+
+
+def show_config(file: TextIO | None = None) -> None:
+    """Print the build, the CPU, the instruction set chosen, the OpenMP runtime and the threads.
+
+    Parameters
+    ----------
+    file : text file, optional
+        Defaults to ``sys.stdout``.
+    """
+    for title, text in config().items():
+        print(f"{title:<13}{text}", file=file)
+
+
+def config() -> dict[str, str]:
+    """Collect what `show_config` prints."""
+    threads, source = num_threads_and_source()
+    variables = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
+    return {
+        "fastattn": f"{version('fastattn')} ({os.path.dirname(__file__)})",
+        "Python": f"{platform.python_version()}, NumPy {np.__version__}, {platform.platform()}",
+        "torch": _version("torch"),
+        "triton": _version("triton"),
+        **_extension(),
+        "threads": f"{threads} (from {source})",
+        "environment": ", ".join(variables) or "none of " + ", ".join(VARIABLES),
+    }
+
+
+def _version(package: str) -> str:
+    """Look a package up without importing it."""
+    try:
+        return version(package) + (" (loaded)" if package in sys.modules else " (not loaded)")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _extension() -> dict[str, str]:
+    try:
+        import fastattn._core as _core
+    except ImportError as error:
+        return {"extension": f"cannot be loaded: {error}"}
+    features = [name for name, present in _core.cpu_features().items() if present]
+    return {
+        "build": _listed(_core.build_info()),
+        "CPU": f"{_core.cpu_name()}, {_core.available_cpus()} available",
+        "CPU features": " ".join(features),
+        "ISAs": f"{_core.selected_isa()} selected; available: {', '.join(_core.available_isas())}; "
+        f"compiled: {', '.join(_core.compiled_isas())}",
+        "OpenMP": _listed(_core.openmp_info()),
+        "scratch": _listed({name: str(value) for name, value in _core.scratch_info().items()}),
+    }
+
+
+def _listed(facts: dict[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in facts.items())

@@ -1,0 +1,233 @@
+"""NumPy arrays and torch tensors, seen as strided memory: the one place that knows either library.
+
+Everything behind this module works on `Strided`. torch is recognised through ``sys.modules``, never imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache, lru_cache
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = Any  # a numpy.ndarray or a torch.Tensor
+
+FLOATS = ("float64", "float32", "bfloat16", "float16")
+INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+
+# What NumPy's array protocol calls a dtype. It has no bfloat16, so those are seen as their bits.
+_TYPESTR = {"float64": "<f8", "float32": "<f4", "bfloat16": "<u2", "float16": "<f2", "bool": "|b1"}
+_TYPESTR |= {name: np.dtype(name).str for name in INTEGERS}
+ITEMSIZE = {dtype: int(typestr[2:]) for dtype, typestr in _TYPESTR.items()}
+
+
+class Strided(NamedTuple):
+    """A view of memory that `array` owns: all that a kernel needs to know of it."""
+
+    array: Array
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements
+    address: int
+
+    def swap_heads_and_rows(self) -> Strided:
+        """(B, H, L, D) seen as (B, L, H, D), or the other way round."""
+        (b, m, n, d), (step_b, step_m, step_n, step_d) = self.shape, self.strides
+        return Strided(self.array, self.dtype, (b, n, m, d), (step_b, step_n, step_m, step_d), self.address)
+
+    def broadcast_to(self, shape: tuple[int, ...]) -> Strided | None:
+        """The view broadcast by NumPy's rules, by strides of 0; None where they do not allow it."""
+        missing = len(shape) - len(self.shape)
+        if missing < 0:
+            return None
+        sizes, strides = (1,) * missing + self.shape, (0,) * missing + self.strides
+        if any(size not in (1, wanted) for size, wanted in zip(sizes, shape, strict=True)):
+            return None
+        strides = tuple(0 if size == 1 else stride for size, stride in zip(sizes, strides, strict=True))
+        return Strided(self.array, self.dtype, shape, strides, self.address)
+
+    def numpy(self) -> NDArray[Any]:
+        """The same memory as a NumPy array, whichever library owns it (bfloat16 as its uint16 bits)."""
+        view: NDArray[Any] = np.asarray(_Exported(self))
+        return view
+
+    def read(self, index: Any = ...) -> NDArray[Any]:
+        """Copy the values at `index`; floats come as float64."""
+        values: NDArray[Any] = self.numpy()[index]
+        if self.dtype == "bfloat16":
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        return values.astype(np.float64 if self.dtype in FLOATS else values.dtype)
+
+    def write(self, index: Any, values: NDArray[np.float64]) -> None:
+        """Store `values` at `index`, rounded to nearest."""
+        with np.errstate(over="ignore"):
+            self.numpy()[index] = _bfloat16_bits(values) if self.dtype == "bfloat16" else values
+
+
+class _Exported:
+    """A `Strided` under NumPy's array protocol; keeps the owner of the memory alive."""
+
+    def __init__(self, view: Strided) -> None:
+        self.owner = view.array
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": _TYPESTR[view.dtype],
+            "shape": view.shape,
+            "strides": tuple(stride * ITEMSIZE[view.dtype] for stride in view.strides),
+            "data": (view.address, False),
+        }
+
+
+def _bfloat16_bits(values: NDArray[np.float64]) -> NDArray[np.uint16]:
+    bits = values.astype(np.float32).view(np.uint32)
+    half_to_even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, half_to_even).astype(np.uint16)
+
+
+class ArrayLibrary(Protocol):
+    """What differs between NumPy and torch."""
+
+    def view(self, name: str, array: Array) -> Strided:
+        """See the argument `name` as memory; raise where that would misread it."""
+
+    def writable_view(self, name: str, array: Array) -> Strided:
+        """See the argument `name` as memory to write to; raise where the caller would not see the result."""
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Array) -> Strided:
+        """Allocate an output of `dtype`, which is `like`'s or a dtype of NumPy, where `like` lives."""
+
+
+class _NumpyArrays:
+    def view(self, name: str, array: Array) -> Strided:
+        _check_ndarray(name, array)
+        if not _are_plain(array.strides, array.itemsize):
+            array = _with_plain_strides(array)
+        return _see_ndarray(array)
+
+    def writable_view(self, name: str, array: Array) -> Strided:
+        _check_ndarray(name, array)
+        if not array.flags.writeable:
+            raise ValueError(f"{name} must be writable, got a read-only array")
+        if not _are_plain(array.strides, array.itemsize):
+            got = f"{array.strides} bytes for items of {array.itemsize}"
+            raise ValueError(f"{name} must have non-negative strides of whole items, got {got}")
+        return _see_ndarray(array)
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Array) -> Strided:
+        # `like` first: NumPy alone does not know bfloat16 by name.
+        return _see_ndarray(np.empty(shape, like.dtype if _native_name(like.dtype) == dtype else dtype))
+
+
+def _check_ndarray(name: str, array: NDArray[Any]) -> None:
+    if type(array) not in (np.ndarray, np.memmap):
+        if not isinstance(array, np.ndarray):
+            raise TypeError(f"{name} must be a NumPy array like query, got {type_name(array)}")
+        # A MaskedArray, for one, would lose its mask.
+        raise TypeError(f"{name} must be a plain numpy.ndarray, got the subclass {type_name(array)}")
+    if not _native_name(array.dtype):
+        raise TypeError(f"{name} must be in the machine's byte order, got dtype {array.dtype.str!r}")
+
+
+def _see_ndarray(array: NDArray[Any]) -> Strided:
+    strides = _in_elements(array.strides, array.itemsize)
+    address = array.__array_interface__["data"][0]
+    return Strided(array, _native_name(array.dtype), array.shape, strides, address)
+
+
+@lru_cache
+def _native_name(dtype: np.dtype[Any]) -> str:
+    """The dtype's name, or nothing in a foreign byte order. Cached: NumPy takes microseconds to spell one."""
+    return dtype.name if dtype.isnative else ""
+
+
+@lru_cache
+def _are_plain(strides: tuple[int, ...], itemsize: int) -> bool:
+    return all(stride >= 0 and stride % itemsize == 0 for stride in strides)
+
+
+@lru_cache
+def _in_elements(strides: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    return tuple(stride // itemsize for stride in strides)
+
+
+def _with_plain_strides(array: NDArray[Any]) -> NDArray[Any]:
+    """Copy an array; its broadcast axes stay broadcast, so the copy is never larger than what it shows."""
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides)
+    return np.broadcast_to(np.ascontiguousarray(array[once]), array.shape)
+
+
+class _TorchTensors:
+    def __init__(self, torch: Any) -> None:
+        self._torch = torch
+        self._plain = (torch.Tensor, torch.nn.Parameter)
+
+    def view(self, name: str, array: Array) -> Strided:
+        self._check(name, array)
+        # A lazily negated view (of a complex conjugate's imaginary part) holds the opposite of its values.
+        return self._see(name, array.resolve_neg() if array.is_neg() else array)
+
+    def writable_view(self, name: str, array: Array) -> Strided:
+        self._check(name, array)
+        if array.is_neg():
+            raise ValueError(f"{name} must be writable, got a lazily negated view: see resolve_neg")
+        return self._see(name, array)
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Array) -> Strided:
+        return self._see("", like.new_empty(shape, dtype=getattr(self._torch, dtype)))
+
+    def _check(self, name: str, tensor: Array) -> None:
+        if type(tensor) not in self._plain:
+            if not isinstance(tensor, self._torch.Tensor):
+                raise TypeError(f"{name} must be a torch tensor like query, got {type_name(tensor)}")
+            raise TypeError(f"{name} must be a plain torch.Tensor, got the subclass {type_name(tensor)}")
+        if not tensor.is_cpu:
+            got = f"{name} is on device '{tensor.device}'"
+            raise RuntimeError(f"{got}, expected 'cpu': the GPU backend is not there yet")
+        if tensor.layout is not self._torch.strided or tensor.is_nested:
+            got = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+            raise TypeError(f"{name} must be a dense tensor (torch.strided), got {got}")
+        if (tensor.requires_grad and self._torch.is_grad_enabled()) or self._has_tangent(tensor):
+            raise RuntimeError(
+                f"{name} requires grad, and fastattn computes no gradients yet: "
+                f"call it under torch.no_grad(), or pass {name}.detach()"
+            )
+
+    def _has_tangent(self, tensor: Array) -> bool:
+        forward_ad = self._torch.autograd.forward_ad
+        return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+    def _see(self, name: str, tensor: Array) -> Strided:
+        try:
+            address = tensor.data_ptr()
+        except RuntimeError as error:  # inside torch.func transforms
+            raise RuntimeError(f"{name} holds no memory of its own: {error}") from error
+        if not address and tensor.numel():
+            raise RuntimeError(f"{name} holds no memory of its own")
+        return Strided(tensor, _torch_name(tensor.dtype), tuple(tensor.shape), tensor.stride(), address)
+
+
+@cache
+def _torch_name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+NUMPY: ArrayLibrary = _NumpyArrays()
+_torch_tensors = cache(_TorchTensors)
+
+
+def library_of(name: str, array: object) -> ArrayLibrary:
+    """Tell whose array the argument `name` is; TypeError where it is neither library's."""
+    if isinstance(array, np.ndarray):
+        return NUMPY
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, getattr(torch, "Tensor", ())):
+        return _torch_tensors(torch)
+    raise TypeError(f"{name} must be a NumPy array or a torch tensor, got {type_name(array)}")
+
+
+def type_name(value: object) -> str:
+    """Spell a type for a message: builtins bare, others with their module."""
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

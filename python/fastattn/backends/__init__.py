@@ -1,0 +1,1 @@
+"""What can run a validated call: one module a backend."""

@@ -1,0 +1,23 @@
+"""What a backend is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from fastattn.outputs import Outputs
+from fastattn.problem import AttentionProblem
+
+
+class Backend(Protocol):
+    """One way to compute attention."""
+
+    name: str
+
+    def supports(self, problem: AttentionProblem) -> list[str]:
+        """Say why `problem` cannot be run; empty if it can."""
+
+    def run(self, problem: AttentionProblem, outputs: Outputs) -> None:
+        """Write every element of `outputs`; called only if `supports` found nothing to say."""
+
+    def describe(self, problem: AttentionProblem) -> dict[str, str]:
+        """Tell how `problem` would be run: instruction set, path, threads."""

@@ -1,0 +1,98 @@
+"""The compiled kernels for this machine's CPU."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastattn._threads import resolve_num_threads
+from fastattn.arrays import NUMPY, Strided
+from fastattn.outputs import Outputs
+from fastattn.problem import AttentionProblem
+
+if TYPE_CHECKING:
+    from fastattn._core import Tensor
+
+try:
+    import fastattn._core as _core
+except ImportError as error:
+    _missing = f"the compiled extension fastattn._core cannot be loaded: {error}"
+else:
+    _missing = ""
+
+MAX_HEAD_DIM = 576  # latent attention of DeepSeek: 512 + 64
+MAX_VALUE_DIM = 512
+
+
+class CpuBackend:
+    """Kernels in C++, the strongest instruction set of the machine."""
+
+    name = "cpu"
+
+    def supports(self, problem: AttentionProblem) -> list[str]:
+        """Name a missing extension, or a head dimension that the register tiles do not reach."""
+        reasons = [_missing] if _missing else []
+        if problem.query.shape[3] > MAX_HEAD_DIM:
+            reasons.append(f"head dimension {problem.query.shape[3]} is more than {MAX_HEAD_DIM}")
+        if problem.value.shape[3] > MAX_VALUE_DIM:
+            reasons.append(f"value's head dimension {problem.value.shape[3]} is more than {MAX_VALUE_DIM}")
+        return reasons
+
+    def run(self, problem: AttentionProblem, outputs: Outputs) -> None:
+        """Hand addresses, sizes and strides to the kernels."""
+        if 0 in problem.query.shape:
+            return  # no batch or no query: every output is empty
+        out, lse, weights = outputs
+        _core.attention_forward(
+            _tensor(problem.query),
+            _tensor(problem.key),
+            _tensor(problem.value),
+            _tensor(out),
+            None if lse is None else _tensor(lse),
+            None if weights is None else _tensor(weights),
+            None if problem.mask is None else _tensor(problem.mask),
+            None if problem.bias is None else _tensor(problem.bias),
+            None if problem.kv_lengths is None else _vector(problem.kv_lengths),
+            _offsets(problem),
+            None if problem.alibi_slopes is None else _vector(problem.alibi_slopes),
+            None if problem.sinks is None else _vector(problem.sinks),
+            problem.scale,
+            problem.softcap,
+            problem.window_left,
+            problem.window_right,
+            resolve_num_threads(),
+        )
+
+    def describe(self, problem: AttentionProblem) -> dict[str, str]:
+        """Tell the instruction set, the path and the threads."""
+        dtype, (_, _, seqlen_q, head_dim) = _core.DTYPE_CODES[problem.dtype], problem.query.shape
+        return {
+            "isa": _core.selected_isa(),
+            "path": _core.describe_path(dtype, seqlen_q, head_dim, problem.value.shape[3]),
+            "threads": str(resolve_num_threads()),
+        }
+
+
+def _tensor(view: Strided) -> Tensor:
+    return view.address, _core.DTYPE_CODES[view.dtype], view.shape, view.strides
+
+
+def _vector(values: NDArray[Any]) -> Tensor:
+    return _tensor(NUMPY.view("", values))
+
+
+def _offsets(problem: AttentionProblem) -> Tensor:
+    offset = problem.query_offset
+    if isinstance(offset, int):
+        return _same_for_all(offset, problem.query.shape[0])[1]
+    return _vector(offset)
+
+
+@lru_cache(maxsize=64)
+def _same_for_all(offset: int, batch: int) -> tuple[NDArray[np.int64], Tensor]:
+    """One offset for every batch: the memory, and the view of it."""
+    values = np.full(batch, offset, np.int64)
+    return values, _vector(values)

@@ -1,0 +1,28 @@
+"""The NumPy oracle as a backend: slow, for comparison, and used only when named."""
+
+from __future__ import annotations
+
+from fastattn.outputs import Outputs
+from fastattn.problem import AttentionProblem
+from fastattn.reference import each_head
+
+
+class ReferenceBackend:
+    """Attention in float64, rounded once to the output's dtype."""
+
+    name = "reference"
+
+    def supports(self, problem: AttentionProblem) -> list[str]:
+        """Anything goes."""
+        return []
+
+    def run(self, problem: AttentionProblem, outputs: Outputs) -> None:
+        """Compute one head at a time and store it."""
+        for index, head in each_head(problem):
+            for view, result in zip(outputs, head, strict=True):
+                if view is not None:
+                    view.write(index, result)
+
+    def describe(self, problem: AttentionProblem) -> dict[str, str]:
+        """Tell how it would be run."""
+        return {"path": "NumPy in float64, one head at a time"}

@@ -1,0 +1,89 @@
+"""Which backend runs a call. Nothing falls back in silence: a backend that is passed over has its reasons."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any, NamedTuple
+
+from fastattn.arrays import type_name
+from fastattn.backends.base import Backend
+from fastattn.backends.cpu import CpuBackend
+from fastattn.backends.reference import ReferenceBackend
+from fastattn.problem import AttentionProblem
+
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), ReferenceBackend())}
+AUTOMATIC = ("cpu",)  # in order of preference; any other runs only when named
+PLANNED = ("triton", "math")
+
+
+class Choice(NamedTuple):
+    """The backend that runs a call, if any can, and why each of the others does not."""
+
+    backend: Backend | None
+    refusals: dict[str, list[str]]
+
+
+def candidates(name: Any) -> tuple[str, ...]:
+    """Return the backends to try, in order: the named one, or the automatic ones.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `name`, or ``FASTATTN_BACKEND`` where `name` is None, is no backend's name.
+    NotImplementedError
+        If it is the name of a backend to come.
+    """
+    if name is None:
+        return _default_candidates()
+    if not isinstance(name, str):
+        raise TypeError(f"backend must be a name or None, got {type_name(name)}")
+    return _named("backend", name)
+
+
+def choose(problem: AttentionProblem, names: tuple[str, ...]) -> Backend:
+    """Return the first of the backends `names` that can run `problem`.
+
+    Raises
+    ------
+    NotImplementedError
+        If none can, with every backend's reasons.
+    """
+    for name in names:
+        backend = BACKENDS[name]
+        if not backend.supports(problem):
+            return backend
+    refusals = consider(problem, names).refusals.items()
+    reasons = [f"  {name}: {'; '.join(why)}" for name, why in refusals]
+    raise NotImplementedError("\n".join(["no backend can run this call:", *reasons]))
+
+
+def consider(problem: AttentionProblem, names: tuple[str, ...]) -> Choice:
+    """Ask every backend, and keep the reasons."""
+    chosen: Backend | None = None
+    refusals: dict[str, list[str]] = {}
+    for name in (*names, *(other for other in BACKENDS if other not in names)):
+        if name not in names:
+            refusals[name] = ["not asked for" if name in AUTOMATIC else f"runs only as backend={name!r}"]
+        elif reasons := BACKENDS[name].supports(problem):
+            refusals[name] = reasons
+        elif chosen is None:
+            chosen = BACKENDS[name]
+        else:
+            refusals[name] = [f"{chosen.name} comes first"]
+    return Choice(chosen, refusals)
+
+
+@cache
+def _default_candidates() -> tuple[str, ...]:
+    name = os.environ.get("FASTATTN_BACKEND")  # read once, like every variable of fastattn
+    return _named("FASTATTN_BACKEND", name) if name else AUTOMATIC
+
+
+def _named(source: str, name: str) -> tuple[str, ...]:
+    known = ", ".join(map(repr, BACKENDS))
+    if name in PLANNED:
+        raise NotImplementedError(f"{source}={name!r} is not there yet; expected one of {known}")
+    if name not in BACKENDS:
+        raise ValueError(f"{source}={name!r} is unknown; expected one of {known}")
+    return (name,)

@@ -1,0 +1,105 @@
+"""What a call writes: out, and lse and weights where asked for. Allocated here, save the caller's own out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastattn.arrays import ITEMSIZE, Array, Strided, type_name
+from fastattn.problem import AttentionProblem
+
+_INT64_MAX = 2**63 - 1
+# What NumPy may try before an overlap that it cannot exclude counts as one; sliced views take a handful.
+_OVERLAP_WORK: Any = 10_000  # any int, though NumPy's stubs know two
+
+
+class Outputs(NamedTuple):
+    """Memory for the results of one call, axes in the order (B, H, L, D)."""
+
+    out: Strided  # (B, Hq, Lq, Dv)
+    lse: Strided | None  # (B, Hq, Lq)
+    weights: Strided | None  # (B, Hq, Lq, Lk)
+
+    def returned(self) -> Any:
+        """What the caller gets: out, (out, lse), (out, weights) or (out, lse, weights)."""
+        if self.lse is None and self.weights is None:
+            return self.out.array
+        return tuple(view.array for view in self if view is not None)
+
+
+def prepare_outputs(
+    problem: AttentionProblem, out: Array | None, return_lse: bool, return_weights: bool
+) -> Outputs:
+    """Allocate what the call returns, or take the caller's `out`, once every size is known to fit."""
+    library, like = problem.library, problem.query.array
+    out_shape, scores_shape = problem.out_shape, problem.scores_shape
+    _check_flag("return_lse", return_lse)
+    _check_flag("return_weights", return_weights)
+    _check_size("out", out_shape, problem.dtype)
+    if return_lse:
+        _check_size("lse", scores_shape[:3], problem.lse_dtype)
+    if return_weights:
+        _check_size("weights", scores_shape, problem.dtype)
+    return Outputs(
+        _new_out(problem) if out is None else _check_out(problem, out),
+        library.empty(scores_shape[:3], problem.lse_dtype, like) if return_lse else None,
+        library.empty(scores_shape, problem.dtype, like) if return_weights else None,
+    )
+
+
+def _new_out(problem: AttentionProblem) -> Strided:
+    new = problem.library.empty(_in_layout(problem), problem.dtype, problem.query.array)
+    return new if problem.layout == "bhsd" else new.swap_heads_and_rows()
+
+
+def _in_layout(problem: AttentionProblem) -> tuple[int, int, int, int]:
+    """The shape of out as its user sees it."""
+    batch, heads, rows, dim = problem.out_shape
+    return (batch, heads, rows, dim) if problem.layout == "bhsd" else (batch, rows, heads, dim)
+
+
+def _check_flag(name: str, flag: Any) -> None:
+    if not isinstance(flag, (bool, np.bool_)):
+        raise TypeError(f"{name} must be a bool, got {type_name(flag)}")
+
+
+def _check_size(name: str, shape: tuple[int, ...], dtype: str) -> None:
+    size = math.prod(shape) * ITEMSIZE[dtype]
+    if size > _INT64_MAX:
+        raise ValueError(f"{name} of shape {shape} would take {size} bytes, more than 2**63 - 1")
+
+
+def _check_out(problem: AttentionProblem, out: Array) -> Strided:
+    """See the caller's `out` as memory in the order (B, H, L, D), or say why it cannot be written."""
+    view = problem.library.writable_view("out", out)
+    if view.dtype != problem.dtype:
+        raise TypeError(f"out must have query's dtype {problem.dtype}, got {view.dtype}")
+    if view.shape != _in_layout(problem):
+        raise ValueError(f"out must have shape {_in_layout(problem)}, got {view.shape}")
+    if _overlaps_itself(view):
+        raise ValueError(f"out must not overlap itself, got shape {view.shape} with strides {view.strides}")
+    for name in ("query", "key", "value", "mask", "bias"):
+        other: Strided | None = getattr(problem, name)
+        if other is not None and _overlap(view, other):
+            raise ValueError(f"out must not overlap {name}: they share memory")
+    return view if problem.layout == "bhsd" else view.swap_heads_and_rows()
+
+
+def _overlaps_itself(view: Strided) -> bool:
+    """Whether some axis, taken from the finest on, does not step past all that the finer ones reach."""
+    reach = 0
+    for stride, size in sorted(zip(view.strides, view.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return 0 not in view.shape
+            reach += stride * (size - 1)
+    return False
+
+
+def _overlap(a: Strided, b: Strided) -> bool:
+    try:
+        return np.shares_memory(a.numpy(), b.numpy(), max_work=_OVERLAP_WORK)
+    except RuntimeError:  # numpy's TooHardError, which has moved between its modules
+        return True

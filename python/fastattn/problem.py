@@ -1,0 +1,286 @@
+"""The one place where the meaning of an attention call is validated and made canonical."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastattn.arrays import FLOATS, INTEGERS, NUMPY, Array, ArrayLibrary, Strided, library_of, type_name
+
+Causal: TypeAlias = bool | Literal["bottom_right", "top_left"]
+Layout: TypeAlias = Literal["bhsd", "bshd"]
+Window: TypeAlias = tuple[int | None, int | None]
+Shape: TypeAlias = tuple[int, ...]
+
+UNBOUNDED = 1 << 62  # a window bound that never cuts; the same in csrc/params.h
+MAX_OFFSET = 1 << 60  # row + offset + UNBOUNDED stays within int64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionProblem:
+    """One attention call, validated: axes in the order (B, H, L, D) whatever the layout, defaults filled in.
+
+    Query ``i`` of batch ``b`` stands at the key position ``p = i + query_offset[b]``. It attends to the keys
+    ``j`` with ``p - window_left <= j <= p + window_right``, ``j < kv_lengths[b]``, a true mask and a bias
+    above -inf. The causal rule is ``window_right = 0``.
+    """
+
+    library: ArrayLibrary
+    layout: Layout
+    query: Strided  # (B, Hq, Lq, D)
+    key: Strided  # (B, Hkv, Lk, D)
+    value: Strided  # (B, Hkv, Lk, Dv)
+    mask: Strided | None  # (B, Hq, Lq, Lk), bool, strides of 0 where broadcast
+    bias: Strided | None  # (B, Hq, Lq, Lk), query's dtype or float32, strides of 0 where broadcast
+    kv_lengths: NDArray[np.int64] | None  # (B,)
+    query_offset: int | NDArray[np.int64]  # one for the whole batch, or (B,)
+    window_left: int
+    window_right: int
+    alibi_slopes: NDArray[np.float64] | None  # (B, Hq)
+    sinks: NDArray[np.float64] | None  # (Hq,)
+    softcap: float  # 0: none
+    scale: float
+
+    @classmethod
+    def from_arguments(
+        cls,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        causal: Causal = False,
+        window: Window | None = None,
+        mask: Array | None = None,
+        bias: Array | None = None,
+        kv_lengths: Any = None,
+        query_offset: Any = None,
+        alibi_slopes: Any = None,
+        sinks: Any = None,
+        softcap: float = 0.0,
+        scale: float | None = None,
+        layout: Layout = "bhsd",
+    ) -> AttentionProblem:
+        """Validate the arguments of `fastattn.attention`, whose docstring says what they mean."""
+        library = library_of("query", query)
+        q, k, v = _tensors(library, query, key, value, layout)
+        batch, heads, seqlen_q, head_dim = q.shape
+        seqlen_k = k.shape[2]
+        scores = (batch, heads, seqlen_q, seqlen_k)
+        top_left = _is_top_left(causal)
+        left, right = (UNBOUNDED, UNBOUNDED) if window is None else _window(window)
+        if query_offset is None:
+            query_offset = 0 if top_left else seqlen_k - seqlen_q
+        else:
+            query_offset = _query_offset(library, query_offset, batch)
+        return cls(
+            library,
+            layout,
+            q,
+            k,
+            v,
+            None if mask is None else _mask(library, mask, scores),
+            None if bias is None else _bias(library, bias, q.dtype, scores),
+            None if kv_lengths is None else _kv_lengths(library, kv_lengths, batch, seqlen_k),
+            query_offset,
+            left,
+            0 if causal else right,  # right >= 0, so the causal rule is always the tighter one
+            None if alibi_slopes is None else _alibi_slopes(library, alibi_slopes, batch, heads),
+            None if sinks is None else _sinks(library, sinks, heads),
+            _softcap(softcap),
+            1.0 / math.sqrt(head_dim) if scale is None else _real("scale", scale),
+        )
+
+    @property
+    def dtype(self) -> str:
+        """Of query, key, value, out and weights."""
+        return self.query.dtype
+
+    @property
+    def lse_dtype(self) -> str:
+        """Of the log-sum-exp."""
+        return "float64" if self.query.dtype == "float64" else "float32"
+
+    @property
+    def scores_shape(self) -> tuple[int, int, int, int]:
+        """(B, Hq, Lq, Lk)."""
+        batch, heads, seqlen_q, _ = self.query.shape
+        return batch, heads, seqlen_q, self.key.shape[2]
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        """(B, Hq, Lq, Dv)."""
+        batch, heads, seqlen_q, _ = self.query.shape
+        return batch, heads, seqlen_q, self.value.shape[3]
+
+
+def _tensors(
+    library: ArrayLibrary, query: Array, key: Array, value: Array, layout: Layout
+) -> tuple[Strided, Strided, Strided]:
+    """Query, key and value in the order (B, H, L, D), with agreeing dtypes and shapes."""
+    q, k, v = library.view("query", query), library.view("key", key), library.view("value", value)
+    if q.dtype not in FLOATS:
+        raise TypeError(f"query must be one of {', '.join(FLOATS)}, got {q.dtype}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"query, key and value must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    check_layout(layout)
+    for name, view in ("query", q), ("key", k), ("value", v):
+        if len(view.shape) != 4:
+            axes = "(batch, heads, length, dim)" if layout == "bhsd" else "(batch, length, heads, dim)"
+            raise ValueError(f"{name} must have 4 axes {axes}, got shape {view.shape}")
+    if layout == "bshd":
+        q, k, v = q.swap_heads_and_rows(), k.swap_heads_and_rows(), v.swap_heads_and_rows()
+    _check_shapes(q.shape, k.shape, v.shape)
+    return q, k, v
+
+
+def check_layout(layout: Layout) -> None:
+    """Raise ValueError unless `layout` is one of the two."""
+    if layout not in ("bhsd", "bshd"):
+        raise ValueError(f"layout must be 'bhsd' or 'bshd', got {layout!r}")
+
+
+def _check_shapes(query: Shape, key: Shape, value: Shape) -> None:
+    """Raise ValueError unless (B, Hq, Lq, D), (B, Hkv, Lk, D) and (B, Hkv, Lk, Dv) fit together."""
+    if not query[0] == key[0] == value[0]:
+        raise ValueError(
+            f"query, key and value must have one batch size, got {query[0]}, {key[0]} and {value[0]}"
+        )
+    if key[1:3] != value[1:3]:
+        raise ValueError(
+            f"key and value must have the same heads and length, got {key[1]} heads of length {key[2]} "
+            f"and {value[1]} heads of length {value[2]}"
+        )
+    if query[3] != key[3]:
+        raise ValueError(f"query and key must have the same head dimension, got {query[3]} and {key[3]}")
+    if not (query[1] and key[1]) or query[1] % key[1]:
+        raise ValueError(
+            f"query's heads must be a positive multiple of key's heads, got {query[1]} and {key[1]} "
+            "(axes are read by `layout`)"
+        )
+    if not (query[3] and value[3]):
+        got = f"{query[3]} for query and {value[3]} for value"
+        raise ValueError(f"head dimensions must be at least 1, got {got}")
+
+
+def _is_top_left(causal: Any) -> bool:
+    """Whether the diagonal starts at key 0 rather than ends at the last one."""
+    if not isinstance(causal, (bool, np.bool_, str)):
+        raise TypeError(f"causal must be a bool, 'bottom_right' or 'top_left', got {type_name(causal)}")
+    if isinstance(causal, str) and causal not in ("bottom_right", "top_left"):
+        raise ValueError(f"causal must be a bool, 'bottom_right' or 'top_left', got {causal!r}")
+    return causal == "top_left"
+
+
+def _window(window: Any) -> tuple[int, int]:
+    if not isinstance(window, (tuple, list)):
+        raise TypeError(f"window must be a pair (left, right), got {type_name(window)}")
+    if len(window) != 2:
+        raise ValueError(f"window must be a pair (left, right), got {len(window)} elements")
+    for bound in window:
+        if bound is not None and not _is_integer(bound):
+            raise TypeError(f"window must hold integers or None, got {type_name(bound)}")
+        if bound is not None and bound < 0:
+            raise ValueError(f"window must hold integers from 0 up, or None, got {tuple(window)}")
+    left, right = (UNBOUNDED if bound is None else min(int(bound), UNBOUNDED) for bound in window)
+    return left, right
+
+
+def _mask(library: ArrayLibrary, mask: Array, shape: Shape) -> Strided:
+    view = library.view("mask", mask)
+    if view.dtype != "bool":
+        advice = (
+            "pass values to add to the scores as `bias`" if view.dtype in FLOATS else "compare with 0 first"
+        )
+        raise TypeError(f"mask must be bool (True: attend), got {view.dtype}: {advice}")
+    return _broadcast("mask", view, shape)
+
+
+def _bias(library: ArrayLibrary, bias: Array, dtype: str, shape: Shape) -> Strided:
+    view = library.view("bias", bias)
+    if view.dtype not in (dtype, "float32"):
+        expected = "float32" if dtype == "float32" else f"{dtype} like query, or float32"
+        advice = " (a bool goes to `mask`)" if view.dtype == "bool" else ""
+        raise TypeError(f"bias must be {expected}, got {view.dtype}{advice}")
+    return _broadcast("bias", view, shape)
+
+
+def _broadcast(name: str, view: Strided, shape: Shape) -> Strided:
+    expanded = view.broadcast_to(shape)
+    if expanded is None:
+        raise ValueError(
+            f"{name} must broadcast to (batch, query heads, queries, keys) = {shape}, got shape {view.shape}"
+        )
+    return expanded
+
+
+def _kv_lengths(library: ArrayLibrary, lengths: Any, batch: int, seqlen_k: int) -> NDArray[np.int64]:
+    values = _vector("kv_lengths", library, lengths, INTEGERS, [(batch,)])
+    wrong = np.flatnonzero((values < 0) | (values > seqlen_k))
+    if wrong.size:
+        at = wrong[0]
+        got = f"{values[at]} at index {at}"
+        raise ValueError(f"kv_lengths must be from 0 to key's length {seqlen_k}, got {got}")
+    return values.astype(np.int64)
+
+
+def _query_offset(library: ArrayLibrary, offset: Any, batch: int) -> int | NDArray[np.int64]:
+    single = _is_integer(offset)
+    values = np.array(offset) if single else _vector("query_offset", library, offset, INTEGERS, [(batch,)])
+    for extreme in (int(values.min(initial=0)), int(values.max(initial=0))):
+        if abs(extreme) > MAX_OFFSET:
+            raise ValueError(f"query_offset must be within 2**60 of 0, got {extreme}")
+    return int(offset) if single else values.astype(np.int64)
+
+
+def _alibi_slopes(library: ArrayLibrary, slopes: Any, batch: int, heads: int) -> NDArray[np.float64]:
+    values = _vector("alibi_slopes", library, slopes, FLOATS + INTEGERS, [(heads,), (batch, heads)])
+    if not np.isfinite(values).all():
+        raise ValueError(f"alibi_slopes must be finite, got {values[~np.isfinite(values)][0]}")
+    return np.broadcast_to(values.astype(np.float64), (batch, heads))
+
+
+def _sinks(library: ArrayLibrary, sinks: Any, heads: int) -> NDArray[np.float64]:
+    values = _vector("sinks", library, sinks, FLOATS + INTEGERS, [(heads,)])
+    wrong = np.isnan(values) | (values == np.inf)
+    if wrong.any():
+        raise ValueError(f"sinks must be finite, or -inf for a head without one, got {values[wrong][0]}")
+    return values.astype(np.float64)
+
+
+def _vector(
+    name: str, library: ArrayLibrary, value: Any, dtypes: tuple[str, ...], shapes: list[Shape]
+) -> NDArray[Any]:
+    """Copy a short argument out of an array or a sequence: what is checked then is what a kernel reads."""
+    if isinstance(value, (tuple, list)):
+        library, value = NUMPY, np.array(value) if value else np.empty(0, np.int64)
+    view = library.view(name, value)
+    if view.dtype not in dtypes:
+        expected = "integers" if dtypes is INTEGERS else "real numbers"
+        raise TypeError(f"{name} must hold {expected}, got {view.dtype}")
+    if view.shape not in shapes:
+        raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {view.shape}")
+    return view.read()
+
+
+def _softcap(softcap: Any) -> float:
+    value = _real("softcap", softcap)
+    if value < 0:
+        raise ValueError(f"softcap must be at least 0 (0: none), got {value}")
+    return value
+
+
+def _real(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real number, got {type_name(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

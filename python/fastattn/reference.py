@@ -1,0 +1,127 @@
+"""Attention in NumPy and float64, one head at a time: the oracle. Read this first.
+
+Every rule is spelled out as a boolean matrix over (query, key). Nothing is fast, or shared with the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastattn.arrays import Array
+from fastattn.problem import AttentionProblem
+
+Floats = NDArray[np.float64]
+
+
+class Result(NamedTuple):
+    """The unrounded results; of one head, or of a whole call with leading axes (B, Hq)."""
+
+    out: Floats  # (Lq, Dv)
+    lse: Floats  # (Lq,)
+    weights: Floats  # (Lq, Lk)
+
+
+def attention(query: Array, key: Array, value: Array, **options: Any) -> Result:
+    """Compute attention on what the inputs hold, in float64 throughout.
+
+    Takes the arguments of `fastattn.attention` that say what to compute. Returns out, lse and weights with
+    axes (B, Hq, ...) whatever the layout.
+    """
+    problem = AttentionProblem.from_arguments(query, key, value, **options)
+    shape = problem.scores_shape
+    result = Result(np.empty(problem.out_shape), np.empty(shape[:3]), np.empty(shape))
+    for index, head in each_head(problem):
+        for whole, part in zip(result, head, strict=True):
+            whole[index] = part
+    return result
+
+
+def each_head(problem: AttentionProblem) -> Iterator[tuple[tuple[int, int], Result]]:
+    """Yield ((b, h), result) for every query head, so that only one (Lq, Lk) matrix exists at a time."""
+    batch, heads, _, _ = problem.scores_shape
+    group = heads // problem.key.shape[1]
+    for b, h in np.ndindex(batch, heads):
+        result = attend(
+            problem.query.read((b, h)),
+            problem.key.read((b, h // group)),
+            problem.value.read((b, h // group)),
+            visible=visible_keys(problem, b, h),
+            bias=added_to_scores(problem, b, h),
+            sink=-np.inf if problem.sinks is None else problem.sinks[h],
+            softcap=problem.softcap,
+            scale=problem.scale,
+        )
+        yield (b, h), result
+
+
+def positions(problem: AttentionProblem, b: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where each query stands among the keys, a column (Lq, 1), and each key, a row (1, Lk)."""
+    batch, _, seqlen_q, seqlen_k = problem.scores_shape
+    offset = np.broadcast_to(problem.query_offset, batch)[b]
+    return offset + np.arange(seqlen_q)[:, None], np.arange(seqlen_k)[None, :]
+
+
+def visible_keys(problem: AttentionProblem, b: int, h: int) -> NDArray[np.bool_]:
+    """Which query may attend to which key, (Lq, Lk)."""
+    query_at, key_at = positions(problem, b)
+    visible = (key_at >= query_at - problem.window_left) & (key_at <= query_at + problem.window_right)
+    if problem.kv_lengths is not None:
+        visible &= key_at < problem.kv_lengths[b]
+    if problem.mask is not None:
+        visible &= problem.mask.read((b, h))
+    if problem.bias is not None:
+        visible &= problem.bias.read((b, h)) != -np.inf
+    return visible
+
+
+def added_to_scores(problem: AttentionProblem, b: int, h: int) -> Floats:
+    """Bias and ALiBi, (Lq, Lk)."""
+    query_at, key_at = positions(problem, b)
+    added = np.zeros(problem.scores_shape[2:])
+    if problem.bias is not None:
+        added += problem.bias.read((b, h))
+    if problem.alibi_slopes is not None:
+        added -= problem.alibi_slopes[b, h] * np.abs(query_at - key_at)
+    return added
+
+
+@np.errstate(invalid="ignore", over="ignore", divide="ignore")
+def attend(
+    query: Floats,
+    key: Floats,
+    value: Floats,
+    *,
+    visible: NDArray[np.bool_],
+    bias: Floats,
+    sink: float,
+    softcap: float,
+    scale: float,
+) -> Result:
+    """One head: (Lq, D), (Lk, D) and (Lk, Dv) to (Lq, Dv)."""
+    scores = scale * (query @ key.T)
+    if softcap > 0:
+        scores = softcap * np.tanh(scores / softcap)
+    scores = np.where(visible, scores + bias, -np.inf)
+    visible = scores != -np.inf
+
+    # The sink is one more logit of every row: it takes its share of the weight and has no value.
+    highest = np.max(scores, axis=1, initial=sink)
+    highest[highest == -np.inf] = 0  # a row without any key
+    unnormalised = np.where(visible, np.exp(scores - highest[:, None]), 0)
+    total = unnormalised.sum(axis=1) + np.exp(sink - highest)
+    weights = np.divide(unnormalised, total[:, None], out=np.zeros_like(scores), where=total[:, None] != 0)
+    return Result(weighted_sum(weights, visible, value), highest + np.log(total), weights)
+
+
+def weighted_sum(weights: Floats, visible: NDArray[np.bool_], value: Floats) -> Floats:
+    """``weights @ value``, in which a key that a row may not attend to adds nothing, not even 0 * NaN."""
+    finite = np.isfinite(value).all(axis=1)
+    out = weights[:, finite] @ value[finite]
+    for j in np.flatnonzero(~finite):
+        attending = visible[:, j]
+        out[attending] += weights[attending, j, None] * value[j]
+    return out
