@@ -18,24 +18,26 @@ PACKAGE = ROOT / "python" / "fastattn"
 
 # Python: room -> the rooms that it may import. A room is a module or a subpackage of fastattn.
 PYTHON_ARROWS: dict[str, set[str]] = {
-    "__init__": {"functional", "dispatch", "problem", "config", "_core", "_threads"},
+    "__init__": {"functional", "merge", "explanation", "_config", "_threads"},
     "__main__": {"cli"},
     "_core": set(),
-    "_threads": {"_core", "arrays"},
     "arrays": set(),
-    "problem": {"arrays", "_core"},
+    "_threads": {"_core", "arrays"},
+    "problem": {"arrays"},
     "outputs": {"problem", "arrays"},
     "reference": {"problem", "arrays"},
-    "gpu": {"problem", "arrays"},
+    "gpu": {"problem", "outputs", "arrays"},
     "backends": {"problem", "outputs", "arrays", "reference", "gpu", "_core", "_threads"},
     "dispatch": {"backends", "problem", "arrays"},
-    "torch_ops": {"dispatch", "problem", "arrays"},
-    "functional": {"dispatch", "torch_ops", "problem", "arrays", "_threads"},
-    "config": {"dispatch", "_core", "_threads"},
+    "torch_ops": {"dispatch", "problem", "outputs", "arrays"},
+    "functional": {"torch_ops", "dispatch", "problem", "outputs", "arrays"},
+    "merge": {"problem", "arrays"},
+    "explanation": {"dispatch", "problem", "arrays"},
+    "_config": {"_core", "_threads"},
     "nn": {"functional"},
     "integrations": {"functional"},
     "viz": {"functional"},
-    "cli": {"functional", "config", "viz", "__init__"},
+    "cli": {"__init__", "viz"},
 }
 
 
@@ -104,21 +106,23 @@ def test_import_does_not_bring_torch() -> None:
 
 
 # C++: dispatch.h is the table that tiers fill; dispatch.cpp chooses among them. The arrow from dispatch.cpp
-# to the tiers is a call of their register functions, not an include.
+# to the tiers is a call of their register functions, not an include. algorithm/half.h, how 16-bit numbers are
+# stored, is all that the scalar oracle shares with the kernels it is an oracle of.
 CPP_ARROWS: dict[str, set[str]] = {
     "params": set(),
     "cpu_features": set(),
     "parallel": set(),
     "workspace": set(),
+    "half": set(),
     "table": {"params"},
-    "scalar": {"params", "table"},
-    "algorithm": {"params", "parallel", "workspace"},
-    "isa": {"algorithm", "params", "table"},
+    "scalar": {"params", "half", "table", "parallel"},
+    "algorithm": {"params", "half", "parallel", "workspace"},
+    "isa": {"algorithm", "params", "half", "table"},
     "dispatch": {"table", "cpu_features"},
     "peak": {"table", "parallel"},
     "bindings": {"table", "params", "peak", "cpu_features", "parallel", "workspace"},
 }
-KERNEL_ROOMS = {"params", "algorithm", "isa", "scalar"}
+KERNEL_ROOMS = {"params", "half", "algorithm", "isa", "scalar"}
 
 
 def cpp_files() -> list[Path]:
@@ -127,8 +131,8 @@ def cpp_files() -> list[Path]:
 
 def cpp_room(path: Path) -> str:
     relative = path.relative_to(CSRC)
-    if relative.name == "dispatch.h":
-        return "table"
+    if relative.name in {"dispatch.h", "half.h"}:
+        return {"dispatch.h": "table", "half.h": "half"}[relative.name]
     return relative.parts[0] if len(relative.parts) > 1 else relative.stem
 
 
