@@ -119,7 +119,7 @@ CPP_ARROWS: dict[str, set[str]] = {
     "algorithm": {"params", "half", "parallel", "workspace"},
     "isa": {"algorithm", "params", "half", "table"},
     "dispatch": {"table", "cpu_features"},
-    "peak": {"table", "parallel"},
+    "peak": {"table", "parallel", "workspace"},
     "bindings": {"table", "params", "peak", "cpu_features", "parallel", "workspace"},
 }
 KERNEL_ROOMS = {"params", "half", "algorithm", "isa", "scalar"}
