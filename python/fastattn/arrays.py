@@ -101,55 +101,47 @@ class ArrayLibrary(Protocol):
 
 class _NumpyArrays:
     def view(self, name: str, array: Array) -> Strided:
-        _check_ndarray(name, array)
-        if not _are_plain(array.strides, array.itemsize):
+        dtype, strides = _read(name, array)
+        if strides is None:
             array = _with_plain_strides(array)
-        return _see_ndarray(array)
+            dtype, strides = _read(name, array)
+        return Strided(array, dtype, array.shape, strides or (), array.__array_interface__["data"][0])
 
     def writable_view(self, name: str, array: Array) -> Strided:
-        _check_ndarray(name, array)
+        dtype, strides = _read(name, array)
         if not array.flags.writeable:
             raise ValueError(f"{name} must be writable, got a read-only array")
-        if not _are_plain(array.strides, array.itemsize):
+        if strides is None:
             got = f"{array.strides} bytes for items of {array.itemsize}"
             raise ValueError(f"{name} must have non-negative strides of whole items, got {got}")
-        return _see_ndarray(array)
+        return Strided(array, dtype, array.shape, strides, array.__array_interface__["data"][0])
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Array) -> Strided:
-        # `like` first: NumPy alone does not know bfloat16 by name.
-        return _see_ndarray(np.empty(shape, like.dtype if _native_name(like.dtype) == dtype else dtype))
+        # NumPy does not know bfloat16 by name.
+        own, _ = _in_elements(like.dtype, ())
+        return self.view("out", np.empty(shape, like.dtype if own == dtype else dtype))
 
 
-def _check_ndarray(name: str, array: NDArray[Any]) -> None:
+def _read(name: str, array: NDArray[Any]) -> tuple[str, tuple[int, ...] | None]:
+    """The name of the dtype, and the strides in elements where they are plain."""
     if type(array) not in (np.ndarray, np.memmap):
         if not isinstance(array, np.ndarray):
             raise TypeError(f"{name} must be a NumPy array like query, got {type_name(array)}")
         # A MaskedArray, for one, would lose its mask.
         raise TypeError(f"{name} must be a plain numpy.ndarray, got the subclass {type_name(array)}")
-    if not _native_name(array.dtype):
+    dtype, strides = _in_elements(array.dtype, array.strides)
+    if not dtype:
         raise TypeError(f"{name} must be in the machine's byte order, got dtype {array.dtype.str!r}")
+    return dtype, strides
 
 
-def _see_ndarray(array: NDArray[Any]) -> Strided:
-    strides = _in_elements(array.strides, array.itemsize)
-    address = array.__array_interface__["data"][0]
-    return Strided(array, _native_name(array.dtype), array.shape, strides, address)
-
-
-@lru_cache
-def _native_name(dtype: np.dtype[Any]) -> str:
-    """The dtype's name, or nothing in a foreign byte order. Cached: NumPy takes microseconds to spell one."""
-    return dtype.name if dtype.isnative else ""
-
-
-@lru_cache
-def _are_plain(strides: tuple[int, ...], itemsize: int) -> bool:
-    return all(stride >= 0 and stride % itemsize == 0 for stride in strides)
-
-
-@lru_cache
-def _in_elements(strides: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    return tuple(stride // itemsize for stride in strides)
+@lru_cache  # NumPy takes microseconds to spell the name of a dtype
+def _in_elements(dtype: np.dtype[Any], strides: tuple[int, ...]) -> tuple[str, tuple[int, ...] | None]:
+    """Name a dtype ("" in a foreign byte order), and count strides in elements (None if they cannot)."""
+    name, itemsize = dtype.name if dtype.isnative else "", dtype.itemsize or 1
+    if any(stride < 0 or stride % itemsize for stride in strides):
+        return name, None
+    return name, tuple(stride // itemsize for stride in strides)
 
 
 def _with_plain_strides(array: NDArray[Any]) -> NDArray[Any]:
@@ -161,21 +153,22 @@ def _with_plain_strides(array: NDArray[Any]) -> NDArray[Any]:
 class _TorchTensors:
     def __init__(self, torch: Any) -> None:
         self._torch = torch
+        self._forward_ad = torch.autograd.forward_ad
         self._plain = (torch.Tensor, torch.nn.Parameter)
 
     def view(self, name: str, array: Array) -> Strided:
         self._check(name, array)
-        # A lazily negated view (of a complex conjugate's imaginary part) holds the opposite of its values.
-        return self._see(name, array.resolve_neg() if array.is_neg() else array)
+        # A lazily negated view (of the imaginary part of a conjugate) holds the opposite of its values.
+        return _see_tensor(name, array.resolve_neg() if array.is_neg() else array)
 
     def writable_view(self, name: str, array: Array) -> Strided:
         self._check(name, array)
         if array.is_neg():
             raise ValueError(f"{name} must be writable, got a lazily negated view: see resolve_neg")
-        return self._see(name, array)
+        return _see_tensor(name, array)
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Array) -> Strided:
-        return self._see("", like.new_empty(shape, dtype=getattr(self._torch, dtype)))
+        return _see_tensor("out", like.new_empty(shape, dtype=getattr(self._torch, dtype)))
 
     def _check(self, name: str, tensor: Array) -> None:
         if type(tensor) not in self._plain:
@@ -185,27 +178,25 @@ class _TorchTensors:
         if not tensor.is_cpu:
             got = f"{name} is on device '{tensor.device}'"
             raise RuntimeError(f"{got}, expected 'cpu': the GPU backend is not there yet")
-        if tensor.layout is not self._torch.strided or tensor.is_nested:
-            got = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
-            raise TypeError(f"{name} must be a dense tensor (torch.strided), got {got}")
-        if (tensor.requires_grad and self._torch.is_grad_enabled()) or self._has_tangent(tensor):
+        if tensor.layout is not self._torch.strided:
+            raise TypeError(f"{name} must be a dense tensor (torch.strided), got layout {tensor.layout}")
+        if (tensor.requires_grad and self._torch.is_grad_enabled()) or (
+            self._forward_ad._current_level >= 0 and self._forward_ad.unpack_dual(tensor).tangent is not None
+        ):
             raise RuntimeError(
                 f"{name} requires grad, and fastattn computes no gradients yet: "
                 f"call it under torch.no_grad(), or pass {name}.detach()"
             )
 
-    def _has_tangent(self, tensor: Array) -> bool:
-        forward_ad = self._torch.autograd.forward_ad
-        return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
-    def _see(self, name: str, tensor: Array) -> Strided:
-        try:
-            address = tensor.data_ptr()
-        except RuntimeError as error:  # inside torch.func transforms
-            raise RuntimeError(f"{name} holds no memory of its own: {error}") from error
-        if not address and tensor.numel():
-            raise RuntimeError(f"{name} holds no memory of its own")
-        return Strided(tensor, _torch_name(tensor.dtype), tuple(tensor.shape), tensor.stride(), address)
+def _see_tensor(name: str, tensor: Array) -> Strided:
+    try:
+        shape, strides, address = tuple(tensor.shape), tensor.stride(), tensor.data_ptr()
+    except RuntimeError as error:  # nested tensors, and the wrappers inside torch.func transforms
+        raise RuntimeError(f"{name} is no single block of memory: {error}") from error
+    if not address and tensor.numel():
+        raise RuntimeError(f"{name} is no single block of memory: it has no storage")
+    return Strided(tensor, _torch_name(tensor.dtype), shape, strides, address)
 
 
 @cache

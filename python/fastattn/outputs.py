@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastattn.arrays import ITEMSIZE, Array, Strided, type_name
-from fastattn.problem import AttentionProblem
+from fastattn.problem import AttentionProblem, Shape
 
 _INT64_MAX = 2**63 - 1
 # What NumPy may try before an overlap that it cannot exclude counts as one; sliced views take a handful.
@@ -33,31 +33,32 @@ def prepare_outputs(
     problem: AttentionProblem, out: Array | None, return_lse: bool, return_weights: bool
 ) -> Outputs:
     """Allocate what the call returns, or take the caller's `out`, once every size is known to fit."""
-    library, like = problem.library, problem.query.array
-    out_shape, scores_shape = problem.out_shape, problem.scores_shape
     _check_flag("return_lse", return_lse)
     _check_flag("return_weights", return_weights)
-    _check_size("out", out_shape, problem.dtype)
+    shape = problem.out_shape
+    _check_size("out", shape, problem.dtype)
     if return_lse:
-        _check_size("lse", scores_shape[:3], problem.lse_dtype)
+        _check_size("lse", shape[:3], problem.lse_dtype)
     if return_weights:
-        _check_size("weights", scores_shape, problem.dtype)
+        _check_size("weights", problem.scores_shape, problem.dtype)
+    library, like = problem.library, problem.query.array
     return Outputs(
-        _new_out(problem) if out is None else _check_out(problem, out),
-        library.empty(scores_shape[:3], problem.lse_dtype, like) if return_lse else None,
-        library.empty(scores_shape, problem.dtype, like) if return_weights else None,
+        _new_out(problem, shape) if out is None else _check_out(problem, shape, out),
+        library.empty(shape[:3], problem.lse_dtype, like) if return_lse else None,
+        library.empty(problem.scores_shape, problem.dtype, like) if return_weights else None,
     )
 
 
-def _new_out(problem: AttentionProblem) -> Strided:
-    new = problem.library.empty(_in_layout(problem), problem.dtype, problem.query.array)
-    return new if problem.layout == "bhsd" else new.swap_heads_and_rows()
+def _new_out(problem: AttentionProblem, shape: Shape) -> Strided:
+    if problem.layout == "bhsd":
+        return problem.library.empty(shape, problem.dtype, problem.query.array)
+    swapped = problem.library.empty(_swapped(shape), problem.dtype, problem.query.array)
+    return swapped.swap_heads_and_rows()
 
 
-def _in_layout(problem: AttentionProblem) -> tuple[int, int, int, int]:
-    """The shape of out as its user sees it."""
-    batch, heads, rows, dim = problem.out_shape
-    return (batch, heads, rows, dim) if problem.layout == "bhsd" else (batch, rows, heads, dim)
+def _swapped(shape: Shape) -> Shape:
+    batch, heads, rows, dim = shape
+    return batch, rows, heads, dim
 
 
 def _check_flag(name: str, flag: Any) -> None:
@@ -65,19 +66,20 @@ def _check_flag(name: str, flag: Any) -> None:
         raise TypeError(f"{name} must be a bool, got {type_name(flag)}")
 
 
-def _check_size(name: str, shape: tuple[int, ...], dtype: str) -> None:
+def _check_size(name: str, shape: Shape, dtype: str) -> None:
     size = math.prod(shape) * ITEMSIZE[dtype]
     if size > _INT64_MAX:
         raise ValueError(f"{name} of shape {shape} would take {size} bytes, more than 2**63 - 1")
 
 
-def _check_out(problem: AttentionProblem, out: Array) -> Strided:
+def _check_out(problem: AttentionProblem, shape: Shape, out: Array) -> Strided:
     """See the caller's `out` as memory in the order (B, H, L, D), or say why it cannot be written."""
     view = problem.library.writable_view("out", out)
     if view.dtype != problem.dtype:
         raise TypeError(f"out must have query's dtype {problem.dtype}, got {view.dtype}")
-    if view.shape != _in_layout(problem):
-        raise ValueError(f"out must have shape {_in_layout(problem)}, got {view.shape}")
+    expected = shape if problem.layout == "bhsd" else _swapped(shape)
+    if view.shape != expected:
+        raise ValueError(f"out must have shape {expected}, got {view.shape}")
     if _overlaps_itself(view):
         raise ValueError(f"out must not overlap itself, got shape {view.shape} with strides {view.strides}")
     for name in ("query", "key", "value", "mask", "bias"):

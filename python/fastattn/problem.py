@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +20,7 @@ UNBOUNDED = 1 << 62  # a window bound that never cuts; the same in csrc/params.h
 MAX_OFFSET = 1 << 60  # row + offset + UNBOUNDED stays within int64
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class AttentionProblem:
+class AttentionProblem(NamedTuple):
     """One attention call, validated: axes in the order (B, H, L, D) whatever the layout, defaults filled in.
 
     Query ``i`` of batch ``b`` stands at the key position ``p = i + query_offset[b]``. It attends to the keys
@@ -67,6 +65,7 @@ class AttentionProblem:
     ) -> AttentionProblem:
         """Validate the arguments of `fastattn.attention`, whose docstring says what they mean."""
         library = library_of("query", query)
+        check_layout(layout)
         q, k, v = _tensors(library, query, key, value, layout)
         batch, heads, seqlen_q, head_dim = q.shape
         seqlen_k = k.shape[2]
@@ -127,11 +126,10 @@ def _tensors(
         raise TypeError(f"query must be one of {', '.join(FLOATS)}, got {q.dtype}")
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"query, key and value must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    check_layout(layout)
-    for name, view in ("query", q), ("key", k), ("value", v):
-        if len(view.shape) != 4:
-            axes = "(batch, heads, length, dim)" if layout == "bhsd" else "(batch, length, heads, dim)"
-            raise ValueError(f"{name} must have 4 axes {axes}, got shape {view.shape}")
+    if not len(q.shape) == len(k.shape) == len(v.shape) == 4:
+        axes = "(batch, heads, length, dim)" if layout == "bhsd" else "(batch, length, heads, dim)"
+        got = f"{len(q.shape)}, {len(k.shape)} and {len(v.shape)}"
+        raise ValueError(f"query, key and value must have 4 axes {axes}, got {got}")
     if layout == "bshd":
         q, k, v = q.swap_heads_and_rows(), k.swap_heads_and_rows(), v.swap_heads_and_rows()
     _check_shapes(q.shape, k.shape, v.shape)
@@ -146,30 +144,30 @@ def check_layout(layout: Layout) -> None:
 
 def _check_shapes(query: Shape, key: Shape, value: Shape) -> None:
     """Raise ValueError unless (B, Hq, Lq, D), (B, Hkv, Lk, D) and (B, Hkv, Lk, Dv) fit together."""
-    if not query[0] == key[0] == value[0]:
-        raise ValueError(
-            f"query, key and value must have one batch size, got {query[0]}, {key[0]} and {value[0]}"
-        )
-    if key[1:3] != value[1:3]:
-        raise ValueError(
-            f"key and value must have the same heads and length, got {key[1]} heads of length {key[2]} "
-            f"and {value[1]} heads of length {value[2]}"
-        )
-    if query[3] != key[3]:
-        raise ValueError(f"query and key must have the same head dimension, got {query[3]} and {key[3]}")
-    if not (query[1] and key[1]) or query[1] % key[1]:
-        raise ValueError(
-            f"query's heads must be a positive multiple of key's heads, got {query[1]} and {key[1]} "
-            "(axes are read by `layout`)"
-        )
-    if not (query[3] and value[3]):
-        got = f"{query[3]} for query and {value[3]} for value"
+    batch, heads, _, dim = query
+    key_batch, kv_heads, seqlen_k, key_dim = key
+    value_batch, value_heads, seqlen_v, value_dim = value
+    if not batch == key_batch == value_batch:
+        got = f"{batch}, {key_batch} and {value_batch}"
+        raise ValueError(f"query, key and value must have one batch size, got {got}")
+    if kv_heads != value_heads or seqlen_k != seqlen_v:
+        got = f"{kv_heads} heads of length {seqlen_k} and {value_heads} heads of length {seqlen_v}"
+        raise ValueError(f"key and value must have the same heads and length, got {got}")
+    if dim != key_dim:
+        raise ValueError(f"query and key must have one head dimension, got {dim} and {key_dim}")
+    if not dim or not value_dim:
+        got = f"{dim} for query and {value_dim} for value"
         raise ValueError(f"head dimensions must be at least 1, got {got}")
+    if not heads or not kv_heads or heads % kv_heads:
+        got = f"{heads} and {kv_heads}"
+        raise ValueError(f"query's heads must be a positive multiple of key's heads, got {got} (see layout)")
 
 
 def _is_top_left(causal: Any) -> bool:
     """Whether the diagonal starts at key 0 rather than ends at the last one."""
-    if not isinstance(causal, (bool, np.bool_, str)):
+    if isinstance(causal, bool):
+        return False
+    if not isinstance(causal, (np.bool_, str)):
         raise TypeError(f"causal must be a bool, 'bottom_right' or 'top_left', got {type_name(causal)}")
     if isinstance(causal, str) and causal not in ("bottom_right", "top_left"):
         raise ValueError(f"causal must be a bool, 'bottom_right' or 'top_left', got {causal!r}")
@@ -275,7 +273,8 @@ def _softcap(softcap: Any) -> float:
 
 
 def _real(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    # Named first, float and int spare the slow test of an abstract class.
+    if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
         raise TypeError(f"{name} must be a real number, got {type_name(value)}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
