@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fastattn.functional import attention
 from torch.utils._pytree import tree_map_only
+
+from fastattn.functional import attention
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
@@ -272,7 +273,7 @@ class RuleMask(torch.Tensor):
         return self._dense
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub leaves out the class and the function
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Do `func` on the dense masks."""
@@ -328,7 +329,7 @@ def make_mask(
         alone does.
     """
     may_skip = allow_is_causal_skip or allow_is_bidirectional_skip
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     band = _band(mask_function) if may_skip and not tracing else None
     if cache_position is not None:
         device, q_length = cache_position.device, cache_position.shape[0]
@@ -339,7 +340,7 @@ def make_mask(
     else:
         kwargs |= {"q_length": q_length, "q_offset": q_offset, "device": device}
     if band is None or not q_length:
-        dense: torch.Tensor = masking_utils.sdpa_mask(
+        dense: torch.Tensor | None = masking_utils.sdpa_mask(
             batch_size=batch_size,
             kv_length=kv_length,
             kv_offset=kv_offset,
