@@ -12,7 +12,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CXX_AARCH64 ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test bench lint format docs sdist check-aarch64 clean
+.PHONY: help install dev demo test bench lint ruff mypy clang-format clang-tidy format docs sdist check-aarch64 clean
 
 help:
 	@echo "make demo           a real language model generating through fastattn (first run installs everything)"
@@ -88,14 +88,22 @@ docs: $(DONE)/test-extra
 
 PYTHON_DIRS := $(wildcard python tests bench demo)
 
-lint: $(DONE)/dev-extra
+lint: ruff mypy clang-format clang-tidy
+
+ruff: $(DONE)/dev-extra
 	@echo "==> ruff"
 	@$(BIN)/ruff check $(PYTHON_DIRS)
 	@$(BIN)/ruff format --check $(PYTHON_DIRS)
+
+mypy: $(DONE)/dev-extra
 	@echo "==> mypy"
 	@$(BIN)/mypy
+
+clang-format: $(DONE)/dev-extra
 	@echo "==> clang-format"
 	@$(BIN)/clang-format --dry-run -Werror $(CSRC)
+
+clang-tidy: $(DONE)/dev-extra
 	@echo "==> clang-tidy"
 	@# omp.h is gcc's, and found after clang's own headers
 	@$(BIN)/clang-tidy --quiet -p $(BUILD) --extra-arg=-idirafter$$(g++ -print-file-name=include) $(filter %.cpp,$(CSRC))
