@@ -1,0 +1,96 @@
+// An Engine says how one element type is computed on one ISA: the Vec, the product that consumes one 32-bit (or double)
+// lane of operands, and the tile sizes. Everything else in algorithm/ is written against it.
+//
+// Scores are computed transposed: a tile holds kKeys keys by kLanes queries, each query in a lane of its own. Maxima
+// and sums over keys need no horizontal reduction, a lane's mask is a lane's mask, and rows of different heads can
+// stand side by side in one panel.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "algorithm/half.h"
+#include "algorithm/math.h"
+#include "params.h"
+
+#define FASTATTN_INLINE inline __attribute__((always_inline))
+#define FASTATTN_LAMBDA_INLINE __attribute__((always_inline))
+#define FASTATTN_NOINLINE __attribute__((noinline))
+#define FASTATTN_UNLIKELY(x) __builtin_expect(static_cast<bool>(x), 0)
+
+namespace fastattn {
+namespace {
+
+// One multiply-add a lane, operands as wide as the accumulator.
+template <class V>
+struct FmaProduct {
+  using Element = typename V::Scalar;  // how operands are stored
+  static constexpr int kDepth = 1;     // elements a lane
+  // The scale goes into the query when it is packed, so that scores come out scaled.
+  static constexpr bool kScaleQuery = true;
+  static constexpr Precision kExpPrecision = Precision::full;
+  static FASTATTN_INLINE typename V::Reg run(typename V::Reg a, typename V::Reg b, typename V::Reg sum) {
+    return V::fma(a, b, sum);
+  }
+  // NaN in `sum` once an operand is not finite.
+  static FASTATTN_INLINE typename V::Reg poison(typename V::Reg x, typename V::Reg zero, typename V::Reg sum) {
+    return V::fma(x, zero, sum);
+  }
+  static FASTATTN_INLINE typename V::Reg probabilities(const typename V::Reg (&prob)[1]) { return prob[0]; }
+  static FASTATTN_INLINE Element scale_probability(Element prob, Element scale) { return prob * scale; }
+  // `count` lanes of operands from a row of queries.
+  template <class Source>
+  static FASTATTN_INLINE typename V::Reg load_query(const Source* row, int count, double factor) {
+    const auto x = count == V::kWidth ? V::load(row) : V::load_partial(row, count);
+    return V::mul(x, V::set1(static_cast<Element>(factor)));
+  }
+};
+
+template <class V_, class Source_, class Product_, int kKeys_, int kVectors_, int kRows_, int kBlockKeys_, bool kFused_>
+struct Engine {
+  using V = V_;
+  using Reg = typename V::Reg;
+  using Scalar = typename V::Scalar;
+  using Source = Source_;  // element type in the caller's tensors
+  using Product = Product_;
+  using Element = typename Product::Element;
+
+  static constexpr int kWidth = V::kWidth;
+  static constexpr int kDepth = Product::kDepth;
+  static constexpr int kKeys = kKeys_;        // keys a score tile
+  static constexpr int kVectors = kVectors_;  // vectors of queries a score tile
+  static constexpr int kLanes = kVectors * kWidth;
+  static constexpr int kRows = kRows_;  // queries a tile of the second product; a strip of probabilities is this wide
+  static constexpr int kStrips = kLanes / kRows;
+  static constexpr int kBlockKeys = kBlockKeys_;  // keys between two visits of the output
+  static constexpr bool kFused = kFused_;         // softmax on the accumulators, or from a scratch tile
+  static constexpr bool kConvert = sizeof(Source) != sizeof(Element);
+  static constexpr bool kPacksValue = kConvert || kDepth > 1;
+
+  static_assert(kLanes <= 32, "a tile's lanes are the bits of a uint32_t");
+  static_assert(kLanes % kRows == 0 && kBlockKeys % kKeys == 0 && kBlockKeys % 8 == 0 && kKeys % kDepth == 0);
+  static_assert(sizeof(Scalar) == sizeof(Element) * kDepth);
+};
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
+// The output is rescaled only when a score exceeds the subtracted maximum by this much (log2): probabilities stay
+// below 2^8, far from overflow, and on random data the cold path runs a few times a row.
+constexpr double kLazyRise = 8.0;
+
+constexpr int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+constexpr int64_t round_down(int64_t x, int64_t step) { return x / step * step; }
+constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t clamp64(int64_t x, int64_t low, int64_t high) { return max64(low, min64(x, high)); }
+
+// Element p of a strided tensor.
+template <class T>
+FASTATTN_INLINE const T* at(const void* base, int64_t index) {
+  return static_cast<const T*>(base) + index;
+}
+
+}  // namespace
+}  // namespace fastattn

@@ -1,0 +1,160 @@
+// Keys and values as the products read them.
+//
+// The first product broadcasts single lanes of key rows, the second loads vectors of value rows, so float32 and float64
+// are read where they lie. Other types, and elements that are not adjacent, are packed: keys as [key][D] rows of
+// operand elements, values as [key / depth][padded Dv] lanes (bfloat16 products pair two keys in a lane).
+#pragma once
+
+#include "algorithm/engine.h"
+
+namespace fastattn {
+namespace {
+
+// One head's keys and values over a range that starts at key `start`. Strides are in bytes.
+struct KeyValueView {
+  const char* key;
+  int64_t key_stride;  // a key
+  const char* value;
+  int64_t value_stride;  // a step of `depth` keys
+  int64_t start;
+};
+
+struct OperandLayout {
+  bool pack_key;
+  bool pack_value;
+  int64_t key_row_bytes;    // of a packed key
+  int64_t value_row_bytes;  // of a packed step
+
+  int64_t head_bytes(int64_t keys, int depth) const {
+    return (pack_key ? keys * key_row_bytes : 0) + (pack_value ? keys / depth * value_row_bytes : 0);
+  }
+};
+
+template <class E>
+inline int64_t padded_value_dim(const AttentionParams& p) {
+  return round_up(p.value_dim, E::kWidth);
+}
+
+template <class E>
+inline OperandLayout operand_layout(const AttentionParams& p, bool copy_strided) {
+  OperandLayout layout{};
+  const bool key_scattered = copy_strided && p.key_strides[2] != p.head_dim;
+  const bool value_scattered = copy_strided && p.value_strides[2] != p.value_dim;
+  layout.pack_key = E::kConvert || p.key_strides[3] != 1 || p.head_dim % E::kDepth != 0 || key_scattered;
+  layout.pack_value = E::kPacksValue || p.value_strides[3] != 1 || value_scattered;
+  layout.key_row_bytes = round_up(p.head_dim, E::kDepth) * static_cast<int64_t>(sizeof(typename E::Element));
+  layout.value_row_bytes = padded_value_dim<E>(p) * static_cast<int64_t>(sizeof(typename E::Scalar));
+  return layout;
+}
+
+template <class E>
+inline const typename E::Source* key_row(const AttentionParams& p, int64_t batch, int64_t head, int64_t key) {
+  return at<typename E::Source>(p.key, batch * p.key_strides[0] + head * p.key_strides[1] + key * p.key_strides[2]);
+}
+
+template <class E>
+inline const typename E::Source* value_row(const AttentionParams& p, int64_t batch, int64_t head, int64_t key) {
+  return at<typename E::Source>(p.value,
+                                batch * p.value_strides[0] + head * p.value_strides[1] + key * p.value_strides[2]);
+}
+
+// Elements [0, count) of a strided row, copied next to each other.
+template <class T>
+inline const T* gather_row(const T* row, int64_t stride, int64_t count, T* buffer) {
+  for (int64_t i = 0; i < count; ++i) {
+    buffer[i] = row[i * stride];
+  }
+  return buffer;
+}
+
+// Packs keys [begin, end) of one head to `out`; `end` is padded with zero rows to a multiple of kKeys.
+template <class E>
+FASTATTN_NOINLINE void pack_keys(const AttentionParams& p, int64_t batch, int64_t head, int64_t begin, int64_t end,
+                                 int64_t row_bytes, char* out) {
+  using V = typename E::V;
+  using Source = typename E::Source;
+  const int64_t stop = min64(end, p.seqlen_k);
+  for (int64_t key = begin; key < stop; ++key, out += row_bytes) {
+    const Source* row = key_row<E>(p, batch, head, key);
+    auto* to = reinterpret_cast<typename E::Element*>(out);
+    if constexpr (E::kConvert) {
+      if (p.key_strides[3] == 1) {
+        int64_t d = 0;
+        for (; d + E::kWidth <= p.head_dim; d += E::kWidth) {
+          V::store(to + d, V::load(row + d));
+        }
+        if (d < p.head_dim) {
+          const int rest = static_cast<int>(p.head_dim - d);
+          V::store_partial(to + d, V::load_partial(row + d, rest), rest);
+        }
+        continue;
+      }
+      for (int64_t d = 0; d < p.head_dim; ++d) {
+        to[d] = to_scalar(row[d * p.key_strides[3]]);
+      }
+    } else {
+      const Source* from = row;
+      if (p.key_strides[3] == 1) {
+        memcpy(to, from, p.head_dim * sizeof(Source));
+      } else {
+        gather_row(from, p.key_strides[3], p.head_dim, to);
+      }
+      for (int64_t d = p.head_dim; d < round_up(p.head_dim, E::kDepth); ++d) {
+        to[d] = Source{};
+      }
+    }
+  }
+  memset(out, 0, static_cast<size_t>((round_up(end, E::kKeys) - max64(stop, begin)) * row_bytes));
+}
+
+// Packs values [begin, end) of one head; steps past the last key are zero.
+template <class E>
+FASTATTN_NOINLINE void pack_values(const AttentionParams& p, int64_t batch, int64_t head, int64_t begin, int64_t end,
+                                   int64_t row_bytes, char* out) {
+  using V = typename E::V;
+  using Source = typename E::Source;
+  constexpr int kMaxValueDim = 512;
+  Source gathered[2][kMaxValueDim];
+  static const Source kZeros[kMaxValueDim] = {};
+  const int64_t stop = min64(end, p.seqlen_k);
+  int64_t key = begin;
+  for (; key < stop; key += E::kDepth, out += row_bytes) {
+    const Source* rows[2];
+    for (int i = 0; i < E::kDepth; ++i) {
+      rows[i] = key + i < stop ? value_row<E>(p, batch, head, key + i) : kZeros;
+      if (p.value_strides[3] != 1 && key + i < stop) {
+        rows[i] = gather_row(rows[i], p.value_strides[3], p.value_dim, gathered[i]);
+      }
+    }
+    auto* to = reinterpret_cast<typename E::Scalar*>(out);
+    for (int64_t d = 0; d < p.value_dim; d += E::kWidth) {
+      const int count = static_cast<int>(min64(E::kWidth, p.value_dim - d));
+      if constexpr (E::kDepth == 2) {
+        V::store(to + d, V::interleave(rows[0] + d, rows[1] + d, count));
+      } else {
+        V::store(to + d, count == E::kWidth ? V::load(rows[0] + d) : V::load_partial(rows[0] + d, count));
+      }
+    }
+  }
+  memset(out, 0, static_cast<size_t>((round_up(end, E::kKeys) - key) / E::kDepth * row_bytes));
+}
+
+// The view of one head where it lies, or where it has been packed as a whole at `packed`.
+template <class E>
+inline KeyValueView whole_view(const AttentionParams& p, const OperandLayout& layout, int64_t batch, int64_t head,
+                               const char* packed) {
+  KeyValueView view{};
+  const int64_t keys = round_up(p.seqlen_k, E::kKeys);
+  view.start = 0;
+  view.key_stride =
+      layout.pack_key ? layout.key_row_bytes : p.key_strides[2] * static_cast<int64_t>(sizeof(typename E::Source));
+  view.value_stride = layout.pack_value ? layout.value_row_bytes
+                                        : p.value_strides[2] * static_cast<int64_t>(sizeof(typename E::Source));
+  view.key = layout.pack_key ? packed : reinterpret_cast<const char*>(key_row<E>(p, batch, head, 0));
+  const char* packed_value = packed + (layout.pack_key ? keys * layout.key_row_bytes : 0);
+  view.value = layout.pack_value ? packed_value : reinterpret_cast<const char*>(value_row<E>(p, batch, head, 0));
+  return view;
+}
+
+}  // namespace
+}  // namespace fastattn

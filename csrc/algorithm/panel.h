@@ -1,0 +1,177 @@
+// A panel: up to kLanes query rows that are computed side by side, one a lane, with what each may see and how far its
+// softmax has come. Rows may belong to different heads of one key/value head.
+#pragma once
+
+#include "algorithm/engine.h"
+
+namespace fastattn {
+namespace {
+
+template <class E>
+struct Panel {
+  using Scalar = typename E::Scalar;
+  static constexpr int kLanes = E::kLanes;
+
+  // State of the softmax, a lane each. `shift` is what is subtracted from the scores, 0 while no key was seen; `limit`
+  // is the score above which it moves, -inf while no key was seen.
+  alignas(64) Scalar shift[kLanes];
+  Scalar limit[kLanes];
+  Scalar sum[kLanes];        // of unrounded probabilities, over finished key blocks
+  Scalar block_sum[kLanes];  // over the running one
+  // The keys each lane sees, [first, last), and its position, all relative to the running key block.
+  Scalar block_first[kLanes];
+  Scalar block_last[kLanes];
+  Scalar block_position[kLanes];
+  Scalar slope[kLanes];  // ALiBi
+
+  int live;  // lanes in use; the others repeat the last of these, and their results are dropped
+  int64_t head[kLanes];
+  int64_t row[kLanes];
+  int64_t position[kLanes];  // row + query offset
+  int64_t first[kLanes];
+  int64_t last[kLanes];
+  int64_t first_min, first_max, last_min, last_max;
+  const uint8_t* mask_row[kLanes];
+  const char* bias_row[kLanes];
+  bool mask_shared;  // every lane reads the same mask row
+  bool bias_shared;
+
+  Scalar* query;   // [ceil(D / depth)][kLanes] operands
+  Scalar* output;  // [kLanes][padded Dv] sums of p * v
+};
+
+// Which rows the panels of one task hold. Rows of the heads that share a key/value head count through: head * Lq + row.
+struct RowRange {
+  int64_t batch;
+  int64_t kv_head;
+  int64_t begin;
+  int64_t end;
+};
+
+// The keys that a row at `position` sees by the window and the length.
+struct Interval {
+  int64_t first;
+  int64_t last;
+};
+
+inline Interval visible_interval(const AttentionParams& p, int64_t batch, int64_t position) {
+  const int64_t length = p.kv_lengths != nullptr ? min64(p.kv_lengths[batch], p.seqlen_k) : p.seqlen_k;
+  const int64_t first = p.window_left >= kUnbounded ? 0 : clamp64(position - p.window_left, 0, length);
+  const int64_t last = p.window_right >= kUnbounded ? length : clamp64(position + p.window_right + 1, 0, length);
+  return {first, max64(first, last)};
+}
+
+// Fills lanes with rows [begin, begin + live) of the range's key/value head.
+template <class E>
+FASTATTN_NOINLINE void place_rows(Panel<E>& panel, const AttentionParams& p, const RowRange& range, int64_t begin) {
+  using Scalar = typename E::Scalar;
+  const int64_t group = p.query_heads / p.kv_heads;
+  const int64_t b = range.batch;
+  panel.live = static_cast<int>(min64(E::kLanes, range.end - begin));
+  panel.first_min = panel.last_min = INT64_MAX;
+  panel.first_max = panel.last_max = 0;
+  panel.mask_shared = panel.bias_shared = true;
+  const int64_t bias_size = p.bias_dtype == DType::float64 ? 8 : p.bias_dtype == DType::float32 ? 4 : 2;
+  for (int lane = 0; lane < E::kLanes; ++lane) {
+    const int64_t index = begin + (lane < panel.live ? lane : panel.live - 1);
+    const int64_t head = range.kv_head * group + index / p.seqlen_q;
+    const int64_t row = index % p.seqlen_q;
+    panel.head[lane] = head;
+    panel.row[lane] = row;
+    panel.position[lane] = row + p.query_offset[b];
+    const Interval seen = visible_interval(p, b, panel.position[lane]);
+    panel.first[lane] = seen.first;
+    panel.last[lane] = seen.last;
+    panel.first_min = min64(panel.first_min, seen.first);
+    panel.first_max = max64(panel.first_max, seen.first);
+    panel.last_min = min64(panel.last_min, seen.last);
+    panel.last_max = max64(panel.last_max, seen.last);
+    if (p.mask != nullptr) {
+      panel.mask_row[lane] = p.mask + b * p.mask_strides[0] + head * p.mask_strides[1] + row * p.mask_strides[2];
+      panel.mask_shared &= panel.mask_row[lane] == panel.mask_row[0];
+    }
+    if (p.bias != nullptr) {
+      const int64_t offset = b * p.bias_strides[0] + head * p.bias_strides[1] + row * p.bias_strides[2];
+      panel.bias_row[lane] = static_cast<const char*>(p.bias) + offset * bias_size;
+      panel.bias_shared &= panel.bias_row[lane] == panel.bias_row[0];
+    }
+    panel.slope[lane] = p.alibi_slopes == nullptr
+                            ? Scalar{0}
+                            : static_cast<Scalar>(p.alibi_slopes[b * p.alibi_strides[0] + head * p.alibi_strides[1]]);
+    panel.shift[lane] = 0;
+    panel.limit[lane] = -static_cast<Scalar>(__builtin_inf());
+    panel.sum[lane] = 0;
+    panel.block_sum[lane] = 0;
+  }
+}
+
+// Interval and position relative to the key block that starts at `block`; exact, since they are clipped to the block.
+template <class E>
+inline void enter_block(Panel<E>& panel, int64_t block) {
+  using Scalar = typename E::Scalar;
+  for (int lane = 0; lane < E::kLanes; ++lane) {
+    panel.block_first[lane] = static_cast<Scalar>(clamp64(panel.first[lane] - block, 0, E::kBlockKeys));
+    panel.block_last[lane] = static_cast<Scalar>(clamp64(panel.last[lane] - block, 0, E::kBlockKeys));
+    panel.block_position[lane] = static_cast<Scalar>(panel.position[lane] - block);
+    panel.block_sum[lane] = 0;
+  }
+}
+
+// Operands of a lane each from kWidth rows of queries, transposed: out[step][lane]. Rows are read by whole registers of
+// lanes; `columns` is how many lanes of operands a row has.
+template <class E, class Load>
+FASTATTN_INLINE void transpose_rows(typename E::Scalar* out, int64_t columns, Load load) {
+  using V = typename E::V;
+  for (int64_t c = 0; c < columns; c += E::kWidth) {
+    const int count = static_cast<int>(min64(E::kWidth, columns - c));
+    typename V::Reg r[E::kWidth];
+    for (int i = 0; i < E::kWidth; ++i) {
+      r[i] = load(i, c, count);
+    }
+    V::transpose(r);
+    for (int i = 0; i < count; ++i) {
+      V::store(out + (c + i) * E::kLanes, r[i]);
+    }
+  }
+}
+
+template <class E>
+FASTATTN_INLINE const typename E::Source* query_row(const Panel<E>& panel, const AttentionParams& p, int64_t batch,
+                                                    int lane) {
+  return at<typename E::Source>(p.query, batch * p.query_strides[0] + panel.head[lane] * p.query_strides[1] +
+                                             panel.row[lane] * p.query_strides[2]);
+}
+
+// Packs the panel's queries. `factor` multiplies them (only its sign where the product does not scale the query).
+template <class E>
+FASTATTN_NOINLINE void pack_query(Panel<E>& panel, const AttentionParams& p, int64_t batch, double factor) {
+  using Scalar = typename E::Scalar;
+  using Source = typename E::Source;
+  const int64_t columns = round_up(p.head_dim, E::kDepth) / E::kDepth;
+  const bool direct = p.query_strides[3] == 1 && p.head_dim % E::kDepth == 0;
+  for (int vector = 0; vector < E::kVectors; ++vector) {
+    const Source* rows[E::kWidth];
+    for (int i = 0; i < E::kWidth; ++i) {
+      rows[i] = query_row<E>(panel, p, batch, vector * E::kWidth + i);
+    }
+    Scalar* out = panel.query + vector * E::kWidth;
+    if (direct) {
+      transpose_rows<E>(out, columns, [&](int i, int64_t c, int count) FASTATTN_LAMBDA_INLINE {
+        return E::Product::load_query(rows[i] + c * E::kDepth, count, factor);
+      });
+      continue;
+    }
+    // An odd head_dim or a stride between elements: gather a row's piece first.
+    transpose_rows<E>(out, columns, [&](int i, int64_t c, int count) FASTATTN_LAMBDA_INLINE {
+      Source piece[E::kWidth * E::kDepth] = {};
+      const int64_t elements = min64(count * E::kDepth, p.head_dim - c * E::kDepth);
+      for (int64_t e = 0; e < elements; ++e) {
+        piece[e] = rows[i][(c * E::kDepth + e) * p.query_strides[3]];
+      }
+      return E::Product::load_query(piece, count, factor);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace fastattn

@@ -1,0 +1,224 @@
+#include "bindings/make_params.h"
+
+#include <stdexcept>
+#include <string>
+
+namespace py = pybind11;
+
+namespace fastattn {
+namespace {
+
+// What the kernels can address; fastattn/backends/cpu.py says so before a call gets here.
+constexpr int64_t kMaxHeadDim = 576;
+constexpr int64_t kMaxValueDim = 512;
+
+constexpr int kMaxRank = 4;
+
+struct TensorView {
+  void* data = nullptr;
+  int code = -1;
+  int rank = 0;
+  int64_t sizes[kMaxRank] = {};
+  int64_t strides[kMaxRank] = {};
+};
+
+[[noreturn]] void fail(const char* name, const std::string& what) {
+  throw std::invalid_argument(std::string(name) + ": " + what);
+}
+
+void read_numbers(const char* name, const py::handle& from, int64_t* to, int rank) {
+  const auto numbers = py::reinterpret_borrow<py::tuple>(from);
+  if (!PyTuple_Check(from.ptr()) || static_cast<int>(numbers.size()) != rank) {
+    fail(name, "expected " + std::to_string(rank) + " sizes and strides");
+  }
+  for (int i = 0; i < rank; ++i) {
+    to[i] = numbers[i].cast<int64_t>();
+  }
+}
+
+TensorView read_tensor(const char* name, const py::object& from, int rank) {
+  TensorView view;
+  if (!PyTuple_Check(from.ptr()) || PyTuple_GET_SIZE(from.ptr()) != 4) {
+    fail(name, "expected a tuple (address, dtype code, sizes, strides)");
+  }
+  const auto parts = py::reinterpret_borrow<py::tuple>(from);
+  view.data = reinterpret_cast<void*>(parts[0].cast<uintptr_t>());
+  view.code = parts[1].cast<int>();
+  view.rank = rank;
+  read_numbers(name, parts[2], view.sizes, rank);
+  read_numbers(name, parts[3], view.strides, rank);
+  bool empty = false;
+  for (int i = 0; i < rank; ++i) {
+    if (view.sizes[i] < 0 || view.strides[i] < 0) {
+      fail(name, "sizes and strides must not be negative");
+    }
+    empty |= view.sizes[i] == 0;
+  }
+  int64_t span = 0;
+  for (int i = 0; i < rank && !empty; ++i) {
+    int64_t reach = 0;
+    if (__builtin_mul_overflow(view.sizes[i] - 1, view.strides[i], &reach) ||
+        __builtin_add_overflow(span, reach, &span) || span > (int64_t{1} << 59)) {
+      fail(name, "its last element lies beyond the 64-bit address space");
+    }
+  }
+  if (!empty && view.data == nullptr) {
+    fail(name, "has elements but no address");
+  }
+  return view;
+}
+
+void expect_sizes(const char* name, const TensorView& view, std::initializer_list<int64_t> sizes) {
+  int axis = 0;
+  for (const int64_t size : sizes) {
+    if (view.sizes[axis] != size) {
+      fail(name, "axis " + std::to_string(axis) + " has size " + std::to_string(view.sizes[axis]) + ", expected " +
+                     std::to_string(size));
+    }
+    ++axis;
+  }
+}
+
+void expect_code(const char* name, const TensorView& view, int code) {
+  if (view.code != code) {
+    fail(name, "dtype code " + std::to_string(view.code) + ", expected " + std::to_string(code));
+  }
+}
+
+template <int rank>
+void copy_strides(const TensorView& view, int64_t (&strides)[rank]) {
+  for (int i = 0; i < rank; ++i) {
+    strides[i] = view.strides[i];
+  }
+}
+
+void read_inputs(const TensorArguments& tensors, AttentionParams& p) {
+  const TensorView query = read_tensor("query", tensors.query, 4);
+  const TensorView key = read_tensor("key", tensors.key, 4);
+  const TensorView value = read_tensor("value", tensors.value, 4);
+  if (query.code < 0 || query.code > static_cast<int>(DType::float16)) {
+    fail("query", "dtype code " + std::to_string(query.code) + " is not one of float32, float64, bfloat16, float16");
+  }
+  expect_code("key", key, query.code);
+  expect_code("value", value, query.code);
+  p.dtype = static_cast<DType>(query.code);
+  p.batch = query.sizes[0];
+  p.query_heads = query.sizes[1];
+  p.seqlen_q = query.sizes[2];
+  p.head_dim = query.sizes[3];
+  p.kv_heads = key.sizes[1];
+  p.seqlen_k = key.sizes[2];
+  p.value_dim = value.sizes[3];
+  expect_sizes("key", key, {p.batch, p.kv_heads, p.seqlen_k, p.head_dim});
+  expect_sizes("value", value, {p.batch, p.kv_heads, p.seqlen_k, p.value_dim});
+  if (p.kv_heads < 1 || p.query_heads % p.kv_heads != 0) {
+    fail("key", "its heads must divide the query's");
+  }
+  if (p.head_dim < 1 || p.head_dim > kMaxHeadDim || p.value_dim < 1 || p.value_dim > kMaxValueDim) {
+    fail("query, value", "head_dim must be within 1.." + std::to_string(kMaxHeadDim) + ", value_dim within 1.." +
+                             std::to_string(kMaxValueDim));
+  }
+  p.query = query.data;
+  p.key = key.data;
+  p.value = value.data;
+  copy_strides(query, p.query_strides);
+  copy_strides(key, p.key_strides);
+  copy_strides(value, p.value_strides);
+}
+
+void read_outputs(const TensorArguments& tensors, AttentionParams& p) {
+  const TensorView out = read_tensor("out", tensors.out, 4);
+  expect_code("out", out, static_cast<int>(p.dtype));
+  expect_sizes("out", out, {p.batch, p.query_heads, p.seqlen_q, p.value_dim});
+  p.out = out.data;
+  copy_strides(out, p.out_strides);
+  if (!tensors.lse.is_none()) {
+    const TensorView lse = read_tensor("lse", tensors.lse, 3);
+    const DType expected = p.dtype == DType::float64 ? DType::float64 : DType::float32;
+    expect_code("lse", lse, static_cast<int>(expected));
+    expect_sizes("lse", lse, {p.batch, p.query_heads, p.seqlen_q});
+    p.lse = lse.data;
+    copy_strides(lse, p.lse_strides);
+  }
+  if (!tensors.weights.is_none()) {
+    const TensorView weights = read_tensor("weights", tensors.weights, 4);
+    expect_code("weights", weights, static_cast<int>(p.dtype));
+    expect_sizes("weights", weights, {p.batch, p.query_heads, p.seqlen_q, p.seqlen_k});
+    p.weights = weights.data;
+    copy_strides(weights, p.weights_strides);
+  }
+}
+
+void read_dense(const TensorArguments& tensors, AttentionParams& p) {
+  if (!tensors.mask.is_none()) {
+    const TensorView mask = read_tensor("mask", tensors.mask, 4);
+    expect_code("mask", mask, kCodeBool);
+    expect_sizes("mask", mask, {p.batch, p.query_heads, p.seqlen_q, p.seqlen_k});
+    p.mask = static_cast<const uint8_t*>(mask.data);
+    copy_strides(mask, p.mask_strides);
+  }
+  if (!tensors.bias.is_none()) {
+    const TensorView bias = read_tensor("bias", tensors.bias, 4);
+    if (bias.code != static_cast<int>(p.dtype) && bias.code != static_cast<int>(DType::float32)) {
+      fail("bias", "dtype code " + std::to_string(bias.code) + ", expected the query's or float32");
+    }
+    expect_sizes("bias", bias, {p.batch, p.query_heads, p.seqlen_q, p.seqlen_k});
+    p.bias = bias.data;
+    p.bias_dtype = static_cast<DType>(bias.code);
+    copy_strides(bias, p.bias_strides);
+  }
+}
+
+// Small tables that every tier reads as plain arrays.
+template <class T>
+const T* read_table(const char* name, const py::object& from, int code, int64_t size) {
+  const TensorView table = read_tensor(name, from, 1);
+  expect_code(name, table, code);
+  expect_sizes(name, table, {size});
+  if (size > 1 && table.strides[0] != 1) {
+    fail(name, "must be contiguous");
+  }
+  return static_cast<const T*>(table.data);
+}
+
+void read_rules(const TensorArguments& tensors, AttentionParams& p) {
+  p.query_offset = read_table<int64_t>("query_offset", tensors.query_offset, kCodeInt64, p.batch);
+  if (!tensors.kv_lengths.is_none()) {
+    p.kv_lengths = read_table<int64_t>("kv_lengths", tensors.kv_lengths, kCodeInt64, p.batch);
+  }
+  constexpr int kFloat64 = static_cast<int>(DType::float64);
+  if (!tensors.sinks.is_none()) {
+    p.sinks = read_table<double>("sinks", tensors.sinks, kFloat64, p.query_heads);
+  }
+  if (!tensors.alibi_slopes.is_none()) {
+    const TensorView slopes = read_tensor("alibi_slopes", tensors.alibi_slopes, 2);
+    expect_code("alibi_slopes", slopes, kFloat64);
+    expect_sizes("alibi_slopes", slopes, {p.batch, p.query_heads});
+    p.alibi_slopes = static_cast<const double*>(slopes.data);
+    copy_strides(slopes, p.alibi_strides);
+  }
+}
+
+}  // namespace
+
+AttentionParams make_params(const TensorArguments& tensors) {
+  AttentionParams p{};
+  read_inputs(tensors, p);
+  read_outputs(tensors, p);
+  read_dense(tensors, p);
+  read_rules(tensors, p);
+  return p;
+}
+
+py::dict dtype_codes() {
+  py::dict codes;
+  codes["float32"] = static_cast<int>(DType::float32);
+  codes["float64"] = static_cast<int>(DType::float64);
+  codes["bfloat16"] = static_cast<int>(DType::bfloat16);
+  codes["float16"] = static_cast<int>(DType::float16);
+  codes["bool"] = static_cast<int>(kCodeBool);
+  codes["int64"] = static_cast<int>(kCodeInt64);
+  return codes;
+}
+
+}  // namespace fastattn

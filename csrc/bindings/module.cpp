@@ -1,0 +1,110 @@
+// Registers the extension's functions; nothing is computed here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "bindings/make_params.h"
+#include "cpu_features.h"
+#include "dispatch.h"
+#include "parallel.h"
+#include "peak.h"
+#include "workspace.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+namespace fastattn {
+namespace {
+
+// Distances past this are the same as none; it keeps sums of positions within 64 bits.
+int64_t window_bound(int64_t distance) { return distance < 0 || distance > kUnbounded ? kUnbounded : distance; }
+
+void attention_forward(const py::object& query, const py::object& key, const py::object& value, const py::object& out,
+                       const py::object& lse, const py::object& weights, const py::object& mask, const py::object& bias,
+                       const py::object& kv_lengths, const py::object& query_offset, const py::object& alibi_slopes,
+                       const py::object& sinks, double scale, double softcap, int64_t window_left, int64_t window_right,
+                       int num_threads) {
+  AttentionParams p =
+      make_params({query, key, value, out, lse, weights, mask, bias, kv_lengths, query_offset, alibi_slopes, sinks});
+  p.scale = scale;
+  p.softcap = softcap;
+  p.window_left = window_bound(window_left);
+  p.window_right = window_bound(window_right);
+  p.num_threads = num_threads < 1 ? 1 : num_threads;
+  const ForwardFn run = kernels().forward[static_cast<int>(p.dtype)].run;
+  const py::gil_scoped_release unlocked;
+  run(p);
+}
+
+std::string describe_path(int dtype, int64_t /*seqlen_q*/, int64_t /*head_dim*/, int64_t /*value_dim*/) {
+  if (dtype < 0 || dtype >= kDTypes) {
+    throw std::invalid_argument("dtype code " + std::to_string(dtype) + " is not a floating-point type");
+  }
+  const ForwardEntry& entry = kernels().forward[dtype];
+  return std::string(entry.isa) + ": " + entry.path;
+}
+
+py::dict features() {
+  const CpuFeatures& cpu = cpu_features();
+  py::dict names;
+  names["avx2"] = cpu.avx2;
+  names["avx512"] = cpu.avx512;
+  names["avx512_bf16"] = cpu.avx512_bf16;
+  names["avx512_vnni"] = cpu.avx512_vnni;
+  names["amx_bf16"] = cpu.amx_bf16;
+  names["fast_bf16_dot"] = cpu.fast_bf16_dot;
+  return names;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FASTATTN_VERSION;
+  info["compiler"] = FASTATTN_COMPILER;
+  info["build_type"] = FASTATTN_BUILD_TYPE;
+  return info;
+}
+
+py::dict openmp_info() {
+  py::dict info;
+  info["version"] = std::to_string(openmp_version());
+  return info;
+}
+
+py::dict scratch() {
+  const ScratchInfo s = scratch_info();
+  py::dict info;
+  info["pooled_bytes"] = s.pooled_bytes;
+  info["pool_limit"] = s.pool_limit;
+  info["packed_budget"] = s.packed_budget;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+  m.doc() = "Attention kernels for the CPU, chosen at run time for the machine they run on.";
+  m.attr("__version__") = FASTATTN_VERSION;
+  m.attr("UNBOUNDED") = kUnbounded;
+  m.attr("DTYPE_CODES") = dtype_codes();
+  m.def("attention_forward", attention_forward, "query"_a, "key"_a, "value"_a, "out"_a, "lse"_a, "weights"_a, "mask"_a,
+        "bias"_a, "kv_lengths"_a, "query_offset"_a, "alibi_slopes"_a, "sinks"_a, "scale"_a, "softcap"_a,
+        "window_left"_a, "window_right"_a, "num_threads"_a);
+  m.def("describe_path", describe_path, "dtype"_a, "seqlen_q"_a, "head_dim"_a, "value_dim"_a);
+  m.def("compiled_isas", compiled_isas);
+  m.def("available_isas", available_isas);
+  m.def("selected_isa", selected_isa);
+  m.def(
+      "select_isa", [](const py::object& name) { select_isa(name.is_none() ? "" : name.cast<std::string>()); },
+      "name"_a);
+  m.def("cpu_features", features);
+  m.def("cpu_name", [] { return std::string(cpu_features().brand); });
+  m.def("build_info", build_info);
+  m.def("openmp_info", openmp_info);
+  m.def("available_cpus", available_cpus);
+  m.def("scratch_info", scratch);
+  m.def("measure_peak", measure_peak, "kind"_a, "num_threads"_a, "seconds"_a, py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace fastattn

@@ -1,0 +1,19 @@
+// What this CPU and this operating system allow: an instruction set counts only when CPUID names it *and* the
+// system saves its registers (XCR0), else its first use would fault.
+#pragma once
+
+namespace fastattn {
+
+struct CpuFeatures {
+  bool avx2;         // with FMA and F16C, as the avx2 tier needs
+  bool avx512;       // F, BW, DQ, VL
+  bool avx512_bf16;  // VDPBF16PS
+  bool avx512_vnni;
+  bool amx_bf16;       // tiles, with the kernel's permission to use them
+  bool fast_bf16_dot;  // VDPBF16PS does more work a cycle than FMA (AMD); on Intel it does half
+  char brand[49];
+};
+
+const CpuFeatures& cpu_features();
+
+}  // namespace fastattn

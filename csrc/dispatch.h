@@ -1,0 +1,55 @@
+// The table of kernels: the scalar tier fills it, then each tier that this CPU has overwrites the entries it does
+// better.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "params.h"
+
+namespace fastattn {
+
+constexpr int kDTypes = 4;
+
+// Attention forward for one element type. May throw std::bad_alloc, before anything is written.
+using ForwardFn = void (*)(const AttentionParams& params);
+// Runs `rounds` rounds of independent multiply-adds and returns how many floating-point operations that was.
+using PeakFn = double (*)(int64_t rounds);
+
+struct ForwardEntry {
+  ForwardFn run;
+  const char* isa;   // the tier that filled the entry
+  const char* path;  // what it does, for explain()
+};
+
+struct KernelTable {
+  ForwardEntry forward[kDTypes];  // indexed by DType
+  PeakFn peak_fma_f32;
+  PeakFn peak_fma_f64;
+  PeakFn peak_dot_bf16;  // null where the tier has no bfloat16 product
+
+  void set_forward(DType dtype, ForwardFn run, const char* isa, const char* path) {
+    forward[static_cast<int>(dtype)] = {run, isa, path};
+  }
+};
+
+// Each tier's entry point, defined in <tier>/kernels.cpp.
+void register_scalar(KernelTable& table);
+void register_avx2(KernelTable& table);
+void register_avx512(KernelTable& table);
+void register_avx512_bf16(KernelTable& table);
+void register_amx_bf16(KernelTable& table);
+
+// The table in force. Throws std::runtime_error when FASTATTN_ISA names a tier that is not there.
+const KernelTable& kernels();
+const char* selected_isa();
+
+std::vector<std::string> compiled_isas();
+std::vector<std::string> available_isas();
+
+// Forces a tier; an empty name goes back to the choice for this CPU (FASTATTN_ISA, else the best).
+// Throws std::invalid_argument that lists the tiers of this machine.
+void select_isa(const std::string& name);
+
+}  // namespace fastattn

@@ -1,0 +1,40 @@
+// The AVX2 tier (with FMA and F16C). 16-bit types are widened to float32 as they are packed.
+#include "algorithm/forward.h"
+#include "algorithm/peak_loops.h"
+#include "dispatch.h"
+#include "isa/avx2/vec.h"
+
+namespace fastattn {
+namespace {
+
+// 16 registers: 6 keys by 2 vectors of queries leave 4 for operands, and the softmax reads its scores from memory.
+// Blocks of 240 keys, a multiple of 6 and of 8.
+template <class Source>
+using EngineF32 = Engine<VecF32, Source, FmaProduct<VecF32>, 6, 2, 4, 240, false>;
+using EngineF64 = Engine<VecF64, double, FmaProduct<VecF64>, 6, 2, 4, 240, false>;
+
+double peak_fma_f32(int64_t rounds) {
+  return run_peak<VecF32>(rounds, 2, [](__m256& sum, __m256 x) FASTATTN_LAMBDA_INLINE {
+    __asm__ volatile("vfmadd231ps %1, %1, %0" : "+x"(sum) : "x"(x));
+  });
+}
+
+double peak_fma_f64(int64_t rounds) {
+  return run_peak<VecF64>(rounds, 2, [](__m256d& sum, __m256d x) FASTATTN_LAMBDA_INLINE {
+    __asm__ volatile("vfmadd231pd %1, %1, %0" : "+x"(sum) : "x"(x));
+  });
+}
+
+}  // namespace
+
+void register_avx2(KernelTable& table) {
+  constexpr const char* kIsa = "avx2";
+  table.set_forward(DType::float32, forward<EngineF32<float>>, kIsa, "float32 FMA, 6x16 tiles");
+  table.set_forward(DType::float64, forward<EngineF64>, kIsa, "float64 FMA, 6x8 tiles");
+  table.set_forward(DType::bfloat16, forward<EngineF32<Bfloat16>>, kIsa, "widened to float32, FMA, 6x16 tiles");
+  table.set_forward(DType::float16, forward<EngineF32<Float16>>, kIsa, "widened to float32, FMA, 6x16 tiles");
+  table.peak_fma_f32 = peak_fma_f32;
+  table.peak_fma_f64 = peak_fma_f64;
+}
+
+}  // namespace fastattn

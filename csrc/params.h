@@ -1,0 +1,62 @@
+// The arguments of one attention call, as the kernels see them: plain data, no ownership, no Python.
+//
+// Every tensor is addressed in the canonical order (batch, head, row, column) whatever its layout in memory;
+// strides count elements and may be 0 (broadcast). What the fields mean is fixed in fastattn/problem.py, which
+// validates meaning; bindings/make_params.cpp validates memory safety; kernels only assert.
+#pragma once
+
+#include <cstdint>
+
+namespace fastattn {
+
+enum class DType : int32_t { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+// A window bound that never cuts.
+constexpr int64_t kUnbounded = int64_t{1} << 62;
+
+struct AttentionParams {
+  DType dtype;  // of query, key, value, out and weights
+
+  int64_t batch;        // B
+  int64_t query_heads;  // Hq, a multiple of kv_heads
+  int64_t kv_heads;     // Hkv
+  int64_t seqlen_q;     // Lq
+  int64_t seqlen_k;     // Lk
+  int64_t head_dim;     // D, of query and key
+  int64_t value_dim;    // Dv, of value and out
+
+  const void* query;
+  int64_t query_strides[4];  // (B, Hq, Lq, D)
+  const void* key;
+  int64_t key_strides[4];  // (B, Hkv, Lk, D)
+  const void* value;
+  int64_t value_strides[4];  // (B, Hkv, Lk, Dv)
+  void* out;
+  int64_t out_strides[4];  // (B, Hq, Lq, Dv)
+
+  void* lse;                   // null, or float32 (float64 for float64 inputs)
+  int64_t lse_strides[3];      // (B, Hq, Lq)
+  void* weights;               // null, or the probabilities
+  int64_t weights_strides[4];  // (B, Hq, Lq, Lk)
+
+  const uint8_t* mask;  // null, or bytes: nonzero = attend
+  int64_t mask_strides[4];
+  const void* bias;  // null, or added to the scores; -inf masks
+  DType bias_dtype;  // dtype or float32
+  int64_t bias_strides[4];
+
+  const int64_t* kv_lengths;    // null, or (B,): keys at and past it do not exist
+  const int64_t* query_offset;  // (B,): query i stands at key position i + offset
+  int64_t window_left;          // keys from i + offset - window_left ...
+  int64_t window_right;         // ... to i + offset + window_right; the causal rule is window_right <= 0
+
+  const double* alibi_slopes;  // null, or (B, Hq): score -= slope * |i + offset - j|
+  int64_t alibi_strides[2];
+  const double* sinks;  // null, or (Hq,): one more logit in the normaliser
+  double scale;
+  double softcap;  // 0 = none
+
+  int32_t num_threads;  // at most this many
+};
+
+}  // namespace fastattn

@@ -1,0 +1,198 @@
+// The scalar tier: attention as obvious loops in double precision, one row at a time. It is the oracle in C++ and the
+// tier of last resort, compiled for any CPU. The softmax is online: sums are rescaled when the maximum moves.
+#include <cmath>
+#include <limits>
+
+#include "algorithm/half.h"
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace fastattn {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr int64_t kMaxValueDim = 512;
+
+template <class T>
+double load(const void* base, int64_t index) {
+  return to_scalar(static_cast<const T*>(base)[index]);
+}
+
+template <class T>
+void store(void* base, int64_t index, double x) {
+  from_scalar(x, static_cast<T*>(base) + index);
+}
+
+// One query row of one head.
+struct Row {
+  int64_t batch;
+  int64_t head;
+  int64_t kv_head;
+  int64_t row;
+  int64_t position;  // row + query offset
+};
+
+Row row_at(const AttentionParams& p, int64_t index) {
+  const int64_t row = index % p.seqlen_q;
+  const int64_t head = index / p.seqlen_q % p.query_heads;
+  const int64_t batch = index / p.seqlen_q / p.query_heads;
+  return {batch, head, head / (p.query_heads / p.kv_heads), row, row + p.query_offset[batch]};
+}
+
+int64_t offset(const int64_t (&strides)[4], const Row& r, int64_t column) {
+  return r.batch * strides[0] + r.head * strides[1] + r.row * strides[2] + column * strides[3];
+}
+
+template <class T>
+double bias_at(const AttentionParams& p, const Row& r, int64_t key) {
+  const int64_t index = offset(p.bias_strides, r, key);
+  return p.bias_dtype == DType::float32 ? load<float>(p.bias, index) : load<T>(p.bias, index);
+}
+
+template <class T>
+bool visible(const AttentionParams& p, const Row& r, int64_t key) {
+  if (p.kv_lengths != nullptr && key >= p.kv_lengths[r.batch]) {
+    return false;
+  }
+  if (p.window_right < kUnbounded && key > r.position + p.window_right) {
+    return false;
+  }
+  if (p.window_left < kUnbounded && key < r.position - p.window_left) {
+    return false;
+  }
+  if (p.mask != nullptr && p.mask[offset(p.mask_strides, r, key)] == 0) {
+    return false;
+  }
+  return p.bias == nullptr || bias_at<T>(p, r, key) != -kInfinity;
+}
+
+template <class T>
+double score(const AttentionParams& p, const Row& r, int64_t key) {
+  double dot = 0;
+  for (int64_t d = 0; d < p.head_dim; ++d) {
+    const int64_t k = r.batch * p.key_strides[0] + r.kv_head * p.key_strides[1] + key * p.key_strides[2];
+    dot += load<T>(p.query, offset(p.query_strides, r, d)) * load<T>(p.key, k + d * p.key_strides[3]);
+  }
+  double s = dot * p.scale;
+  if (p.softcap > 0) {
+    s = p.softcap * std::tanh(s / p.softcap);
+  }
+  if (p.bias != nullptr) {
+    s += bias_at<T>(p, r, key);
+  }
+  if (p.alibi_slopes != nullptr) {
+    const double slope = p.alibi_slopes[r.batch * p.alibi_strides[0] + r.head * p.alibi_strides[1]];
+    s -= slope * std::fabs(static_cast<double>(r.position - key));
+  }
+  return s;
+}
+
+// Sums of one row under the largest score so far.
+struct Sums {
+  double peak = -kInfinity;
+  double total = 0;
+  double output[kMaxValueDim] = {};
+};
+
+template <class T>
+void add_key(const AttentionParams& p, const Row& r, int64_t key, Sums& sums) {
+  const double s = score<T>(p, r, key);
+  if (s > sums.peak) {
+    const double rescale = std::exp(sums.peak - s);
+    sums.peak = s;
+    sums.total *= rescale;
+    for (int64_t d = 0; d < p.value_dim; ++d) {
+      sums.output[d] *= rescale;
+    }
+  }
+  // A first score of -inf or NaN leaves the peak at -inf.
+  const double prob = std::exp(s - (sums.peak == -kInfinity ? 0 : sums.peak));
+  sums.total += prob;
+  const int64_t v = r.batch * p.value_strides[0] + r.kv_head * p.value_strides[1] + key * p.value_strides[2];
+  for (int64_t d = 0; d < p.value_dim; ++d) {
+    sums.output[d] += prob * load<T>(p.value, v + d * p.value_strides[3]);
+  }
+}
+
+// log of the normaliser, with the sink.
+double log_sum(const AttentionParams& p, const Row& r, const Sums& sums) {
+  const double own = sums.total == 0 ? -kInfinity : (sums.peak == -kInfinity ? 0 : sums.peak) + std::log(sums.total);
+  if (p.sinks == nullptr) {
+    return own;
+  }
+  const double sink = p.sinks[r.head];
+  const double high = own > sink ? own : sink;
+  return high == -kInfinity ? high : high + std::log(std::exp(own - high) + std::exp(sink - high));
+}
+
+template <class T>
+void write_row(const AttentionParams& p, const Row& r, const Sums& sums) {
+  const double lse = log_sum(p, r, sums);
+  const bool empty = sums.total == 0;
+  const double inverse = empty ? 0 : std::exp((sums.peak == -kInfinity ? 0 : sums.peak) - lse);
+  for (int64_t d = 0; d < p.value_dim; ++d) {
+    store<T>(p.out, offset(p.out_strides, r, d), sums.output[d] * inverse);
+  }
+  if (p.lse != nullptr) {
+    const int64_t index = r.batch * p.lse_strides[0] + r.head * p.lse_strides[1] + r.row * p.lse_strides[2];
+    if (p.dtype == DType::float64) {
+      store<double>(p.lse, index, lse);
+    } else {
+      store<float>(p.lse, index, lse);
+    }
+  }
+  for (int64_t key = 0; p.weights != nullptr && key < p.seqlen_k; ++key) {
+    const bool seen = !empty && visible<T>(p, r, key);
+    store<T>(p.weights, offset(p.weights_strides, r, key), seen ? std::exp(score<T>(p, r, key) - lse) : 0);
+  }
+}
+
+template <class T>
+void run_row(void* context, int64_t index, int /*thread*/) {
+  const AttentionParams& p = *static_cast<const AttentionParams*>(context);
+  const Row r = row_at(p, index);
+  Sums sums;
+  for (int64_t key = 0; key < p.seqlen_k; ++key) {
+    if (visible<T>(p, r, key)) {
+      add_key<T>(p, r, key, sums);
+    }
+  }
+  write_row<T>(p, r, sums);
+}
+
+template <class T>
+void forward(const AttentionParams& params) {
+  AttentionParams p = params;
+  parallel_for(p.batch * p.query_heads * p.seqlen_q, p.num_threads, run_row<T>, &p);
+}
+
+// Independent sums in plain C++: what this tier could reach.
+template <class T>
+double peak_fma(int64_t rounds) {
+  T sum[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+  volatile T seed = T(0.5);
+  const T x = seed;
+  for (int64_t i = 0; i < rounds; ++i) {
+    for (T& s : sum) {
+      s = s * x + x;
+    }
+  }
+  volatile T kept = sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
+  (void)kept;
+  return static_cast<double>(rounds) * 8 * 2;
+}
+
+}  // namespace
+
+void register_scalar(KernelTable& table) {
+  constexpr const char* kIsa = "scalar";
+  constexpr const char* kPath = "scalar loops in double precision";
+  table.set_forward(DType::float32, forward<float>, kIsa, kPath);
+  table.set_forward(DType::float64, forward<double>, kIsa, kPath);
+  table.set_forward(DType::bfloat16, forward<Bfloat16>, kIsa, kPath);
+  table.set_forward(DType::float16, forward<Float16>, kIsa, kPath);
+  table.peak_fma_f32 = peak_fma<float>;
+  table.peak_fma_f64 = peak_fma<double>;
+}
+
+}  // namespace fastattn

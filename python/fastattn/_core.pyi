@@ -1,0 +1,43 @@
+"""The compiled extension: attention kernels for the CPU, chosen at run time for the machine they run on."""
+
+from typing import TypeAlias
+
+# (address, dtype code, sizes, strides in elements). Codes: see DTYPE_CODES.
+Tensor: TypeAlias = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+__version__: str
+
+UNBOUNDED: int
+DTYPE_CODES: dict[str, int]
+
+def attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    kv_lengths: Tensor | None,
+    query_offset: Tensor,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    window_left: int,
+    window_right: int,
+    num_threads: int,
+) -> None: ...
+def describe_path(dtype: int, seqlen_q: int, head_dim: int, value_dim: int) -> str: ...
+def compiled_isas() -> list[str]: ...
+def available_isas() -> list[str]: ...
+def selected_isa() -> str: ...
+def select_isa(name: str | None) -> None: ...
+def cpu_features() -> dict[str, bool]: ...
+def cpu_name() -> str: ...
+def build_info() -> dict[str, str]: ...
+def openmp_info() -> dict[str, str]: ...
+def available_cpus() -> int: ...
+def scratch_info() -> dict[str, int]: ...
+def measure_peak(kind: str, num_threads: int, seconds: float) -> float: ...
