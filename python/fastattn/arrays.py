@@ -126,7 +126,7 @@ def _read(name: str, array: NDArray[Any]) -> tuple[str, tuple[int, ...] | None]:
     """The name of the dtype, and the strides in elements where they are plain."""
     if type(array) not in (np.ndarray, np.memmap):
         if not isinstance(array, np.ndarray):
-            raise TypeError(f"{name} must be a NumPy array like query, got {type_name(array)}")
+            raise TypeError(f"{name} must be a NumPy array like the first argument, got {type_name(array)}")
         # A MaskedArray, for one, would lose its mask.
         raise TypeError(f"{name} must be a plain numpy.ndarray, got the subclass {type_name(array)}")
     dtype, strides = _in_elements(array.dtype, array.strides)
@@ -173,7 +173,9 @@ class _TorchTensors:
     def _check(self, name: str, tensor: Array) -> None:
         if type(tensor) not in self._plain:
             if not isinstance(tensor, self._torch.Tensor):
-                raise TypeError(f"{name} must be a torch tensor like query, got {type_name(tensor)}")
+                raise TypeError(
+                    f"{name} must be a torch tensor like the first argument, got {type_name(tensor)}"
+                )
             raise TypeError(f"{name} must be a plain torch.Tensor, got the subclass {type_name(tensor)}")
         if not tensor.is_cpu:
             got = f"{name} is on device '{tensor.device}'"

@@ -1,0 +1,30 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from fastattn import _threads, dispatch, set_num_threads
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A patch for fastattn's variables, which are otherwise read once."""
+
+    def forget() -> None:
+        for read in (_threads._environment, _threads._default, dispatch._default_candidates):
+            read.cache_clear()
+
+    forget()
+    yield monkeypatch
+    monkeypatch.undo()
+    set_num_threads(None)
+    forget()

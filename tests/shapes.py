@@ -1,0 +1,230 @@
+"""The one list of shapes, for the tests and the benchmarks."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+LIBRARIES = ("numpy", "torch")
+# Arguments that are arrays; a Case names those it wants and draws them itself.
+ARRAYS = ("mask", "padding", "bias", "kv_lengths", "query_offset", "alibi_slopes", "sinks")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: sizes, and the options that go with them."""
+
+    name: str
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int = 64
+    value_dim: int = 0  # 0: head_dim
+    batch: int = 1
+    query_heads: int = 1
+    kv_heads: int = 0  # 0: query_heads
+    causal: bool | str = False
+    window: tuple[int | None, int | None] | None = None
+    softcap: float = 0.0
+    arrays: tuple[str, ...] = ()  # of ARRAYS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value_dim", self.value_dim or self.head_dim)
+        object.__setattr__(self, "kv_heads", self.kv_heads or self.query_heads)
+        assert set(self.arrays) <= set(ARRAYS), self.arrays
+
+    @property
+    def scores_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.query_heads, self.seqlen_q, self.seqlen_k
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of both products; the causal rule counts what it leaves visible."""
+        pairs = self.seqlen_q * self.seqlen_k
+        if self.causal:
+            offset = 0 if self.causal == "top_left" else self.seqlen_k - self.seqlen_q
+            visible = np.arange(self.seqlen_q) + offset + 1
+            pairs = int(np.clip(visible, 0, self.seqlen_k).sum())
+        return 2 * self.batch * self.query_heads * pairs * (self.head_dim + self.value_dim)
+
+    def tensors(
+        self, dtype: str = "float32", library: str = "numpy", *, seed: int = 0, spread: float = 1.0
+    ) -> tuple[Any, Any, Any]:
+        """Query, key and value, normally distributed; `spread` scales query and so the scores."""
+        rng = self._rng("tensors", seed)
+        kv_shape = (self.batch, self.kv_heads, self.seqlen_k)
+        query = rng.standard_normal((*self.scores_shape[:3], self.head_dim)) * spread
+        key = rng.standard_normal((*kv_shape, self.head_dim))
+        value = rng.standard_normal((*kv_shape, self.value_dim))
+        return convert(query, dtype, library), convert(key, dtype, library), convert(value, dtype, library)
+
+    def options(self, dtype: str = "float32", library: str = "numpy", *, seed: int = 0) -> dict[str, Any]:
+        """The other arguments of `fastattn.attention`."""
+        options: dict[str, Any] = {"causal": self.causal, "window": self.window, "softcap": self.softcap}
+        for name in self.arrays:
+            values, own_dtype = self._draw(name, self._rng(name, seed))
+            argument = "mask" if name == "padding" else name
+            options[argument] = convert(values, own_dtype or dtype, library)
+        return options
+
+    def _draw(self, name: str, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+        """An array argument and its dtype, "" being query's."""
+        batch, heads, seqlen_q, seqlen_k = self.scores_shape
+        if name == "mask":
+            mask = rng.random((batch, 1, seqlen_q, seqlen_k)) < 0.7
+            mask[:, :, seqlen_q // 2] = False  # a row that may attend to nothing
+            return mask, "bool"
+        if name == "padding":
+            return np.arange(seqlen_k) < rng.integers(1, seqlen_k + 1, (batch, 1, 1, 1)), "bool"
+        if name == "bias":
+            bias = rng.standard_normal((heads, seqlen_q, seqlen_k))
+            bias[rng.random(bias.shape) < 0.1] = -np.inf
+            return bias, ""
+        if name == "kv_lengths":
+            return rng.integers(0, seqlen_k + 1, batch), "int64"
+        if name == "query_offset":
+            return rng.integers(-seqlen_q, seqlen_k + 1, batch), "int64"
+        if name == "alibi_slopes":
+            return 2.0 ** (-8 * np.arange(1, heads + 1) / heads), "float32"
+        return rng.standard_normal(heads), "float32"  # sinks
+
+    def _rng(self, what: str, seed: int) -> np.random.Generator:
+        return np.random.default_rng([seed, zlib.crc32(f"{self.name} {what}".encode())])
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def convert(values: np.ndarray, dtype: str, library: str = "numpy") -> Any:
+    """`values` rounded to `dtype`, as an array of `library`."""
+    if library == "torch":
+        import torch
+
+        return torch.from_numpy(np.ascontiguousarray(values)).to(getattr(torch, dtype))
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        return values.astype(ml_dtypes.bfloat16)
+    return values.astype(dtype)
+
+
+TINY = (
+    Case("tiny-1x1", 1, 1, 1),
+    Case("tiny-2x3", 2, 3, 4, batch=2, query_heads=2),
+    Case("tiny-5x5-causal", 5, 5, 8, causal=True),
+)
+EMPTY = (
+    Case("empty-batch", 4, 4, 8, batch=0),
+    Case("empty-queries", 0, 4, 8),
+    Case("empty-keys", 4, 0, 8),
+    Case("empty-keys-sinks", 4, 0, 8, query_heads=2, arrays=("sinks",)),
+    Case("empty-both-causal", 0, 0, 8, causal=True),
+)
+# Around the widths of registers, register tiles and blocks.
+TAILS = tuple(
+    Case(f"tail-{length}{'-causal' if causal else ''}", length, length, 16, causal=causal)
+    for length in (1, 7, 8, 9, 31, 33, 63, 65, 257)
+    for causal in (False, True)
+)
+GROUPS = (
+    *(Case(f"group-{g}", 33, 40, 16, query_heads=2 * g, kv_heads=2, causal=True) for g in range(1, 9)),
+    Case("mqa-16", 17, 50, 32, batch=2, query_heads=16, kv_heads=1),
+    Case("mqa-16-decode", 1, 50, 32, batch=2, query_heads=16, kv_heads=1),
+)
+HEAD_DIMS = tuple(
+    Case(f"dim-{dim}", 40, 70, dim, min(dim, 512))
+    for dim in (1, 3, 8, 16, 32, 33, 40, 64, 80, 96, 128, 192, 256, 576)
+)
+VALUE_DIMS = tuple(
+    Case(f"dim-{dim}-{value_dim}", 40, 70, dim, value_dim, query_heads=2, kv_heads=1, causal=True)
+    for dim, value_dim in ((64, 1), (64, 33), (64, 128), (128, 64), (192, 128), (32, 512), (576, 512))
+)
+LENGTHS = (
+    Case("more-keys", 20, 130, causal=True),
+    Case("more-keys-top-left", 20, 130, causal="top_left"),
+    Case("more-queries", 130, 20, causal=True),  # its first rows may attend to nothing
+    Case("more-queries-top-left", 130, 20, causal="top_left"),
+    Case("cross", 48, 700, query_heads=2),
+)
+LONG = (
+    Case("long-1000", 1000, 1000),
+    Case("long-1000-causal", 1000, 1000, causal=True),
+    Case("long-1024", 1024, 1024, 128),
+    Case("long-1024-causal", 1024, 1024, 128, causal=True),
+)
+DECODE = (
+    Case("decode-short", 1, 65, 64, query_heads=4),
+    Case("decode-long", 1, 3000, 128, query_heads=4, kv_heads=2, causal=True),
+    Case("decode-group-7", 1, 1500, 128, query_heads=14, kv_heads=2, causal=True),
+    Case("decode-batch", 1, 777, 64, batch=3, query_heads=8, kv_heads=2, arrays=("kv_lengths",)),
+    *(
+        Case(f"queries-{length}", length, 600, 64, query_heads=4, kv_heads=2, causal=True)
+        for length in (2, 3, 5, 8, 13, 16, 31, 32, 63)
+    ),
+)
+OPTIONS = (
+    *(
+        Case(f"only-{name}", 45, 77, 32, batch=2, query_heads=4, kv_heads=2, arrays=(name,))
+        for name in ARRAYS
+    ),
+    Case("only-softcap", 45, 77, 32, batch=2, query_heads=4, kv_heads=2, softcap=2.0),
+    Case("window", 200, 200, 32, window=(17, 5)),
+    Case("window-left", 200, 300, 32, causal=True, window=(40, None)),
+    Case("window-right", 300, 200, 32, window=(None, 9)),
+    Case("window-0", 70, 70, 32, window=(0, 0)),
+    Case("causal-mask", 130, 130, 32, causal=True, batch=2, query_heads=2, arrays=("mask",)),
+    Case("causal-bias-sinks", 65, 130, 32, causal=True, query_heads=4, kv_heads=1, arrays=("bias", "sinks")),
+    Case("alibi-causal-lengths", 65, 200, 64, causal=True, batch=3, arrays=("alibi_slopes", "kv_lengths")),
+    Case(
+        "softcap-bias-offset", 33, 90, 40, causal=True, batch=2, softcap=5.0, arrays=("bias", "query_offset")
+    ),
+    Case(
+        "everything",
+        70,
+        150,
+        48,
+        80,
+        batch=3,
+        query_heads=6,
+        kv_heads=2,
+        causal=True,
+        window=(60, 0),
+        softcap=3.0,
+        arrays=("mask", "bias", "kv_lengths", "query_offset", "alibi_slopes", "sinks"),
+    ),
+)
+SMALL = (*TINY, *EMPTY, *TAILS, *GROUPS, *HEAD_DIMS, *VALUE_DIMS, *LENGTHS, *OPTIONS)
+CASES = (*SMALL, *DECODE, *LONG)
+
+# What the benchmarks time: B1 H8, as in the tables of record.
+PREFILL = tuple(
+    Case(
+        f"prefill-d{dim}-s{length}{'-causal' if causal else ''}",
+        length,
+        length,
+        dim,
+        query_heads=8,
+        causal=causal,
+    )
+    for length in (512, 2048)
+    for dim in (64, 128)
+    for causal in (False, True)
+)
+FEW_QUERIES = tuple(
+    Case(f"queries-{length}-s8192", length, 8192, 128, query_heads=32, kv_heads=8, causal=True)
+    for length in (1, 2, 4, 8, 16, 32, 63)
+)
+MICRO = tuple(
+    Case(f"micro-{b}x{h}x{s}x{d}", s, s, d, batch=b, query_heads=h)
+    for b, h, s, d in (
+        (1, 1, 1, 64),
+        (1, 32, 1, 128),
+        (1, 12, 16, 32),
+        (1, 12, 64, 32),
+        (4, 12, 64, 32),
+        (1, 8, 128, 64),
+    )
+)
