@@ -1,0 +1,1 @@
+"""Real models through fastattn: ``python -m demo`` from the root of the repository."""
