@@ -129,7 +129,10 @@ template <class T>
 void write_row(const AttentionParams& p, const Row& r, const Sums& sums) {
   const double lse = log_sum(p, r, sums);
   const bool empty = sums.total == 0;
-  const double inverse = empty ? 0 : std::exp((sums.peak == -kInfinity ? 0 : sums.peak) - lse);
+  // Not exp(peak - lse): where scores are near the lowest number, log(total) is lost in lse.
+  const double peak = sums.peak == -kInfinity ? 0 : sums.peak;
+  const double sink = p.sinks == nullptr ? -kInfinity : p.sinks[r.head];
+  const double inverse = empty ? 0 : 1 / (sums.total + std::exp(sink - peak));
   for (int64_t d = 0; d < p.value_dim; ++d) {
     store<T>(p.out, offset(p.out_strides, r, d), sums.output[d] * inverse);
   }
@@ -143,7 +146,7 @@ void write_row(const AttentionParams& p, const Row& r, const Sums& sums) {
   }
   for (int64_t key = 0; p.weights != nullptr && key < p.seqlen_k; ++key) {
     const bool seen = !empty && visible<T>(p, r, key);
-    store<T>(p.weights, offset(p.weights_strides, r, key), seen ? std::exp(score<T>(p, r, key) - lse) : 0);
+    store<T>(p.weights, offset(p.weights_strides, r, key), seen ? std::exp(score<T>(p, r, key) - peak) * inverse : 0);
   }
 }
 
