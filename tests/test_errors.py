@@ -58,7 +58,7 @@ TYPES: dict[str, tuple[dict[str, Any], str]] = {
     "list-mask": ({"mask": [True]}, "mask must be a NumPy array like the first argument, got list"),
     "masked": (
         {"value": np.ma.array(VALUE)},
-        "value must be a plain numpy.ndarray, got the subclass numpy.ma",
+        "value must be a NumPy array of no subclass, got numpy.ma",
     ),
     "int": (
         {"query": QUERY.astype(int)},
@@ -314,7 +314,7 @@ def test_tensors_that_cannot_be_read() -> None:
     ):
         call("torch", query=query.to("meta"))
     with pytest.raises(
-        TypeError, match=r"query must be a plain torch.Tensor, got the subclass test_errors.Subclass"
+        TypeError, match=r"query must be a torch tensor of no subclass, got test_errors.Subclass"
     ):
         call("torch", query=query.as_subclass(Subclass))
     with pytest.raises(

@@ -5,6 +5,8 @@ Everything behind this module works on `Strided`. torch is recognised through ``
 
 from __future__ import annotations
 
+import ctypes
+import math
 import sys
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -89,50 +91,39 @@ def _bfloat16_bits(values: NDArray[np.float64]) -> NDArray[np.uint16]:
 class ArrayLibrary(Protocol):
     """What differs between NumPy and torch."""
 
-    def view(self, name: str, array: Array) -> Strided:
-        """See the argument `name` as memory; raise where that would misread it."""
-
-    def writable_view(self, name: str, array: Array) -> Strided:
-        """See the argument `name` as memory to write to; raise where the caller would not see the result."""
+    def view(self, name: str, array: Array, *, to_write: bool = False) -> Strided:
+        """See the argument `name` as memory; raise where that would misread it, or lose what is written."""
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Array) -> Strided:
         """Allocate an output of `dtype`, which is `like`'s or a dtype of NumPy, where `like` lives."""
 
 
 class _NumpyArrays:
-    def view(self, name: str, array: Array) -> Strided:
-        dtype, strides = _read(name, array)
-        if strides is None:
-            array = _with_plain_strides(array)
-            dtype, strides = _read(name, array)
-        return Strided(array, dtype, array.shape, strides or (), array.__array_interface__["data"][0])
-
-    def writable_view(self, name: str, array: Array) -> Strided:
-        dtype, strides = _read(name, array)
-        if not array.flags.writeable:
+    def view(self, name: str, array: Array, *, to_write: bool = False) -> Strided:
+        if type(array) not in (np.ndarray, np.memmap):
+            raise _not_a_plain("a NumPy array", np.ndarray, name, array)
+        dtype, strides = _in_elements(array.dtype, array.strides)
+        if not dtype:
+            raise TypeError(f"{name} must be in the machine's byte order, got dtype {array.dtype.str!r}")
+        if to_write and not array.flags.writeable:
             raise ValueError(f"{name} must be writable, got a read-only array")
-        if strides is None:
+        if strides is None and to_write:
             got = f"{array.strides} bytes for items of {array.itemsize}"
             raise ValueError(f"{name} must have non-negative strides of whole items, got {got}")
-        return Strided(array, dtype, array.shape, strides, array.__array_interface__["data"][0])
+        if strides is None:
+            return self.view(name, _with_plain_strides(array))
+        return Strided(array, dtype, array.shape, strides, _address(array))
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Array) -> Strided:
-        # NumPy does not know bfloat16 by name.
-        own, _ = _in_elements(like.dtype, ())
-        return self.view("out", np.empty(shape, like.dtype if own == dtype else dtype))
+        own, _ = _in_elements(like.dtype, ())  # NumPy does not know bfloat16 by name
+        array = np.empty(shape, like.dtype if own == dtype else dtype)
+        return Strided(array, dtype, shape, _contiguous(shape), _address(array))
 
 
-def _read(name: str, array: NDArray[Any]) -> tuple[str, tuple[int, ...] | None]:
-    """The name of the dtype, and the strides in elements where they are plain."""
-    if type(array) not in (np.ndarray, np.memmap):
-        if not isinstance(array, np.ndarray):
-            raise TypeError(f"{name} must be a NumPy array like the first argument, got {type_name(array)}")
-        # A MaskedArray, for one, would lose its mask.
-        raise TypeError(f"{name} must be a plain numpy.ndarray, got the subclass {type_name(array)}")
-    dtype, strides = _in_elements(array.dtype, array.strides)
-    if not dtype:
-        raise TypeError(f"{name} must be in the machine's byte order, got dtype {array.dtype.str!r}")
-    return dtype, strides
+def _not_a_plain(kind: str, base: type, name: str, array: object) -> TypeError:
+    if isinstance(array, base):  # its own rules, a MaskedArray's for one, would be lost
+        return TypeError(f"{name} must be {kind} of no subclass, got {type_name(array)}")
+    return TypeError(f"{name} must be {kind} like the first argument, got {type_name(array)}")
 
 
 @lru_cache  # NumPy takes microseconds to spell the name of a dtype
@@ -144,6 +135,32 @@ def _in_elements(dtype: np.dtype[Any], strides: tuple[int, ...]) -> tuple[str, t
     return name, tuple(stride // itemsize for stride in strides)
 
 
+class _ArrayStruct(ctypes.Structure):
+    """PyArrayInterface: what ``__array_struct__`` points to."""
+
+    _fields_ = (
+        ("two", ctypes.c_int),
+        ("nd", ctypes.c_int),
+        ("typekind", ctypes.c_char),
+        ("itemsize", ctypes.c_int),
+        ("flags", ctypes.c_int),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("data", ctypes.c_void_p),
+        ("descr", ctypes.c_void_p),
+    )
+
+
+_get_struct = ctypes.PYFUNCTYPE(ctypes.POINTER(_ArrayStruct), ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+
+
+def _address(array: NDArray[Any]) -> int:
+    """``array.ctypes.data`` in a third of the time; calls on few tokens take microseconds."""
+    return _get_struct(array.__array_struct__, None).contents.data or 0
+
+
 def _with_plain_strides(array: NDArray[Any]) -> NDArray[Any]:
     """Copy an array; its broadcast axes stay broadcast, so the copy is never larger than what it shows."""
     once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides)
@@ -153,52 +170,47 @@ def _with_plain_strides(array: NDArray[Any]) -> NDArray[Any]:
 class _TorchTensors:
     def __init__(self, torch: Any) -> None:
         self._torch = torch
+        self._strided = torch.strided
         self._forward_ad = torch.autograd.forward_ad
         self._plain = (torch.Tensor, torch.nn.Parameter)
 
-    def view(self, name: str, array: Array) -> Strided:
-        self._check(name, array)
-        # A lazily negated view (of the imaginary part of a conjugate) holds the opposite of its values.
-        return _see_tensor(name, array.resolve_neg() if array.is_neg() else array)
-
-    def writable_view(self, name: str, array: Array) -> Strided:
-        self._check(name, array)
-        if array.is_neg():
-            raise ValueError(f"{name} must be writable, got a lazily negated view: see resolve_neg")
-        return _see_tensor(name, array)
-
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Array) -> Strided:
-        return _see_tensor("out", like.new_empty(shape, dtype=getattr(self._torch, dtype)))
-
-    def _check(self, name: str, tensor: Array) -> None:
-        if type(tensor) not in self._plain:
-            if not isinstance(tensor, self._torch.Tensor):
-                raise TypeError(
-                    f"{name} must be a torch tensor like the first argument, got {type_name(tensor)}"
-                )
-            raise TypeError(f"{name} must be a plain torch.Tensor, got the subclass {type_name(tensor)}")
-        if not tensor.is_cpu:
-            got = f"{name} is on device '{tensor.device}'"
+    def view(self, name: str, array: Array, *, to_write: bool = False) -> Strided:
+        if type(array) not in self._plain:
+            raise _not_a_plain("a torch tensor", self._torch.Tensor, name, array)
+        if not array.is_cpu:
+            got = f"{name} is on device '{array.device}'"
             raise RuntimeError(f"{got}, expected 'cpu': the GPU backend is not there yet")
-        if tensor.layout is not self._torch.strided:
-            raise TypeError(f"{name} must be a dense tensor (torch.strided), got layout {tensor.layout}")
-        if (tensor.requires_grad and self._torch.is_grad_enabled()) or (
-            self._forward_ad._current_level >= 0 and self._forward_ad.unpack_dual(tensor).tangent is not None
+        if array.layout is not self._strided:
+            raise TypeError(f"{name} must be a dense tensor (torch.strided), got layout {array.layout}")
+        if (array.requires_grad and self._torch.is_grad_enabled()) or (
+            self._forward_ad._current_level >= 0 and self._forward_ad.unpack_dual(array).tangent is not None
         ):
             raise RuntimeError(
                 f"{name} requires grad, and fastattn computes no gradients yet: "
                 f"call it under torch.no_grad(), or pass {name}.detach()"
             )
+        if array.is_neg():  # lazily negated, as the imaginary part of a conjugate: memory has the other sign
+            if to_write:
+                raise ValueError(f"{name} must be writable, got a lazily negated view: see resolve_neg")
+            array = array.resolve_neg()
+        try:
+            shape, strides, address = tuple(array.shape), array.stride(), array.data_ptr()
+        except RuntimeError as error:  # nested tensors, and the wrappers inside torch.func transforms
+            raise RuntimeError(f"{name} is no single block of memory: {error}") from error
+        if not address and array.numel():
+            raise RuntimeError(f"{name} is no single block of memory: it has no storage")
+        return Strided(array, _torch_name(array.dtype), shape, strides, address)
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Array) -> Strided:
+        options = {} if _torch_name(like.dtype) == dtype else {"dtype": getattr(self._torch, dtype)}
+        tensor = like.new_empty(shape, **options)
+        return Strided(tensor, dtype, shape, _contiguous(shape), tensor.data_ptr())
 
 
-def _see_tensor(name: str, tensor: Array) -> Strided:
-    try:
-        shape, strides, address = tuple(tensor.shape), tensor.stride(), tensor.data_ptr()
-    except RuntimeError as error:  # nested tensors, and the wrappers inside torch.func transforms
-        raise RuntimeError(f"{name} is no single block of memory: {error}") from error
-    if not address and tensor.numel():
-        raise RuntimeError(f"{name} is no single block of memory: it has no storage")
-    return Strided(tensor, _torch_name(tensor.dtype), shape, strides, address)
+@lru_cache
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a new array."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 @cache

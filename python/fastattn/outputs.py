@@ -74,7 +74,7 @@ def _check_size(name: str, shape: Shape, dtype: str) -> None:
 
 def _check_out(problem: AttentionProblem, shape: Shape, out: Array) -> Strided:
     """See the caller's `out` as memory in the order (B, H, L, D), or say why it cannot be written."""
-    view = problem.library.writable_view("out", out)
+    view = problem.library.view("out", out, to_write=True)
     if view.dtype != problem.dtype:
         raise TypeError(f"out must have query's dtype {problem.dtype}, got {view.dtype}")
     expected = shape if problem.layout == "bhsd" else _swapped(shape)
@@ -101,7 +101,15 @@ def _overlaps_itself(view: Strided) -> bool:
 
 
 def _overlap(a: Strided, b: Strided) -> bool:
+    if a.address >= _end(b) or b.address >= _end(a):
+        return False
     try:
         return np.shares_memory(a.numpy(), b.numpy(), max_work=_OVERLAP_WORK)
     except RuntimeError:  # numpy's TooHardError, which has moved between its modules
         return True
+
+
+def _end(view: Strided) -> int:
+    """One past the last byte that the view can reach."""
+    last = sum((size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True))
+    return view.address + (last + 1) * ITEMSIZE[view.dtype]

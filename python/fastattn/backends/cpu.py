@@ -22,6 +22,7 @@ except ImportError as error:
     _missing = f"the compiled extension fastattn._core cannot be loaded: {error}"
 else:
     _missing = ""
+    _CODES = _core.DTYPE_CODES
 
 MAX_HEAD_DIM = 576  # latent attention of DeepSeek: 512 + 64
 MAX_VALUE_DIM = 512
@@ -77,7 +78,7 @@ class CpuBackend:
 
 
 def _tensor(view: Strided) -> Tensor:
-    return view.address, _core.DTYPE_CODES[view.dtype], view.shape, view.strides
+    return view.address, _CODES[view.dtype], view.shape, view.strides
 
 
 def _vector(values: NDArray[Any]) -> Tensor:
