@@ -22,6 +22,7 @@ FASTATTN_NOINLINE void value_tile(const typename E::Scalar* probs, const char* v
       sum[r][v] = V::zero();
     }
   }
+#pragma GCC unroll 4
   for (int64_t k = 0; k < steps; ++k) {
     const auto* row = reinterpret_cast<const Scalar*>(value + k * value_stride);
     typename E::Reg x[kVectors];

@@ -72,12 +72,6 @@ struct VecF32 {
     const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), odd));
     return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
-  // The same from floats, rounded to nearest even.
-  static Reg interleave(Reg even, Reg odd) {
-    const __m512i low = _mm512_srli_epi32(rounded_bits(even), 16);
-    const __m512i high = _mm512_and_si512(rounded_bits(odd), _mm512_set1_epi32(static_cast<int>(0xffff0000U)));
-    return _mm512_castsi512_ps(_mm512_or_si512(low, high));
-  }
   static Reg low_half(Reg pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16)); }
   static Reg high_half(Reg pairs) {
     return _mm512_castsi512_ps(

@@ -23,7 +23,13 @@ struct Bf16PairProduct {
   static FASTATTN_INLINE __m512 poison(__m512 x, __m512 zero, __m512 sum) {
     return V::fma(V::low_half(x), zero, V::fma(V::high_half(x), zero, sum));
   }
-  static FASTATTN_INLINE __m512 probabilities(const __m512 (&prob)[2]) { return V::interleave(prob[0], prob[1]); }
+  // Lane i pairs the even key's probability (low half) with the odd key's.
+  static FASTATTN_INLINE __m512 probabilities(const __m512 (&prob)[2]) {
+    const auto halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(prob[1], prob[0]));
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves));
+  }
   static float scale_probability(float pair, float scale) {
     const uint32_t bits = float_to_bits(pair);
     const Bfloat16 low = to_bfloat16(bits_to_float(bits << 16) * scale);
