@@ -63,6 +63,18 @@ def test_out_is_written_and_returned(library: str, layout: str) -> None:
     assert (buffer[:, 0] == 7).all() and (buffer[..., 8:] == 7).all()
 
 
+def test_out_that_a_graph_has_saved() -> None:
+    """torch must notice that the values are gone, as after any operation in place."""
+    tensors = CASE.tensors(library="torch")
+    saved, leaf = torch.ones(2, 4, 5, 6), torch.ones(2, 4, 5, 6, requires_grad=True)
+    product = (saved * leaf).sum()
+    attention(*tensors, out=saved)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with torch.inference_mode():
+        assert attention(*tensors, out=torch.ones(2, 4, 5, 6)).is_inference()
+
+
 def test_out_of_an_empty_call() -> None:
     empty = np.zeros((0, 2, 3, 4), np.float32)
     out = np.zeros_like(empty)

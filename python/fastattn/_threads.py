@@ -67,9 +67,9 @@ def num_threads_and_source() -> tuple[int, str]:
     from_environment = _environment()
     if from_environment:
         return from_environment, "FASTATTN_NUM_THREADS"
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        return torch.get_num_threads(), "torch.get_num_threads"
+    torch_threads = getattr(sys.modules.get("torch"), "get_num_threads", None)  # None while torch is loading
+    if torch_threads is not None:
+        return torch_threads(), "torch.get_num_threads"
     return _default()
 
 

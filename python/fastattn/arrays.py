@@ -199,11 +199,16 @@ class _TorchTensors:
             raise RuntimeError(f"{name} is no single block of memory: {error}") from error
         if not address and array.numel():
             raise RuntimeError(f"{name} is no single block of memory: it has no storage")
+        if to_write and not array.is_inference():
+            # As torch's own in-place operations do: a graph that saved these values then refuses to use them.
+            self._torch.autograd.graph.increment_version(array)
         return Strided(array, _torch_name(array.dtype), shape, strides, address)
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Array) -> Strided:
-        options = {} if _torch_name(like.dtype) == dtype else {"dtype": getattr(self._torch, dtype)}
-        tensor = like.new_empty(shape, **options)
+        if _torch_name(like.dtype) == dtype:
+            tensor = like.new_empty(shape)
+        else:
+            tensor = like.new_empty(shape, dtype=getattr(self._torch, dtype))
         return Strided(tensor, dtype, shape, _contiguous(shape), tensor.data_ptr())
 
 

@@ -33,19 +33,20 @@ def prepare_outputs(
     problem: AttentionProblem, out: Array | None, return_lse: bool, return_weights: bool
 ) -> Outputs:
     """Allocate what the call returns, or take the caller's `out`, once every size is known to fit."""
-    _check_flag("return_lse", return_lse)
-    _check_flag("return_weights", return_weights)
-    shape = problem.out_shape
-    _check_size("out", shape, problem.dtype)
+    for name, flag in ("return_lse", return_lse), ("return_weights", return_weights):
+        if not isinstance(flag, (bool, np.bool_)):
+            raise TypeError(f"{name} must be a bool, got {type_name(flag)}")
+    shape, dtype = problem.out_shape, problem.dtype
+    _check_size("out", shape, dtype)
     if return_lse:
         _check_size("lse", shape[:3], problem.lse_dtype)
     if return_weights:
-        _check_size("weights", problem.scores_shape, problem.dtype)
+        _check_size("weights", problem.scores_shape, dtype)
     library, like = problem.library, problem.query.array
     return Outputs(
         _new_out(problem, shape) if out is None else _check_out(problem, shape, out),
         library.empty(shape[:3], problem.lse_dtype, like) if return_lse else None,
-        library.empty(problem.scores_shape, problem.dtype, like) if return_weights else None,
+        library.empty(problem.scores_shape, dtype, like) if return_weights else None,
     )
 
 
@@ -59,11 +60,6 @@ def _new_out(problem: AttentionProblem, shape: Shape) -> Strided:
 def _swapped(shape: Shape) -> Shape:
     batch, heads, rows, dim = shape
     return batch, rows, heads, dim
-
-
-def _check_flag(name: str, flag: Any) -> None:
-    if not isinstance(flag, (bool, np.bool_)):
-        raise TypeError(f"{name} must be a bool, got {type_name(flag)}")
 
 
 def _check_size(name: str, shape: Shape, dtype: str) -> None:
