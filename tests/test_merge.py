@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import fastattn as fa
 import shapes
@@ -103,3 +104,49 @@ def test_layout() -> None:
     )
     np.testing.assert_array_equal(swapped_out, out.swapaxes(1, 2))
     np.testing.assert_array_equal(same_lse, lse)
+
+
+def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
+    return np.zeros(shape, dtype)
+
+
+WRONG: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
+    "dtype": (
+        TypeError,
+        {"out_b": zeros(1, 2, 3, 4, dtype=float)},
+        "must both be one of .*, got float32 and float64",
+    ),
+    "lse-dtype": (
+        TypeError,
+        {"lse_a": zeros(1, 2, 3, dtype=np.float16)},
+        "must both be float32 or float64, got float16",
+    ),
+    "shape": (
+        ValueError,
+        {"out_b": zeros(1, 2, 3, 5)},
+        "out_a and out_b must have the same 4 axes, got shapes",
+    ),
+    "lse-shape": (
+        ValueError,
+        {"lse_b": zeros(1, 3, 2)},
+        r"must have shape \(batch, heads, length\) = \(1, 2, 3\)",
+    ),
+    "layout": (ValueError, {"layout": "hsd"}, "layout must be 'bhsd' or 'bshd', got 'hsd'"),
+    "library": (
+        TypeError,
+        {"out_b": torch.zeros(1, 2, 3, 4)},
+        "out_b must be a NumPy array like the first argument, got torch",
+    ),
+}
+
+
+@pytest.mark.parametrize("error, changes, message", WRONG.values(), ids=WRONG)
+def test_wrong_calls(error: type[Exception], changes: dict[str, Any], message: str) -> None:
+    arguments = {
+        "out_a": zeros(1, 2, 3, 4),
+        "lse_a": zeros(1, 2, 3),
+        "out_b": zeros(1, 2, 3, 4),
+        "lse_b": zeros(1, 2, 3),
+    }
+    with pytest.raises(error, match=message):
+        fa.merge_states(**(arguments | changes))
