@@ -37,7 +37,7 @@ FASTATTN_NOINLINE void read_mask(const Panel<E>& panel, int64_t key_stride, int6
     return;
   }
   int64_t key = begin;
-  if (key_stride == 1) {
+  if (E::kLanes % 8 == 0 && key_stride == 1) {
     for (; key + 8 <= end; key += 8) {
       uint64_t bytes[E::kLanes / 8];
       for (int group = 0; group < E::kLanes / 8; ++group) {

@@ -58,16 +58,43 @@ inline void store_row(const typename E::Scalar* row, double inverse, int64_t cou
 }
 
 template <class E>
+FASTATTN_INLINE typename E::Source* out_row(const Panel<E>& panel, const AttentionParams& p, int64_t batch, int lane) {
+  return static_cast<typename E::Source*>(p.out) + batch * p.out_strides[0] + panel.head[lane] * p.out_strides[1] +
+         panel.row[lane] * p.out_strides[2];
+}
+
+// Output rows from the sums that a matrix unit left transposed, a square of columns and lanes at a time.
+template <class E>
+inline void store_transposed(const Panel<E>& panel, const AttentionParams& p, int64_t batch,
+                             const Normaliser* normalisers) {
+  using V = typename E::V;
+  alignas(64) typename E::Scalar piece[E::kWidth];
+  for (int lane0 = 0; lane0 < panel.live; lane0 += E::kWidth) {
+    for (int64_t d = 0; d < p.value_dim; d += E::kWidth) {
+      typename V::Reg r[E::kWidth];
+      for (int i = 0; i < E::kWidth; ++i) {
+        r[i] = V::load(panel.output + output_index<E>(lane0, d + i, 0));
+      }
+      V::transpose(r);
+      for (int i = 0; i < E::kWidth && lane0 + i < panel.live; ++i) {
+        V::store(piece, r[i]);
+        store_row<E>(piece, normalisers[lane0 + i].inverse, min64(E::kWidth, p.value_dim - d),
+                     out_row<E>(panel, p, batch, lane0 + i) + d * p.out_strides[3], p.out_strides[3]);
+      }
+    }
+  }
+}
+
+template <class E>
 FASTATTN_NOINLINE void finish_rows(Panel<E>& panel, const AttentionParams& p, const ScoreRules<E>& rules, int64_t batch,
                                    Normaliser* normalisers) {
-  using Source = typename E::Source;
   for (int lane = 0; lane < panel.live; ++lane) {
-    const bool want_lse = p.lse != nullptr || p.weights != nullptr;
-    const Normaliser n = normaliser<E>(panel, p, rules, lane, want_lse);
+    const Normaliser n = normaliser<E>(panel, p, rules, lane, p.lse != nullptr);
     normalisers[lane] = n;
-    Source* out = const_cast<Source*>(at<Source>(
-        p.out, batch * p.out_strides[0] + panel.head[lane] * p.out_strides[1] + panel.row[lane] * p.out_strides[2]));
-    store_row<E>(panel.output + lane * rules.output_stride, n.inverse, p.value_dim, out, p.out_strides[3]);
+    if constexpr (E::kMethod != Method::tiles) {
+      store_row<E>(panel.output + lane * rules.output_stride, n.inverse, p.value_dim, out_row<E>(panel, p, batch, lane),
+                   p.out_strides[3]);
+    }
     if (p.lse != nullptr) {
       const int64_t index =
           batch * p.lse_strides[0] + panel.head[lane] * p.lse_strides[1] + panel.row[lane] * p.lse_strides[2];
@@ -78,6 +105,9 @@ FASTATTN_NOINLINE void finish_rows(Panel<E>& panel, const AttentionParams& p, co
       }
     }
   }
+  if constexpr (E::kMethod == Method::tiles) {
+    store_transposed<E>(panel, p, batch, normalisers);
+  }
 }
 
 // Writes the weights of keys [key, key + count) of the head from a block of probabilities, [strip][step][row][depth].
@@ -86,17 +116,14 @@ FASTATTN_NOINLINE void store_weights(const Panel<E>& panel, const AttentionParam
                                      const typename E::Scalar* probs, const typename E::Scalar* scale, int64_t block,
                                      int64_t begin, int64_t end) {
   using Source = typename E::Source;
-  using Element = typename E::Element;
-  constexpr int64_t kStripStride = int64_t{E::kBlockKeys} / E::kDepth * E::kRows;
+  const auto* cells = reinterpret_cast<const typename E::Prob*>(probs);
   for (int lane = 0; lane < panel.live; ++lane) {
     Source* out = const_cast<Source*>(at<Source>(p.weights, batch * p.weights_strides[0] +
                                                                 panel.head[lane] * p.weights_strides[1] +
                                                                 panel.row[lane] * p.weights_strides[2]));
-    const auto* strip = reinterpret_cast<const Element*>(probs + lane / E::kRows * kStripStride);
     for (int64_t key = begin; key < end; ++key) {
-      const int64_t rel = key - block;
-      const Element prob = strip[(rel / E::kDepth * E::kRows + lane % E::kRows) * E::kDepth + rel % E::kDepth];
-      from_scalar(static_cast<double>(to_scalar(prob)) * scale[lane], out + key * p.weights_strides[3]);
+      const auto prob = to_scalar(cells[prob_index<E>(lane, key - block)]);
+      from_scalar(static_cast<double>(prob) * scale[lane], out + key * p.weights_strides[3]);
     }
   }
 }

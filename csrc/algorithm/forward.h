@@ -30,8 +30,8 @@ template <class E>
 struct ForwardPlan {
   OperandLayout layout;
   ScoreRules<E> rules;
-  TileFn<E> masked_tile;
-  TileFn<E> plain_tile;
+  TileFn<E> plain_tile[E::kVectors];   // for panels of 1, ... kVectors vectors of live lanes
+  TileFn<E> masked_tile[E::kVectors];  // where some row does not see some key
   double query_factor;
   int panels;          // of a task
   int64_t spans;       // stretches of rows a key/value head falls into: one a query head, or one for all
@@ -42,6 +42,7 @@ struct ForwardPlan {
   int64_t wave;        // key/value heads whose operands are packed at once
   int threads;
   // byte offsets of a thread's scratch
+  int64_t query_bytes;   // of a panel
   int64_t query_at, output_at, probs_at, visible_at, bias_at, tail_at, clean_at, packed_at, thread_bytes;
 };
 
@@ -56,16 +57,25 @@ inline void plan_scratch(ForwardPlan<E>& plan, const AttentionParams& p) {
     return start;
   };
   take(plan.panels * static_cast<int64_t>(sizeof(Panel<E>)));
-  plan.query_at = take(plan.panels * plan.rules.steps * E::kLanes * kScalar);
+  plan.query_bytes = padded_head_dim<E>(p) / E::kDepth * E::kLanes * kScalar;
+  plan.query_at = take(plan.panels * plan.query_bytes);
   plan.output_at = take(plan.panels * E::kLanes * plan.rules.output_stride * kScalar);
   plan.probs_at = take(int64_t{E::kLanes} * E::kBlockKeys * kScalar / E::kDepth);
   plan.visible_at = take(p.mask != nullptr || p.bias != nullptr ? E::kBlockKeys * 4 : 0);
   plan.bias_at = take(p.bias != nullptr ? int64_t{E::kLanes} * E::kBlockKeys * kScalar : 0);
   plan.tail_at = take(E::kKeys * plan.layout.key_row_bytes);
-  plan.clean_at = take(E::kBlockKeys / E::kDepth * plan.rules.output_stride * kScalar);
+  plan.clean_at = take(E::kBlockKeys / E::kDepth * plan.layout.value_row_bytes);
   plan.packed_at = take(plan.pack_in_task ? plan.layout.head_bytes(E::kBlockKeys, E::kDepth) : 0);
   // A page between threads keeps their lines apart.
   plan.thread_bytes = round_up(bytes, 4096);
+}
+
+template <class E, int kActive>
+inline void choose_tiles(ForwardPlan<E>& plan, bool general) {
+  plan.plain_tile[kActive - 1] =
+      general ? score_tile<E, TileKind::general, kActive> : score_tile<E, TileKind::plain, kActive>;
+  plan.masked_tile[kActive - 1] =
+      general ? score_tile<E, TileKind::general, kActive> : score_tile<E, TileKind::masked, kActive>;
 }
 
 template <class E>
@@ -79,13 +89,15 @@ inline ForwardPlan<E> plan_forward(const AttentionParams& p) {
   const double factor = p.scale * (general ? 1.0 : kLog2E);
   // The product that cannot take the scale into the query takes its sign, since a maximum must stay one.
   plan.query_factor = E::Product::kScaleQuery ? factor : (factor < 0 ? -1.0 : 1.0);
-  plan.rules.factor = static_cast<Scalar>(E::Product::kScaleQuery ? 1.0 : (factor < 0 ? -factor : factor));
-  plan.rules.steps = round_up(p.head_dim, E::kDepth) / E::kDepth;
+  // At least the smallest normal number: 0 would turn a hidden score, -inf, into NaN.
+  const double magnitude = factor < -0x1p-126 ? -factor : factor > 0x1p-126 ? factor : 0x1p-126;
+  plan.rules.factor = static_cast<Scalar>(E::Product::kScaleQuery ? 1.0 : magnitude);
+  plan.rules.steps = E::kMethod == Method::rows ? p.head_dim : padded_head_dim<E>(p) / E::kDepth;
   plan.rules.softcap = static_cast<Scalar>(p.softcap);
   plan.rules.alibi = p.alibi_slopes != nullptr;
   plan.rules.output_stride = padded_value_dim<E>(p);
-  plan.plain_tile = general ? score_tile<E, TileKind::general> : score_tile<E, TileKind::plain>;
-  plan.masked_tile = general ? score_tile<E, TileKind::general> : score_tile<E, TileKind::masked>;
+  choose_tiles<E, 1>(plan, general);
+  choose_tiles<E, E::kVectors>(plan, general);
 
   // Short sequences: rows of the heads that share keys stand side by side in the lanes.
   const bool together = p.seqlen_q < 4 * E::kLanes;
@@ -103,7 +115,7 @@ inline ForwardPlan<E> plan_forward(const AttentionParams& p) {
   plan.pack_in_task = packs && plan.head_tasks == 1;
   const int64_t all_heads = p.batch * p.kv_heads;
   const int64_t head_bytes =
-      packs && !plan.pack_in_task ? plan.layout.head_bytes(round_up(p.seqlen_k, E::kKeys), E::kDepth) : 0;
+      packs && !plan.pack_in_task ? plan.layout.head_bytes(round_up(p.seqlen_k, E::kHeadMultiple), E::kDepth) : 0;
   plan.wave = head_bytes == 0 ? all_heads : clamp64(kPackedBudget / head_bytes, 1, all_heads);
   plan.threads = effective_threads(plan.wave * plan.head_tasks, p.num_threads);
   plan_scratch<E>(plan, p);
@@ -159,7 +171,8 @@ inline KeyValueView block_view(const ForwardTask<E>& task, int64_t block) {
   }
   if (layout.pack_value) {
     view.value = packed;
-    pack_values<E>(task.p, task.rows.batch, task.rows.kv_head, block, end, layout.value_row_bytes, packed);
+    pack_values<E>(task.p, task.rows.batch, task.rows.kv_head, block, end, layout.value_row_bytes, nullptr,
+                   packed);
   }
   return view;
 }
@@ -213,9 +226,8 @@ inline Sight tile_sight(const Panel<E>& panel, const uint32_t* visible, int64_t 
 // Probabilities 0 for the tile at `block_key`.
 template <class E>
 inline void clear_probs(typename E::Scalar* probs, int64_t block_key) {
-  constexpr int64_t kStripStride = int64_t{E::kBlockKeys} / E::kDepth * E::kRows;
-  for (int strip = 0; strip < E::kStrips; ++strip) {
-    memset(probs + strip * kStripStride + block_key / E::kDepth * E::kRows, 0,
+  for (int lane = 0; lane < E::kLanes; lane += E::kRows) {
+    memset(probs + prob_index<E>(lane, block_key) / E::kDepth, 0,
            sizeof(typename E::Scalar) * E::kKeys / E::kDepth * E::kRows);
   }
 }
@@ -242,6 +254,9 @@ inline BlockExtent score_block(const ForwardTask<E>& task, TileContext<E>& conte
   bool started = false;
   bool gap = false;
   const int64_t block = view.start;
+  const int vectors = (context.panel.live + E::kWidth - 1) / E::kWidth;
+  const TileFn<E> plain = task.plan.plain_tile[vectors - 1];
+  const TileFn<E> masked = task.plan.masked_tile[vectors - 1];
   for (int64_t key = begin; key < end; key += E::kKeys) {
     const int64_t block_key = key - block;
     const Sight sight = tile_sight<E>(context.panel, context.dense.visible, block, key);
@@ -262,7 +277,7 @@ inline BlockExtent score_block(const ForwardTask<E>& task, TileContext<E>& conte
     }
     int64_t stride;
     const char* rows = tile_keys<E>(task, view, key, &stride);
-    (sight == Sight::all ? task.plan.plain_tile : task.plan.masked_tile)(context, rows, stride, block_key);
+    (sight == Sight::all ? plain : masked)(context, rows, stride, block_key);
     extent.end = block_key + E::kKeys;
   }
   return extent;
@@ -280,18 +295,22 @@ template <class E>
 inline void add_values(const ForwardTask<E>& task, const TileContext<E>& context, const KeyValueView& view,
                        const BlockExtent& extent) {
   const int64_t stride = task.plan.rules.output_stride;
-  const bool padded = task.plan.layout.pack_value;
+  const OperandLayout& layout = task.plan.layout;
   const int64_t keys = task.block_end(view.start) - view.start;
   const int64_t end = min64(extent.end, keys);
-  if (extent.guard_end > 0 &&
-      has_nonfinite_value<E>(view, extent.guard_begin, min64(extent.guard_end, keys), task.p.value_dim)) {
-    accumulate_guarded<E>(context.panel, context.probs, view, extent.begin, end, task.p.value_dim, stride, padded,
-                          task.scratch + task.plan.clean_at, [&](int lane, int64_t key) {
-                            return lane_sees<E>(context.panel, context.dense.visible, view.start, lane, key);
-                          });
-    return;
+  if (extent.guard_end > 0) {
+    bool bad[E::kBlockKeys] = {};
+    if (find_nonfinite<E>(task.p, task.rows.batch, task.rows.kv_head, view.start + extent.guard_begin,
+                          view.start + min64(extent.guard_end, keys), bad + extent.guard_begin)) {
+      accumulate_guarded<E>(context.panel, context.probs, task.p, layout, task.rows.batch, task.rows.kv_head, view.start,
+                            extent.begin, end, stride, bad, task.scratch + task.plan.clean_at,
+                            [&](int lane, int64_t key) {
+                              return lane_sees<E>(context.panel, context.dense.visible, view.start, lane, key);
+                            });
+      return;
+    }
   }
-  accumulate_values<E>(context.panel, context.probs, view, extent.begin, end, task.p.value_dim, stride, padded);
+  accumulate_values<E>(context.panel, context.probs, view, extent.begin, end, task.p.value_dim, stride, layout.pack_value);
 }
 
 // Enters a key block: the keys of it that the panel sees at all, and its dense arguments. False if there are none.
@@ -411,15 +430,20 @@ void run_task(void* opaque, int64_t index, int thread) {
   const auto& call = *static_cast<const ForwardCall<E>*>(opaque);
   const ForwardPlan<E>& plan = call.plan;
   const ForwardTask<E> task = make_task<E>(call, index, thread);
+  E::enter();
   const int64_t batch = task.rows.batch;
   int64_t first = INT64_MAX;
   int64_t last = 0;
   for (int i = 0; i < task.panels; ++i) {
     Panel<E>& panel = *task.panel(i);
-    panel.query = reinterpret_cast<Scalar*>(task.scratch + plan.query_at) + i * plan.rules.steps * E::kLanes;
+    panel.query = reinterpret_cast<Scalar*>(task.scratch + plan.query_at + i * plan.query_bytes);
     panel.output = reinterpret_cast<Scalar*>(task.scratch + plan.output_at) + i * E::kLanes * plan.rules.output_stride;
     place_rows<E>(panel, task.p, task.rows, task.rows.begin + i * E::kLanes);
-    pack_query<E>(panel, task.p, batch, plan.query_factor);
+    if constexpr (E::kMethod == Method::rows) {
+      copy_query<E>(panel, task.p, batch, plan.query_factor);
+    } else {
+      pack_query<E>(panel, task.p, batch, plan.query_factor);
+    }
     memset(panel.output, 0, sizeof(Scalar) * E::kLanes * static_cast<size_t>(plan.rules.output_stride));
     TileContext<E> context{panel, plan.rules, {}, task.probs(), 0};
     if (plan.rules.alibi) {
@@ -444,6 +468,7 @@ void run_task(void* opaque, int64_t index, int thread) {
       write_weights<E>(task, context, normalisers);
     }
   }
+  E::leave();
 }
 
 // Packs one block of one head of the wave.
@@ -460,16 +485,16 @@ void pack_task(void* opaque, int64_t index, int /*thread*/) {
   if (layout.pack_key) {
     pack_keys<E>(p, head / p.kv_heads, head % p.kv_heads, begin, end, layout.key_row_bytes,
                  out + begin * layout.key_row_bytes);
-    out += round_up(p.seqlen_k, E::kKeys) * layout.key_row_bytes;
+    out += round_up(p.seqlen_k, E::kHeadMultiple) * layout.key_row_bytes;
   }
   if (layout.pack_value) {
-    pack_values<E>(p, head / p.kv_heads, head % p.kv_heads, begin, end, layout.value_row_bytes,
+    pack_values<E>(p, head / p.kv_heads, head % p.kv_heads, begin, end, layout.value_row_bytes, nullptr,
                    out + begin / E::kDepth * layout.value_row_bytes);
   }
 }
 
 template <class E>
-void forward(const AttentionParams& p) {
+void run_forward(const AttentionParams& p) {
   if (p.batch == 0 || p.query_heads == 0 || p.seqlen_q == 0) {
     return;
   }
@@ -477,7 +502,7 @@ void forward(const AttentionParams& p) {
   const int64_t heads = p.batch * p.kv_heads;
   const bool packs = (plan.layout.pack_key || plan.layout.pack_value) && !plan.pack_in_task;
   const int64_t head_bytes =
-      packs ? round_up(plan.layout.head_bytes(round_up(p.seqlen_k, E::kKeys), E::kDepth), kScratchAlign) : 0;
+      packs ? round_up(plan.layout.head_bytes(round_up(p.seqlen_k, E::kHeadMultiple), E::kDepth), kScratchAlign) : 0;
   const int64_t thread_bytes = plan.threads * plan.thread_bytes;
   const Workspace workspace(static_cast<size_t>(thread_bytes + plan.wave * head_bytes));
   ForwardCall<E> call{p, plan, workspace.data(), workspace.data() + thread_bytes, head_bytes, 0};
@@ -490,6 +515,15 @@ void forward(const AttentionParams& p) {
     }
     parallel_for(wave * plan.head_tasks, plan.threads, run_task<E>, &call);
   }
+}
+
+// Up to this many queries, keys and values are read where they lie and each query pays for itself; above it, a panel's
+// lanes fill. Decided by the number of queries alone, so that a row's bits do not depend on how many heads share its keys.
+constexpr int64_t kFewQueries = 4;
+
+template <class Few, class Many>
+void forward(const AttentionParams& p) {
+  (p.seqlen_q <= kFewQueries ? run_forward<Few> : run_forward<Many>)(p);
 }
 
 }  // namespace

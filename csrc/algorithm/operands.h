@@ -35,15 +35,17 @@ inline int64_t padded_value_dim(const AttentionParams& p) {
   return round_up(p.value_dim, E::kWidth);
 }
 
+// `copy_strided`: whether rows that are not adjacent are worth copying.
 template <class E>
 inline OperandLayout operand_layout(const AttentionParams& p, bool copy_strided) {
   OperandLayout layout{};
-  const bool key_scattered = copy_strided && p.key_strides[2] != p.head_dim;
-  const bool value_scattered = copy_strided && p.value_strides[2] != p.value_dim;
-  layout.pack_key = E::kConvert || p.key_strides[3] != 1 || p.head_dim % E::kDepth != 0 || key_scattered;
+  const bool copies = copy_strided && E::kMethod == Method::broadcast;
+  const bool key_scattered = copies && p.key_strides[2] != p.head_dim;
+  const bool value_scattered = copies && p.value_strides[2] != p.value_dim;
+  layout.pack_key = E::kConvert || p.key_strides[3] != 1 || p.head_dim % E::kDimMultiple != 0 || key_scattered;
   layout.pack_value = E::kPacksValue || p.value_strides[3] != 1 || value_scattered;
-  layout.key_row_bytes = round_up(p.head_dim, E::kDepth) * static_cast<int64_t>(sizeof(typename E::Element));
-  layout.value_row_bytes = padded_value_dim<E>(p) * static_cast<int64_t>(sizeof(typename E::Scalar));
+  layout.key_row_bytes = round_up(p.head_dim, E::kDimMultiple) * static_cast<int64_t>(sizeof(typename E::Element));
+  layout.value_row_bytes = padded_value_dim<E>(p) * E::kDepth * static_cast<int64_t>(sizeof(typename E::Element));
   return layout;
 }
 
@@ -99,7 +101,7 @@ FASTATTN_NOINLINE void pack_keys(const AttentionParams& p, int64_t batch, int64_
       } else {
         gather_row(from, p.key_strides[3], p.head_dim, to);
       }
-      for (int64_t d = p.head_dim; d < round_up(p.head_dim, E::kDepth); ++d) {
+      for (int64_t d = p.head_dim; d < round_up(p.head_dim, E::kDimMultiple); ++d) {
         to[d] = Source{};
       }
     }
@@ -107,36 +109,59 @@ FASTATTN_NOINLINE void pack_keys(const AttentionParams& p, int64_t batch, int64_
   memset(out, 0, static_cast<size_t>((round_up(end, E::kKeys) - max64(stop, begin)) * row_bytes));
 }
 
-// Packs values [begin, end) of one head; steps past the last key are zero.
+// Packs one step of values, `depth` rows, to `out`.
+template <class E>
+FASTATTN_INLINE void pack_value_step(const typename E::Source* const (&rows)[E::kDepth], int64_t value_dim, char* out) {
+  using V = typename E::V;
+  if constexpr (E::kMethod == Method::rows) {
+    memcpy(out, rows[0], static_cast<size_t>(value_dim) * sizeof *rows[0]);
+    return;
+  }
+  auto* to = reinterpret_cast<typename E::Scalar*>(out);
+  for (int64_t d = 0; d < value_dim; d += E::kWidth) {
+    const int count = static_cast<int>(min64(E::kWidth, value_dim - d));
+    if constexpr (E::kDepth == 2) {
+      V::store(to + d, V::interleave(rows[0] + d, rows[1] + d, count));
+    } else if constexpr (E::kMethod == Method::broadcast) {
+      V::store(to + d, count == E::kWidth ? V::load(rows[0] + d) : V::load_partial(rows[0] + d, count));
+    }
+  }
+}
+
+// Packs values [begin, end) of one head; steps past the last key are zero, and so are keys with skip[key - begin].
 template <class E>
 FASTATTN_NOINLINE void pack_values(const AttentionParams& p, int64_t batch, int64_t head, int64_t begin, int64_t end,
-                                   int64_t row_bytes, char* out) {
-  using V = typename E::V;
+                                   int64_t row_bytes, const bool* skip, char* out) {
   using Source = typename E::Source;
   constexpr int kMaxValueDim = 512;
-  Source gathered[2][kMaxValueDim];
   static const Source kZeros[kMaxValueDim] = {};
+  Source gathered[E::kDepth][kMaxValueDim];
   const int64_t stop = min64(end, p.seqlen_k);
-  int64_t key = begin;
-  for (; key < stop; key += E::kDepth, out += row_bytes) {
-    const Source* rows[2];
+  // A matrix unit reads a group of steps at once: columns of it, see pack_value_group.
+  constexpr int kGroup = E::kMethod == Method::tiles ? E::kWidth : 1;
+  alignas(64) typename E::Scalar steps[kGroup][E::kMethod == Method::tiles ? kMaxValueDim : 1];
+  const int64_t last = begin + round_up(end - begin, E::kKeys);
+  int filled = 0;
+  for (int64_t key = begin; key < last; key += E::kDepth) {
+    const Source* rows[E::kDepth];
     for (int i = 0; i < E::kDepth; ++i) {
-      rows[i] = key + i < stop ? value_row<E>(p, batch, head, key + i) : kZeros;
-      if (p.value_strides[3] != 1 && key + i < stop) {
+      const bool there = key + i < stop && (skip == nullptr || !skip[key + i - begin]);
+      rows[i] = there ? value_row<E>(p, batch, head, key + i) : kZeros;
+      if (there && p.value_strides[3] != 1) {
         rows[i] = gather_row(rows[i], p.value_strides[3], p.value_dim, gathered[i]);
       }
     }
-    auto* to = reinterpret_cast<typename E::Scalar*>(out);
-    for (int64_t d = 0; d < p.value_dim; d += E::kWidth) {
-      const int count = static_cast<int>(min64(E::kWidth, p.value_dim - d));
-      if constexpr (E::kDepth == 2) {
-        V::store(to + d, V::interleave(rows[0] + d, rows[1] + d, count));
-      } else {
-        V::store(to + d, count == E::kWidth ? V::load(rows[0] + d) : V::load_partial(rows[0] + d, count));
+    if constexpr (E::kMethod == Method::tiles) {
+      pack_value_step<E>(rows, p.value_dim, reinterpret_cast<char*>(steps[filled]));
+      if (++filled == kGroup) {
+        E::pack_value_group(steps, padded_value_dim<E>(p), key + E::kDepth - kGroup * E::kDepth - begin, out);
+        filled = 0;
       }
+    } else {
+      pack_value_step<E>(rows, p.value_dim, out);
+      out += row_bytes;
     }
   }
-  memset(out, 0, static_cast<size_t>((round_up(end, E::kKeys) - key) / E::kDepth * row_bytes));
 }
 
 // The view of one head where it lies, or where it has been packed as a whole at `packed`.
@@ -144,7 +169,7 @@ template <class E>
 inline KeyValueView whole_view(const AttentionParams& p, const OperandLayout& layout, int64_t batch, int64_t head,
                                const char* packed) {
   KeyValueView view{};
-  const int64_t keys = round_up(p.seqlen_k, E::kKeys);
+  const int64_t keys = round_up(p.seqlen_k, E::kHeadMultiple);
   view.start = 0;
   view.key_stride =
       layout.pack_key ? layout.key_row_bytes : p.key_strides[2] * static_cast<int64_t>(sizeof(typename E::Source));

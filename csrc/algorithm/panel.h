@@ -36,8 +36,8 @@ struct Panel {
   bool mask_shared;  // every lane reads the same mask row
   bool bias_shared;
 
-  Scalar* query;   // [ceil(D / depth)][kLanes] operands
-  Scalar* output;  // [kLanes][padded Dv] sums of p * v
+  Scalar* query;   // operands: [padded D / depth][kLanes], or [kLanes][padded D] for Method::rows
+  Scalar* output;  // sums of p * v, see output_index
 };
 
 // Which rows the panels of one task hold. Rows of the heads that share a key/value head count through: head * Lq + row.
@@ -142,13 +142,33 @@ FASTATTN_INLINE const typename E::Source* query_row(const Panel<E>& panel, const
                                              panel.row[lane] * p.query_strides[2]);
 }
 
+// Elements of a query row, packed: kDimMultiple pads with zeros.
+template <class E>
+constexpr int64_t padded_head_dim(const AttentionParams& p) {
+  return round_up(p.head_dim, E::kMethod == Method::rows ? E::kWidth : E::kDimMultiple);
+}
+
+// Packs the panel's queries for rows dotted with rows: [lane][padded D].
+template <class E>
+FASTATTN_NOINLINE void copy_query(Panel<E>& panel, const AttentionParams& p, int64_t batch, double factor) {
+  using Scalar = typename E::Scalar;
+  const int64_t stride = padded_head_dim<E>(p);
+  for (int lane = 0; lane < panel.live; ++lane) {
+    const auto* row = query_row<E>(panel, p, batch, lane);
+    Scalar* out = panel.query + lane * stride;
+    for (int64_t d = 0; d < stride; ++d) {
+      out[d] = d < p.head_dim ? to_scalar(row[d * p.query_strides[3]]) * static_cast<Scalar>(factor) : Scalar{0};
+    }
+  }
+}
+
 // Packs the panel's queries. `factor` multiplies them (only its sign where the product does not scale the query).
 template <class E>
 FASTATTN_NOINLINE void pack_query(Panel<E>& panel, const AttentionParams& p, int64_t batch, double factor) {
   using Scalar = typename E::Scalar;
   using Source = typename E::Source;
-  const int64_t columns = round_up(p.head_dim, E::kDepth) / E::kDepth;
-  const bool direct = p.query_strides[3] == 1 && p.head_dim % E::kDepth == 0;
+  const int64_t columns = padded_head_dim<E>(p) / E::kDepth;
+  const bool direct = p.query_strides[3] == 1 && p.head_dim % E::kDimMultiple == 0;
   for (int vector = 0; vector < E::kVectors; ++vector) {
     const Source* rows[E::kWidth];
     for (int i = 0; i < E::kWidth; ++i) {
@@ -161,10 +181,10 @@ FASTATTN_NOINLINE void pack_query(Panel<E>& panel, const AttentionParams& p, int
       });
       continue;
     }
-    // An odd head_dim or a stride between elements: gather a row's piece first.
+    // Padding, or a stride between elements: gather a row's piece first.
     transpose_rows<E>(out, columns, [&](int i, int64_t c, int count) FASTATTN_LAMBDA_INLINE {
       Source piece[E::kWidth * E::kDepth] = {};
-      const int64_t elements = min64(count * E::kDepth, p.head_dim - c * E::kDepth);
+      const int64_t elements = min64(int64_t{count} * E::kDepth, p.head_dim - c * E::kDepth);
       for (int64_t e = 0; e < elements; ++e) {
         piece[e] = rows[i][(c * E::kDepth + e) * p.query_strides[3]];
       }

@@ -1,6 +1,7 @@
-// The first product and the softmax: scores of kKeys keys by kLanes queries, turned into probabilities where they are.
+// The softmax over tiles of scores, kKeys keys by kLanes queries: what is added, what is hidden, and probabilities.
 #pragma once
 
+#include "algorithm/key_product.h"
 #include "algorithm/panel.h"
 
 namespace fastattn {
@@ -24,7 +25,7 @@ struct DenseBlock {
 template <class E>
 struct ScoreRules {
   using Scalar = typename E::Scalar;
-  int64_t steps;   // lanes of operands a row: ceil(D / depth)
+  int64_t steps;   // lanes of operands a row: padded D / depth
   Scalar factor;   // multiplies the products; 1 where the scale went into the query
   Scalar softcap;  // 0 = none
   bool alibi;
@@ -48,36 +49,9 @@ struct TileContext {
 template <class E>
 using TileFn = void (*)(TileContext<E>& context, const char* key, int64_t key_stride, int64_t block_key);
 
-template <class E>
-FASTATTN_INLINE void multiply_keys(typename E::Reg (&s)[E::kKeys][E::kVectors], const char* key, int64_t key_stride,
-                                   const typename E::Scalar* query, int64_t steps) {
-  using V = typename E::V;
-  using Scalar = typename E::Scalar;
-#pragma GCC unroll 8
-  for (int r = 0; r < E::kKeys; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < E::kVectors; ++v) {
-      s[r][v] = V::zero();
-    }
-  }
-  for (int64_t k = 0; k < steps; ++k) {
-    typename E::Reg q[E::kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < E::kVectors; ++v) {
-      q[v] = V::load(query + k * E::kLanes + v * E::kWidth);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < E::kKeys; ++r) {
-      Scalar lane;  // bfloat16 pairs may lie at odd addresses
-      memcpy(&lane, key + r * key_stride + k * static_cast<int64_t>(sizeof(Scalar)), sizeof lane);
-      const auto broadcast = V::set1(lane);
-#pragma GCC unroll 4
-      for (int v = 0; v < E::kVectors; ++v) {
-        s[r][v] = E::Product::run(broadcast, q[v], s[r][v]);
-      }
-    }
-  }
-}
+// Scores of a group of keys by the panel's first kActive vectors of queries.
+template <class E, int kActive>
+using Scores = typename E::Reg[E::kGroupKeys][kActive];
 
 // Moves the shift of every lane whose maximum rose too far, and rescales what was summed under the old one. Which lanes
 // move depends on the lane alone.
@@ -86,7 +60,8 @@ FASTATTN_NOINLINE void raise_shift(TileContext<E>& context, const typename E::Sc
   using Scalar = typename E::Scalar;
   Panel<E>& panel = context.panel;
   const ScoreRules<E>& rules = context.rules;
-  const auto rise = static_cast<Scalar>(kLazyRise / rules.to_log2());
+  const double rise_log2 = kRoundsProbabilities<E> ? kRoundedLazyRise : kLazyRise;
+  const auto rise = static_cast<Scalar>(rise_log2 / rules.to_log2());
   for (int lane = 0; lane < E::kLanes; ++lane) {
     if (!(peak[lane] > panel.limit[lane])) {
       continue;
@@ -94,7 +69,8 @@ FASTATTN_NOINLINE void raise_shift(TileContext<E>& context, const typename E::Sc
     const Scalar old = panel.shift[lane];
     const bool first = panel.limit[lane] == -static_cast<Scalar>(__builtin_inf());
     // Whole powers of two where scores are to base 2: rescaling is then exact.
-    const Scalar shift = rules.natural ? peak[lane] : static_cast<Scalar>(__builtin_ceil(peak[lane]));
+    const bool whole = !rules.natural && !kRoundsProbabilities<E>;
+    const Scalar shift = whole ? static_cast<Scalar>(__builtin_ceil(peak[lane])) : peak[lane];
     panel.shift[lane] = shift;
     panel.limit[lane] = shift + rise;
     if (first) {
@@ -104,34 +80,32 @@ FASTATTN_NOINLINE void raise_shift(TileContext<E>& context, const typename E::Sc
         static_cast<Scalar>(::exp2((static_cast<double>(old) - static_cast<double>(shift)) * rules.to_log2()));
     panel.sum[lane] *= scale;
     panel.block_sum[lane] *= scale;
-    Scalar* output = panel.output + lane * context.rules.output_stride;
-    for (int64_t d = 0; d < context.rules.output_stride; ++d) {
-      output[d] *= scale;
+    for (int64_t d = 0; d < rules.output_stride; ++d) {
+      panel.output[output_index<E>(lane, d, rules.output_stride)] *= scale;
     }
-    Scalar* probs = context.probs + lane / E::kRows * (E::kBlockKeys / E::kDepth) * E::kRows + lane % E::kRows;
-    for (int64_t step = context.written / E::kDepth; step < block_key / E::kDepth; ++step) {
-      probs[step * E::kRows] = E::Product::scale_probability(probs[step * E::kRows], scale);
+    for (int64_t key = context.written; key < block_key; key += E::kDepth) {
+      Scalar& prob = context.probs[prob_index<E>(lane, key) / E::kDepth];
+      prob = E::Product::scale_probability(prob, scale);
     }
   }
 }
 
 // Probabilities of a tile of final scores: maximum, exponential, sum, store.
-template <class E, bool kNatural>
-FASTATTN_INLINE void softmax_tile(TileContext<E>& context, typename E::Reg (&s)[E::kKeys][E::kVectors],
-                                  int64_t block_key) {
+template <class E, bool kNatural, int kActive>
+FASTATTN_INLINE void softmax_tile(TileContext<E>& context, Scores<E, kActive>& s, int64_t block_key) {
   using V = typename E::V;
   using Reg = typename E::Reg;
   using Scalar = typename E::Scalar;
   constexpr bool kScaled = kNatural || E::Product::kScaleQuery;  // else s is to be multiplied by rules.factor
   Panel<E>& panel = context.panel;
   const Reg factor = V::set1(context.rules.factor);
-  Reg peak[E::kVectors];
+  Reg peak[kActive];
   bool rises = false;
 #pragma GCC unroll 4
-  for (int v = 0; v < E::kVectors; ++v) {
+  for (int v = 0; v < kActive; ++v) {
     peak[v] = V::set1(-static_cast<Scalar>(__builtin_inf()));
 #pragma GCC unroll 8
-    for (int r = 0; r < E::kKeys; ++r) {
+    for (int r = 0; r < E::kGroupKeys; ++r) {
       peak[v] = V::max(s[r][v], peak[v]);  // a NaN score is passed over
     }
     if constexpr (!kScaled) {
@@ -141,32 +115,30 @@ FASTATTN_INLINE void softmax_tile(TileContext<E>& context, typename E::Reg (&s)[
   }
   if (FASTATTN_UNLIKELY(rises)) {
     // The scores go to memory and back by hand, lest the compiler keep them there on the common path too.
-    alignas(64) Scalar kept[E::kKeys][E::kLanes];
+    alignas(64) Scalar kept[E::kGroupKeys][E::kLanes];
     alignas(64) Scalar peaks[E::kLanes];
-    for (int v = 0; v < E::kVectors; ++v) {
+    for (int v = 0; v < kActive; ++v) {
       V::store(peaks + v * E::kWidth, peak[v]);
-      for (int r = 0; r < E::kKeys; ++r) {
+      for (int r = 0; r < E::kGroupKeys; ++r) {
         V::store(&kept[r][v * E::kWidth], s[r][v]);
       }
     }
     raise_shift<E>(context, peaks, block_key);
 #pragma GCC unroll 4
-    for (int v = 0; v < E::kVectors; ++v) {
+    for (int v = 0; v < kActive; ++v) {
 #pragma GCC unroll 8
-      for (int r = 0; r < E::kKeys; ++r) {
+      for (int r = 0; r < E::kGroupKeys; ++r) {
         s[r][v] = V::load(&kept[r][v * E::kWidth]);
       }
     }
   }
-  constexpr int kParts = E::kWidth / E::kRows;
-  constexpr int64_t kStripStride = int64_t{E::kBlockKeys} / E::kDepth * E::kRows;
+  constexpr int kPart = E::kRows < E::kWidth ? E::kRows : E::kWidth;  // lanes of a vector that stand in one strip
 #pragma GCC unroll 4
-  for (int v = 0; v < E::kVectors; ++v) {
+  for (int v = 0; v < kActive; ++v) {
     const Reg shift = V::load(panel.shift + v * E::kWidth);
     Reg sum = V::load(panel.block_sum + v * E::kWidth);
-    Scalar* out = context.probs + v * kParts * kStripStride + block_key / E::kDepth * E::kRows;
 #pragma GCC unroll 8
-    for (int r = 0; r < E::kKeys; r += E::kDepth) {
+    for (int r = 0; r < E::kGroupKeys; r += E::kDepth) {
       Reg prob[E::kDepth];
 #pragma GCC unroll 2
       for (int i = 0; i < E::kDepth; ++i) {
@@ -183,8 +155,9 @@ FASTATTN_INLINE void softmax_tile(TileContext<E>& context, typename E::Reg (&s)[
       }
       const Reg operand = E::Product::probabilities(prob);
 #pragma GCC unroll 2
-      for (int part = 0; part < kParts; ++part) {
-        V::template store_part<E::kRows>(out + part * kStripStride + r / E::kDepth * E::kRows, operand, part);
+      for (int part = 0; part < E::kWidth / kPart; ++part) {
+        const int64_t index = prob_index<E>(v * E::kWidth + part * kPart, block_key + r) / E::kDepth;
+        V::template store_part<kPart>(context.probs + index, operand, part);
       }
     }
     V::store(panel.block_sum + v * E::kWidth, sum);
@@ -192,20 +165,19 @@ FASTATTN_INLINE void softmax_tile(TileContext<E>& context, typename E::Reg (&s)[
 }
 
 // Scores that a lane may not see become -inf, whatever they were.
-template <class E>
-FASTATTN_INLINE void hide_scores(const TileContext<E>& context, typename E::Reg (&s)[E::kKeys][E::kVectors],
-                                 int64_t block_key) {
+template <class E, int kActive>
+FASTATTN_INLINE void hide_scores(const TileContext<E>& context, Scores<E, kActive>& s, int64_t block_key) {
   using V = typename E::V;
   using Scalar = typename E::Scalar;
   const Panel<E>& panel = context.panel;
   const auto hidden = V::set1(-static_cast<Scalar>(__builtin_inf()));
   const uint32_t* visible = context.dense.visible;
 #pragma GCC unroll 4
-  for (int v = 0; v < E::kVectors; ++v) {
+  for (int v = 0; v < kActive; ++v) {
     const auto first = V::load(panel.block_first + v * E::kWidth);
     const auto last = V::load(panel.block_last + v * E::kWidth);
 #pragma GCC unroll 8
-    for (int r = 0; r < E::kKeys; ++r) {
+    for (int r = 0; r < E::kGroupKeys; ++r) {
       const auto key = V::set1(static_cast<Scalar>(block_key + r));
       auto seen = V::both(V::less_equal(first, key), V::less(key, last));
       if (visible != nullptr) {
@@ -217,9 +189,8 @@ FASTATTN_INLINE void hide_scores(const TileContext<E>& context, typename E::Reg 
 }
 
 // Scale, softcap, bias and ALiBi, in this order.
-template <class E>
-FASTATTN_INLINE void adjust_scores(const TileContext<E>& context, typename E::Reg (&s)[E::kKeys][E::kVectors],
-                                   int64_t block_key) {
+template <class E, int kActive>
+FASTATTN_INLINE void adjust_scores(const TileContext<E>& context, Scores<E, kActive>& s, int64_t block_key) {
   using V = typename E::V;
   using Scalar = typename E::Scalar;
   const Panel<E>& panel = context.panel;
@@ -227,9 +198,9 @@ FASTATTN_INLINE void adjust_scores(const TileContext<E>& context, typename E::Re
   const auto factor = V::set1(rules.factor);
   const auto cap = V::set1(rules.softcap);
   const auto inverse_cap = V::set1(rules.softcap > 0 ? 1 / rules.softcap : 0);
-  for (int r = 0; r < E::kKeys; ++r) {
+  for (int r = 0; r < E::kGroupKeys; ++r) {
     const auto key = V::set1(static_cast<Scalar>(block_key + r));
-    for (int v = 0; v < E::kVectors; ++v) {
+    for (int v = 0; v < kActive; ++v) {
       auto x = s[r][v];
       if constexpr (!E::Product::kScaleQuery) {
         x = V::mul(x, factor);
@@ -249,44 +220,43 @@ FASTATTN_INLINE void adjust_scores(const TileContext<E>& context, typename E::Re
   }
 }
 
-template <class E>
-FASTATTN_NOINLINE void multiply_keys_to(typename E::Scalar* raw, const char* key, int64_t key_stride,
-                                        const typename E::Scalar* query, int64_t steps) {
-  typename E::Reg s[E::kKeys][E::kVectors];
-  multiply_keys<E>(s, key, key_stride, query, steps);
+// Scores to probabilities, for the group of keys at `block_key`.
+template <class E, TileKind kind, int kActive>
+FASTATTN_INLINE void score_group(TileContext<E>& context, Scores<E, kActive>& s, int64_t block_key) {
+  if constexpr (kind == TileKind::general) {
+    adjust_scores<E, kActive>(context, s, block_key);
+  }
+  if constexpr (kind != TileKind::plain) {
+    hide_scores<E, kActive>(context, s, block_key);
+  }
+  softmax_tile<E, kind == TileKind::general, kActive>(context, s, block_key);
+}
+
+template <class E, int kActive>
+FASTATTN_INLINE void load_scores(const typename E::Scalar* raw, Scores<E, kActive>& s) {
 #pragma GCC unroll 8
-  for (int r = 0; r < E::kKeys; ++r) {
+  for (int r = 0; r < E::kGroupKeys; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < E::kVectors; ++v) {
-      E::V::store(raw + r * E::kLanes + v * E::kWidth, s[r][v]);
+    for (int v = 0; v < kActive; ++v) {
+      s[r][v] = E::V::load(raw + r * E::kLanes + v * E::kWidth);
     }
   }
 }
 
-template <class E, TileKind kind>
+template <class E, TileKind kind, int kActive>
 FASTATTN_NOINLINE void score_tile(TileContext<E>& context, const char* key, int64_t key_stride, int64_t block_key) {
-  typename E::Reg s[E::kKeys][E::kVectors];
+  Scores<E, kActive> s;
   if constexpr (E::kFused) {
-    multiply_keys<E>(s, key, key_stride, context.panel.query, context.rules.steps);
+    multiply_keys<E, kActive>(s, key, key_stride, context.panel.query, context.rules.steps);
+    score_group<E, kind, kActive>(context, s, block_key);
   } else {
-    // With 16 registers the softmax's temporaries would push accumulators out of the product's loop.
     alignas(64) typename E::Scalar raw[E::kKeys * E::kLanes];
-    multiply_keys_to<E>(raw, key, key_stride, context.panel.query, context.rules.steps);
-#pragma GCC unroll 8
-    for (int r = 0; r < E::kKeys; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < E::kVectors; ++v) {
-        s[r][v] = E::V::load(raw + r * E::kLanes + v * E::kWidth);
-      }
+    multiply_keys_to<E, kActive>(raw, key, key_stride, context.panel, context.rules.steps);
+    for (int group = 0; group < E::kKeys; group += E::kGroupKeys) {
+      load_scores<E, kActive>(raw + group * E::kLanes, s);
+      score_group<E, kind, kActive>(context, s, block_key + group);
     }
   }
-  if constexpr (kind == TileKind::general) {
-    adjust_scores<E>(context, s, block_key);
-  }
-  if constexpr (kind != TileKind::plain) {
-    hide_scores<E>(context, s, block_key);
-  }
-  softmax_tile<E, kind == TileKind::general>(context, s, block_key);
 }
 
 // Sets the shift of each lane from the tile where its diagonal lies, so that ALiBi's rise towards the diagonal does not
@@ -296,17 +266,26 @@ FASTATTN_NOINLINE void seed_shift(TileContext<E>& context, const char* key, int6
                                   const bool (&wanted)[E::kLanes]) {
   using V = typename E::V;
   using Scalar = typename E::Scalar;
-  typename E::Reg s[E::kKeys][E::kVectors];
-  multiply_keys<E>(s, key, key_stride, context.panel.query, context.rules.steps);
-  adjust_scores<E>(context, s, block_key);
-  hide_scores<E>(context, s, block_key);
+  alignas(64) Scalar raw[E::kKeys * E::kLanes];
   alignas(64) Scalar peaks[E::kLanes];
-  for (int v = 0; v < E::kVectors; ++v) {
-    auto peak = V::set1(-static_cast<Scalar>(__builtin_inf()));
-    for (int r = 0; r < E::kKeys; ++r) {
-      peak = V::max(s[r][v], peak);
+  multiply_keys_to<E, E::kVectors>(raw, key, key_stride, context.panel, context.rules.steps);
+  typename E::Reg peak[E::kVectors];
+  for (auto& highest : peak) {
+    highest = V::set1(-static_cast<Scalar>(__builtin_inf()));
+  }
+  for (int group = 0; group < E::kKeys; group += E::kGroupKeys) {
+    Scores<E, E::kVectors> s;
+    load_scores<E, E::kVectors>(raw + group * E::kLanes, s);
+    adjust_scores<E, E::kVectors>(context, s, block_key + group);
+    hide_scores<E, E::kVectors>(context, s, block_key + group);
+    for (int v = 0; v < E::kVectors; ++v) {
+      for (int r = 0; r < E::kGroupKeys; ++r) {
+        peak[v] = V::max(s[r][v], peak[v]);
+      }
     }
-    V::store(peaks + v * E::kWidth, peak);
+  }
+  for (int v = 0; v < E::kVectors; ++v) {
+    V::store(peaks + v * E::kWidth, peak[v]);
   }
   for (int lane = 0; lane < E::kLanes; ++lane) {
     if (!wanted[lane]) {

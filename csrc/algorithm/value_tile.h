@@ -1,6 +1,7 @@
 // The second product: probabilities of one key block by its values, added to the output rows.
 #pragma once
 
+#include "algorithm/key_product.h"
 #include "algorithm/operands.h"
 #include "algorithm/panel.h"
 
@@ -50,16 +51,88 @@ FASTATTN_NOINLINE void value_tile(const typename E::Scalar* probs, const char* v
   }
 }
 
-// Keys [begin, end) of the block at `view.start`, all columns, all strips that hold a live row.
+// Method::rows: output[kRowCount][kVectors vectors] += sum over keys of probs[key][row] * value[key][column].
+template <class E, int kRowCount, int kVectors>
+FASTATTN_INLINE void row_values(const typename E::Scalar* probs, const char* value, int64_t value_stride, int64_t keys,
+                                typename E::Scalar* output, int64_t output_stride, int columns) {
+  using V = typename E::V;
+  using Source = typename E::Source;
+  typename E::Reg sum[kRowCount][kVectors];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRowCount; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = V::zero();
+    }
+  }
+  const bool partial = columns < kVectors * E::kWidth;
+  for (int64_t key = 0; key < keys; ++key) {
+    const char* at_key = value + key * value_stride;
+    const auto* row = reinterpret_cast<const Source*>(at_key);
+    typename E::Reg x[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      if (v % (64 / static_cast<int>(sizeof(Source)) / E::kWidth) == 0) {
+        __builtin_prefetch(at_key + kPrefetchRows * value_stride + v * E::kWidth * sizeof(Source), 0, 2);
+      }
+      x[v] = partial && v == kVectors - 1 ? V::load_partial(row + v * E::kWidth, columns - v * E::kWidth)
+                                          : V::load(row + v * E::kWidth);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRowCount; ++r) {
+      const auto prob = V::set1(probs[key * E::kRows + r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        sum[r][v] = V::fma(prob, x[v], sum[r][v]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRowCount; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      typename E::Scalar* to = output + r * output_stride + v * E::kWidth;
+      V::store(to, V::add(V::load(to), sum[r][v]));
+    }
+  }
+}
+
+template <class E, int kVectors>
+FASTATTN_NOINLINE void row_values_panel(Panel<E>& panel, const typename E::Scalar* probs, const char* value,
+                                        int64_t value_stride, int64_t keys, typename E::Scalar* output,
+                                        int64_t output_stride, int columns) {
+  int r = 0;
+  for (; r + 4 <= panel.live; r += 4) {
+    row_values<E, 4, kVectors>(probs + r, value, value_stride, keys, output + r * output_stride, output_stride, columns);
+  }
+  for (; r < panel.live; ++r) {
+    row_values<E, 1, kVectors>(probs + r, value, value_stride, keys, output + r * output_stride, output_stride, columns);
+  }
+}
+
 template <class E>
-inline void accumulate_values(Panel<E>& panel, const typename E::Scalar* probs, const KeyValueView& view, int64_t begin,
+inline void accumulate_rows(Panel<E>& panel, const typename E::Scalar* probs, const KeyValueView& view, int64_t begin,
+                            int64_t end, int64_t value_dim, int64_t output_stride) {
+  constexpr int kTileColumns = 4 * E::kWidth;
+  const char* value = view.value + begin * view.value_stride;
+  for (int64_t d = 0; d < value_dim;) {
+    const int64_t rest = value_dim - d;
+    const bool wide = rest >= kTileColumns;
+    (wide ? row_values_panel<E, 4> : row_values_panel<E, 1>)(
+        panel, probs + begin * E::kRows, value + d * static_cast<int64_t>(sizeof(typename E::Source)), view.value_stride,
+        end - begin, panel.output + d, output_stride, static_cast<int>(wide ? kTileColumns : min64(rest, E::kWidth)));
+    d += wide ? kTileColumns : E::kWidth;
+  }
+}
+
+// Method::broadcast: all columns, all strips that hold a live row.
+template <class E>
+inline void accumulate_strips(Panel<E>& panel, const typename E::Scalar* probs, const KeyValueView& view, int64_t begin,
                               int64_t end, int64_t value_dim, int64_t output_stride, bool padded) {
-  constexpr int64_t kStripStride = int64_t{E::kBlockKeys} / E::kDepth * E::kRows;
   constexpr int kTileColumns = 2 * E::kWidth;
   const int64_t first_step = begin / E::kDepth;
   const int64_t steps = (end - begin + E::kDepth - 1) / E::kDepth;
   const char* value = view.value + first_step * view.value_stride;
-  const int strips = (panel.live + E::kRows - 1) / E::kRows;
   for (int64_t d = 0; d < value_dim; d += kTileColumns) {
     const char* column = value + d * static_cast<int64_t>(sizeof(typename E::Scalar));
     const int64_t rest = value_dim - d;
@@ -67,72 +140,76 @@ inline void accumulate_values(Panel<E>& panel, const typename E::Scalar* probs, 
     const bool partial = !padded && tail != 0 && rest < kTileColumns;
     auto* tile = rest > E::kWidth ? (partial ? value_tile<E, 2, true> : value_tile<E, 2, false>)
                                   : (partial ? value_tile<E, 1, true> : value_tile<E, 1, false>);
-    for (int strip = 0; strip < strips; ++strip) {
-      tile(probs + strip * kStripStride + first_step * E::kRows, column, view.value_stride, steps,
-           panel.output + strip * E::kRows * output_stride + d, output_stride, tail);
+    for (int lane = 0; lane < panel.live; lane += E::kRows) {
+      tile(probs + prob_index<E>(lane, begin) / E::kDepth, column, view.value_stride, steps,
+           panel.output + lane * output_stride + d, output_stride, tail);
     }
   }
 }
 
-// Whether a value in keys [begin, end) is Inf or NaN: then a probability of 0 does not silence it.
+// Adds keys [begin, end) of the block at `view.start` to the panel's output.
 template <class E>
-FASTATTN_NOINLINE bool has_nonfinite_value(const KeyValueView& view, int64_t begin, int64_t end, int64_t value_dim) {
-  using V = typename E::V;
-  using Scalar = typename E::Scalar;
-  auto sum = V::zero();
-  const auto zero = V::zero();
-  for (int64_t step = begin / E::kDepth; step < (end + E::kDepth - 1) / E::kDepth; ++step) {
-    const auto* row = reinterpret_cast<const Scalar*>(view.value + step * view.value_stride);
-    for (int64_t d = 0; d < value_dim; d += E::kWidth) {
-      const int count = static_cast<int>(min64(E::kWidth, value_dim - d));
-      const auto x = count == E::kWidth ? V::load(row + d) : V::load_partial(row + d, count);
-      sum = E::Product::poison(x, zero, sum);
-    }
+inline void accumulate_values(Panel<E>& panel, const typename E::Scalar* probs, const KeyValueView& view, int64_t begin,
+                              int64_t end, int64_t value_dim, int64_t output_stride, bool padded) {
+  if constexpr (E::kMethod == Method::tiles) {
+    E::accumulate_tiles(panel.output, probs, view.value, begin, end, output_stride, panel.live);
+  } else if constexpr (E::kMethod == Method::rows) {
+    accumulate_rows<E>(panel, probs, view, begin, end, value_dim, output_stride);
+  } else {
+    accumulate_strips<E>(panel, probs, view, begin, end, value_dim, output_stride, padded);
   }
-  return V::any(V::unordered(sum));
 }
 
-// The slow way for keys whose values are not finite: each such key is added to exactly the rows that see it.
-// `clean` is room for a copy of the block's values without these keys. `sees(lane, key)`: keys relative to the block.
-template <class E, class Sees>
-FASTATTN_NOINLINE void accumulate_guarded(Panel<E>& panel, typename E::Scalar* probs, const KeyValueView& view,
-                                          int64_t begin, int64_t end, int64_t value_dim, int64_t output_stride,
-                                          bool padded, char* clean, Sees sees) {
-  using Element = typename E::Element;
-  using Scalar = typename E::Scalar;
-  constexpr int64_t kStripStride = int64_t{E::kBlockKeys} / E::kDepth * E::kRows;
-  const int64_t row_bytes = output_stride * static_cast<int64_t>(sizeof(Scalar));
-  const auto cell = [&](const char* base, int64_t stride, int64_t key, int64_t d) FASTATTN_LAMBDA_INLINE {
-    return reinterpret_cast<const Element*>(base + key / E::kDepth * stride) + d * E::kDepth + key % E::kDepth;
-  };
-  KeyValueView cleaned = view;
-  cleaned.value = clean;
-  cleaned.value_stride = row_bytes;
-  const int64_t stop = round_up(end, E::kDepth);
-  const int64_t padded_columns = padded ? output_stride : value_dim;
-  bool bad[E::kBlockKeys] = {};
-  for (int64_t key = begin; key < stop; ++key) {
-    for (int64_t d = 0; d < padded_columns; ++d) {
-      const auto x = static_cast<double>(to_scalar(*cell(view.value, view.value_stride, key, d)));
-      bad[key] |= !(x - x == 0);
+// Marks the keys of [begin, end), counted in the head, whose values are not all finite: a probability of 0 does not
+// silence those. Returns whether there are any.
+template <class E>
+FASTATTN_NOINLINE bool find_nonfinite(const AttentionParams& p, int64_t batch, int64_t head, int64_t begin, int64_t end,
+                                      bool* bad) {
+  using V = typename E::V;
+  bool found = false;
+  for (int64_t key = begin; key < end; ++key) {
+    const auto* row = value_row<E>(p, batch, head, key);
+    auto sum = V::zero();
+    if (p.value_strides[3] == 1) {
+      for (int64_t d = 0; d < p.value_dim; d += E::kWidth) {
+        const int count = static_cast<int>(min64(E::kWidth, p.value_dim - d));
+        sum = V::fma(count == E::kWidth ? V::load(row + d) : V::load_partial(row + d, count), V::zero(), sum);
+      }
+    } else {
+      for (int64_t d = 0; d < p.value_dim; ++d) {
+        sum = V::fma(V::set1(to_scalar(row[d * p.value_strides[3]])), V::zero(), sum);
+      }
     }
-    for (int64_t d = 0; d < output_stride; ++d) {
-      const bool keep = !bad[key] && d < padded_columns;
-      *const_cast<Element*>(cell(clean, row_bytes, key, d)) =
-          keep ? *cell(view.value, view.value_stride, key, d) : Element{};
-    }
+    bad[key - begin] = V::any(V::unordered(sum));
+    found |= bad[key - begin];
   }
-  accumulate_values<E>(panel, probs, cleaned, begin, end, value_dim, output_stride, true);
+  return found;
+}
+
+// The slow way, for a block with such keys: each of them is added to exactly the rows that see it. `bad` and `sees` count
+// keys within the block, `clean` is room for the block's packed values without them.
+template <class E, class Sees>
+FASTATTN_NOINLINE void accumulate_guarded(Panel<E>& panel, typename E::Scalar* probs, const AttentionParams& p,
+                                          const OperandLayout& layout, int64_t batch, int64_t head, int64_t block,
+                                          int64_t begin, int64_t end, int64_t output_stride, const bool* bad, char* clean,
+                                          Sees sees) {
+  using Scalar = typename E::Scalar;
+  KeyValueView cleaned{};
+  cleaned.start = block;
+  cleaned.value = clean;
+  cleaned.value_stride = layout.value_row_bytes;
+  pack_values<E>(p, batch, head, block, block + end, layout.value_row_bytes, bad, clean);
+  accumulate_values<E>(panel, probs, cleaned, begin, end, p.value_dim, output_stride, true);
   for (int64_t key = begin; key < end; ++key) {
     for (int lane = 0; bad[key] && lane < panel.live; ++lane) {
       if (!sees(lane, key)) {
         continue;
       }
-      const auto* strip = reinterpret_cast<const Element*>(probs + lane / E::kRows * kStripStride);
-      const Element prob = strip[(key / E::kDepth * E::kRows + lane % E::kRows) * E::kDepth + key % E::kDepth];
-      for (int64_t d = 0; d < value_dim; ++d) {
-        const auto x = to_scalar(*cell(view.value, view.value_stride, key, d));
-        panel.output[lane * output_stride + d] += static_cast<Scalar>(to_scalar(prob) * x);
+      const auto prob = to_scalar(reinterpret_cast<const typename E::Prob*>(probs)[prob_index<E>(lane, key)]);
+      const auto* row = value_row<E>(p, batch, head, block + key);
+      for (int64_t d = 0; d < p.value_dim; ++d) {
+        panel.output[output_index<E>(lane, d, output_stride)] +=
+            static_cast<Scalar>(prob * to_scalar(row[d * p.value_strides[3]]));
       }
     }
   }

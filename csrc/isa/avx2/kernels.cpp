@@ -1,6 +1,7 @@
 // The AVX2 tier (with FMA and F16C). 16-bit types are widened to float32 as they are packed.
 #include "algorithm/forward.h"
 #include "algorithm/peak_loops.h"
+#include "algorithm/row_engine.h"
 #include "dispatch.h"
 #include "isa/avx2/vec.h"
 
@@ -11,7 +12,10 @@ namespace {
 // Blocks of 240 keys, a multiple of 6 and of 8.
 template <class Source>
 using EngineF32 = Engine<VecF32, Source, FmaProduct<VecF32>, 6, 2, 4, 240, false>;
+template <class Source>
+using RowsF32 = RowEngine<VecF32, Source, 240, 1>;
 using EngineF64 = Engine<VecF64, double, FmaProduct<VecF64>, 6, 2, 4, 240, false>;
+using RowsF64 = RowEngine<VecF64, double, 240, 1>;
 
 double peak_fma_f32(int64_t rounds) {
   return run_peak<VecF32>(rounds, 2, [](__m256& sum, __m256 x) FASTATTN_LAMBDA_INLINE {
@@ -29,10 +33,10 @@ double peak_fma_f64(int64_t rounds) {
 
 void register_avx2(KernelTable& table) {
   constexpr const char* kIsa = "avx2";
-  table.set_forward(DType::float32, forward<EngineF32<float>>, kIsa, "float32 FMA, 6x16 tiles");
-  table.set_forward(DType::float64, forward<EngineF64>, kIsa, "float64 FMA, 6x8 tiles");
-  table.set_forward(DType::bfloat16, forward<EngineF32<Bfloat16>>, kIsa, "widened to float32, FMA, 6x16 tiles");
-  table.set_forward(DType::float16, forward<EngineF32<Float16>>, kIsa, "widened to float32, FMA, 6x16 tiles");
+  table.set_forward(DType::float32, forward<RowsF32<float>, EngineF32<float>>, kIsa, "float32 FMA, 6x16 tiles");
+  table.set_forward(DType::float64, forward<RowsF64, EngineF64>, kIsa, "float64 FMA, 6x8 tiles");
+  table.set_forward(DType::bfloat16, forward<RowsF32<Bfloat16>, EngineF32<Bfloat16>>, kIsa, "widened to float32, FMA, 6x16 tiles");
+  table.set_forward(DType::float16, forward<RowsF32<Float16>, EngineF32<Float16>>, kIsa, "widened to float32, FMA, 6x16 tiles");
   table.peak_fma_f32 = peak_fma_f32;
   table.peak_fma_f64 = peak_fma_f64;
 }

@@ -82,6 +82,13 @@ struct VecF32 {
     }
   }
 
+  // totals[i] = the sum of r[i]'s lanes.
+  static void sum_lanes(const Reg (&r)[8], float* totals) {
+    const Reg low = _mm256_hadd_ps(_mm256_hadd_ps(r[0], r[1]), _mm256_hadd_ps(r[2], r[3]));
+    const Reg high = _mm256_hadd_ps(_mm256_hadd_ps(r[4], r[5]), _mm256_hadd_ps(r[6], r[7]));
+    store(totals, _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)));
+  }
+
   // r[i][j] <-> r[j][i]
   static void transpose(Reg (&r)[8]) {
     Reg t[8];
@@ -182,6 +189,14 @@ struct VecF64 {
   static void store_part(double* p, Reg x, int /*part*/) {
     static_assert(n == kWidth);
     store(p, x);
+  }
+
+  static void sum_lanes(const Reg (&r)[8], double* totals) {
+    for (int i = 0; i < 8; i += 4) {
+      const Reg low = _mm256_hadd_pd(r[i], r[i + 1]);
+      const Reg high = _mm256_hadd_pd(r[i + 2], r[i + 3]);
+      store(totals + i, _mm256_add_pd(_mm256_permute2f128_pd(low, high, 0x20), _mm256_permute2f128_pd(low, high, 0x31)));
+    }
   }
 
   static void transpose(Reg (&r)[4]) {

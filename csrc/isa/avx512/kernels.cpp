@@ -1,6 +1,7 @@
 // The AVX-512 tier. 16-bit types are widened to float32 as they are packed.
 #include "algorithm/forward.h"
 #include "algorithm/peak_loops.h"
+#include "algorithm/row_engine.h"
 #include "dispatch.h"
 #include "isa/avx512/vec.h"
 
@@ -11,7 +12,10 @@ namespace {
 // 12 and 14 rows, and 64 columns, lost 3 to 8 points. Blocks of 256 keys: 32 KiB of probabilities.
 template <class Source>
 using EngineF32 = Engine<VecF32, Source, FmaProduct<VecF32>, 8, 2, 8, 256, true>;
+template <class Source>
+using RowsF32 = RowEngine<VecF32, Source, 256, 2>;
 using EngineF64 = Engine<VecF64, double, FmaProduct<VecF64>, 8, 2, 8, 256, true>;
+using RowsF64 = RowEngine<VecF64, double, 256, 2>;
 
 double peak_fma_f32(int64_t rounds) {
   return run_peak<VecF32>(rounds, 2, [](__m512& sum, __m512 x) FASTATTN_LAMBDA_INLINE {
@@ -29,10 +33,10 @@ double peak_fma_f64(int64_t rounds) {
 
 void register_avx512(KernelTable& table) {
   constexpr const char* kIsa = "avx512";
-  table.set_forward(DType::float32, forward<EngineF32<float>>, kIsa, "float32 FMA, 8x32 tiles");
-  table.set_forward(DType::float64, forward<EngineF64>, kIsa, "float64 FMA, 8x16 tiles");
-  table.set_forward(DType::bfloat16, forward<EngineF32<Bfloat16>>, kIsa, "widened to float32, FMA, 8x32 tiles");
-  table.set_forward(DType::float16, forward<EngineF32<Float16>>, kIsa, "widened to float32, FMA, 8x32 tiles");
+  table.set_forward(DType::float32, forward<RowsF32<float>, EngineF32<float>>, kIsa, "float32 FMA, 8x32 tiles");
+  table.set_forward(DType::float64, forward<RowsF64, EngineF64>, kIsa, "float64 FMA, 8x16 tiles");
+  table.set_forward(DType::bfloat16, forward<RowsF32<Bfloat16>, EngineF32<Bfloat16>>, kIsa, "widened to float32, FMA, 8x32 tiles");
+  table.set_forward(DType::float16, forward<RowsF32<Float16>, EngineF32<Float16>>, kIsa, "widened to float32, FMA, 8x32 tiles");
   table.peak_fma_f32 = peak_fma_f32;
   table.peak_fma_f64 = peak_fma_f64;
 }

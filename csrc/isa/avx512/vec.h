@@ -92,6 +92,19 @@ struct VecF32 {
     }
   }
 
+  // totals[i] = the sum of r[i]'s lanes.
+  static void sum_lanes(const Reg (&r)[8], float* totals) {
+    __m256 h[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      h[i] = _mm256_add_ps(_mm512_castps512_ps256(r[i]), _mm512_extractf32x8_ps(r[i], 1));
+    }
+    const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(h[0], h[1]), _mm256_hadd_ps(h[2], h[3]));
+    const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(h[4], h[5]), _mm256_hadd_ps(h[6], h[7]));
+    _mm256_storeu_ps(totals,
+                     _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)));
+  }
+
   // r[i][j] <-> r[j][i]
   static void transpose(Reg (&r)[16]) {
     Reg t[16];
@@ -181,6 +194,12 @@ struct VecF64 {
   static void store_part(double* p, Reg x, int /*part*/) {
     static_assert(n == kWidth);
     store(p, x);
+  }
+
+  static void sum_lanes(const Reg (&r)[8], double* totals) {
+    for (int i = 0; i < 8; ++i) {
+      totals[i] = _mm512_reduce_add_pd(r[i]);
+    }
   }
 
   static void transpose(Reg (&r)[8]) {

@@ -1,0 +1,159 @@
+// The AMX engine for bfloat16: tiles of 16 rows by 64 bytes, multiplied by TDPBF16PS.
+//
+// Scores are transposed here too: K rows are the left operand where they lie, the queries' pairs the right one. The second
+// product is transposed as well, columns of V by probabilities, so that probabilities stay where the softmax left them; V is
+// packed as rows of columns for that, [padded Dv][kBlockKeys] a block.
+#pragma once
+
+#include "algorithm/engine.h"
+#include "isa/avx512_bf16/pair_product.h"
+
+namespace fastattn {
+namespace {
+
+// The compiler's own intrinsics say nothing of the memory that a tile load reads.
+#define FASTATTN_TILE_LOAD(tile, base, stride) \
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(base), "r"(stride) : "memory")
+#define FASTATTN_TILE_STORE(tile, base, stride) \
+  __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(base), "r"(stride) : "memory")
+#define FASTATTN_TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile ::)
+#define FASTATTN_TILE_DOT(sum, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
+
+struct AmxEngine {
+  using V = VecF32;
+  using Reg = V::Reg;
+  using Scalar = float;
+  using Source = Bfloat16;
+  using Product = Bf16PairProduct;
+  using Element = Bfloat16;
+  using Prob = Bfloat16;
+
+  static constexpr Method kMethod = Method::tiles;
+  static constexpr int kWidth = V::kWidth;
+  static constexpr int kDepth = 2;
+  static constexpr int kKeys = 32;      // two tiles of keys by two of queries
+  static constexpr int kGroupKeys = 8;  // as many scores as the registers hold
+  static constexpr int kVectors = 2;
+  static constexpr int kLanes = 32;
+  static constexpr int kRows = 32;
+  static constexpr int kBlockKeys = 256;
+  static constexpr bool kFused = false;
+  static constexpr int kDimMultiple = 32;  // elements of a tile row
+  static constexpr int kHeadMultiple = kBlockKeys;
+  static constexpr bool kConvert = false;
+  static constexpr bool kPacksValue = true;
+
+  static constexpr int kTile = 16;  // rows of a tile, and 32-bit lanes of one of its rows
+  static constexpr long kLaneRowBytes = kLanes * 4;
+  static constexpr long kColumnBytes = kBlockKeys * 2;  // of a packed column of values
+
+  // Every tile 16 rows of 64 bytes.
+  static void enter() {
+    struct alignas(64) {
+      uint8_t palette = 1;
+      uint8_t start_row = 0;
+      uint8_t reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    __asm__ volatile("ldtilecfg %0" ::"m"(config));
+  }
+  static void leave() { __asm__ volatile("tilerelease" ::); }
+
+  template <int kActive>
+  static FASTATTN_INLINE void multiply_tiles(float* raw, const char* key, int64_t key_stride, const float* query,
+                                             int64_t steps) {
+    const char* low = key;
+    const char* high = key + kTile * key_stride;
+    FASTATTN_TILE_ZERO(0);
+    FASTATTN_TILE_ZERO(1);
+    FASTATTN_TILE_ZERO(2);
+    FASTATTN_TILE_ZERO(3);
+    for (int64_t k = 0; k < steps; k += kTile) {
+      FASTATTN_TILE_LOAD(4, low + k * 4, key_stride);
+      FASTATTN_TILE_LOAD(6, query + k * kLanes, kLaneRowBytes);
+      FASTATTN_TILE_DOT(0, 4, 6);
+      FASTATTN_TILE_LOAD(5, high + k * 4, key_stride);
+      FASTATTN_TILE_DOT(1, 5, 6);
+      if constexpr (kActive == 2) {
+        FASTATTN_TILE_LOAD(7, query + k * kLanes + kTile, kLaneRowBytes);
+        FASTATTN_TILE_DOT(2, 4, 7);
+        FASTATTN_TILE_DOT(3, 5, 7);
+      }
+    }
+    FASTATTN_TILE_STORE(0, raw, kLaneRowBytes);
+    FASTATTN_TILE_STORE(1, raw + kTile * kLanes, kLaneRowBytes);
+    if constexpr (kActive == 2) {
+      FASTATTN_TILE_STORE(2, raw + kTile, kLaneRowBytes);
+      FASTATTN_TILE_STORE(3, raw + kTile * kLanes + kTile, kLaneRowBytes);
+    }
+  }
+
+  // output[column][lane] += value[column][key] * probs[key][lane] over keys [begin, end) of the block, two tiles of columns
+  // by two of lanes at a time. Padding columns are computed with the others.
+  static FASTATTN_NOINLINE void accumulate_tiles(float* output, const float* probs, const char* value, int64_t begin,
+                                                 int64_t end, int64_t columns, int live) {
+    for (int64_t d = 0; d < columns; d += 2 * kTile) {
+      float* sums = output + d * kLanes;
+      const char* rows = value + d * kColumnBytes;
+      if (d + kTile < columns) {
+        accumulate_square<2>(sums, probs, rows, begin, end, live);
+      } else {
+        accumulate_square<1>(sums, probs, rows, begin, end, live);
+      }
+    }
+  }
+
+  // Sixteen steps of values, [step][column] pairs of keys, to rows of columns: 32 keys from `key` on.
+  static void pack_value_group(const float (&steps)[kTile][512], int64_t columns, int64_t key, char* out) {
+    for (int64_t d = 0; d < columns; d += kTile) {
+      V::Reg r[kTile];
+      for (int i = 0; i < kTile; ++i) {
+        r[i] = V::load(&steps[i][d]);
+      }
+      V::transpose(r);
+      for (int i = 0; i < kTile; ++i) {
+        V::store(reinterpret_cast<float*>(out + (d + i) * kColumnBytes + key * 2), r[i]);
+      }
+    }
+  }
+
+ private:
+  template <int kColumnTiles>
+  static FASTATTN_INLINE void accumulate_square(float* sums, const float* probs, const char* rows, int64_t begin,
+                                                int64_t end, int live) {
+    const bool wide = live > kTile;
+    FASTATTN_TILE_LOAD(0, sums, kLaneRowBytes);
+    FASTATTN_TILE_LOAD(1, sums + kTile, kLaneRowBytes);
+    if constexpr (kColumnTiles == 2) {
+      FASTATTN_TILE_LOAD(2, sums + kTile * kLanes, kLaneRowBytes);
+      FASTATTN_TILE_LOAD(3, sums + kTile * kLanes + kTile, kLaneRowBytes);
+    }
+    for (int64_t key = begin; key < end; key += 2 * kTile) {
+      const float* pairs = probs + key / 2 * kLanes;
+      FASTATTN_TILE_LOAD(4, rows + key * 2, kColumnBytes);
+      FASTATTN_TILE_LOAD(6, pairs, kLaneRowBytes);
+      FASTATTN_TILE_DOT(0, 4, 6);
+      if (wide) {
+        FASTATTN_TILE_LOAD(7, pairs + kTile, kLaneRowBytes);
+        FASTATTN_TILE_DOT(1, 4, 7);
+      }
+      if constexpr (kColumnTiles == 2) {
+        FASTATTN_TILE_LOAD(5, rows + kTile * kColumnBytes + key * 2, kColumnBytes);
+        FASTATTN_TILE_DOT(2, 5, 6);
+        if (wide) {
+          FASTATTN_TILE_DOT(3, 5, 7);
+        }
+      }
+    }
+    FASTATTN_TILE_STORE(0, sums, kLaneRowBytes);
+    FASTATTN_TILE_STORE(1, sums + kTile, kLaneRowBytes);
+    if constexpr (kColumnTiles == 2) {
+      FASTATTN_TILE_STORE(2, sums + kTile * kLanes, kLaneRowBytes);
+      FASTATTN_TILE_STORE(3, sums + kTile * kLanes + kTile, kLaneRowBytes);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fastattn

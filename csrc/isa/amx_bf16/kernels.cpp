@@ -1,0 +1,38 @@
+// The AMX tier: bfloat16 on Intel's matrix unit. It overrides bfloat16 alone.
+#include "algorithm/forward.h"
+#include "algorithm/row_engine.h"
+#include "dispatch.h"
+#include "isa/amx_bf16/engine.h"
+
+namespace fastattn {
+namespace {
+
+using RowsBf16 = RowEngine<VecF32, Bfloat16, 256, 2>;
+
+// Four sums, as the kernels keep; operands are zero, which the unit multiplies no faster.
+double peak_dot_bf16(int64_t rounds) {
+  AmxEngine::enter();
+  FASTATTN_TILE_ZERO(0);
+  FASTATTN_TILE_ZERO(1);
+  FASTATTN_TILE_ZERO(2);
+  FASTATTN_TILE_ZERO(3);
+  FASTATTN_TILE_ZERO(4);
+  FASTATTN_TILE_ZERO(5);
+  for (int64_t round = 0; round < rounds; ++round) {
+    FASTATTN_TILE_DOT(0, 4, 5);
+    FASTATTN_TILE_DOT(1, 4, 5);
+    FASTATTN_TILE_DOT(2, 4, 5);
+    FASTATTN_TILE_DOT(3, 4, 5);
+  }
+  AmxEngine::leave();
+  return static_cast<double>(rounds) * 4 * 16 * 16 * 32 * 2;
+}
+
+}  // namespace
+
+void register_amx_bf16(KernelTable& table) {
+  table.set_forward(DType::bfloat16, forward<RowsBf16, AmxEngine>, "amx_bf16", "bfloat16 tiles, TDPBF16PS, 32x32 scores");
+  table.peak_dot_bf16 = peak_dot_bf16;
+}
+
+}  // namespace fastattn

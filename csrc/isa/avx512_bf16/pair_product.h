@@ -1,0 +1,45 @@
+// Products of bfloat16 pairs.
+#pragma once
+
+#include "algorithm/engine.h"
+#include "isa/avx512/vec.h"
+
+namespace fastattn {
+namespace {
+
+// sum += a.even * b.even + a.odd * b.odd in every 32-bit lane.
+struct Bf16PairProduct {
+  using V = VecF32;
+  using Element = Bfloat16;
+  using Prob = Bfloat16;
+  static constexpr int kDepth = 2;
+  // A scale rounded into a bfloat16 query would cost six times the error that the query itself has.
+  static constexpr bool kScaleQuery = false;
+  static constexpr Precision kExpPrecision = Precision::bfloat16;
+
+  static FASTATTN_INLINE __m512 run(__m512 a, __m512 b, __m512 sum) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+  // Lane i pairs the even key's probability (low half) with the odd key's.
+  static FASTATTN_INLINE __m512 probabilities(const __m512 (&prob)[2]) {
+    const auto halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(prob[1], prob[0]));
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves));
+  }
+  static float scale_probability(float pair, float scale) {
+    const uint32_t bits = float_to_bits(pair);
+    const Bfloat16 low = to_bfloat16(bits_to_float(bits << 16) * scale);
+    const Bfloat16 high = to_bfloat16(bits_to_float(bits & 0xffff0000U) * scale);
+    return bits_to_float(low.bits | uint32_t{high.bits} << 16);
+  }
+  // Of the factor only the sign, as a flipped bit.
+  static FASTATTN_INLINE __m512 load_query(const Bfloat16* row, int count, double factor) {
+    const auto* lanes = reinterpret_cast<const float*>(row);
+    const __m512 x = count == V::kWidth ? V::load(lanes) : V::load_partial(lanes, count);
+    return V::flip_bits(x, factor < 0 ? 0x80008000U : 0);
+  }
+};
+
+}  // namespace
+}  // namespace fastattn
