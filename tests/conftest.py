@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# Threads that wait by spinning make thousands of small calls slow on a machine that is busy otherwise.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import pytest
 
 from fastattn import _threads, dispatch, set_num_threads
+from kernels import KERNELS, Kernel
 
 
 @pytest.fixture
@@ -28,3 +33,10 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
     monkeypatch.undo()
     set_num_threads(None)
     forget()
+
+
+@pytest.fixture(params=KERNELS, ids=str)
+def kernel(request: pytest.FixtureRequest) -> Iterator[Kernel]:
+    """Each kernel of the machine in turn, forced."""
+    with request.param.forced():
+        yield request.param
