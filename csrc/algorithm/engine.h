@@ -37,10 +37,10 @@ struct FmaProduct {
   static constexpr int kDepth = 1;     // elements a lane
   // The scale goes into the query when it is packed, so that scores come out scaled.
   static constexpr bool kScaleQuery = true;
-  static constexpr Precision kExpPrecision = Precision::full;
   static FASTATTN_INLINE typename V::Reg run(typename V::Reg a, typename V::Reg b, typename V::Reg sum) {
     return V::fma(a, b, sum);
   }
+  static FASTATTN_INLINE typename V::Reg power(typename V::Reg x) { return exp2<V>(x); }
   static FASTATTN_INLINE typename V::Reg probabilities(const typename V::Reg (&prob)[1]) { return prob[0]; }
   static FASTATTN_INLINE Prob scale_probability(Prob prob, Prob scale) { return prob * scale; }
   // `count` lanes of operands from a row of queries.
@@ -65,9 +65,9 @@ struct Engine {
   static constexpr Method kMethod = Method::broadcast;
   static constexpr int kWidth = V::kWidth;
   static constexpr int kDepth = Product::kDepth;
-  static constexpr int kKeys = kKeys_;          // keys a score tile
-  static constexpr int kGroupKeys = kKeys_;     // keys whose maximum is taken at once
-  static constexpr int kVectors = kVectors_;    // vectors of queries a score tile
+  static constexpr int kKeys = kKeys_;        // keys a score tile
+  static constexpr int kGroupKeys = kKeys_;   // keys whose maximum is taken at once
+  static constexpr int kVectors = kVectors_;  // vectors of queries a score tile
   static constexpr int kLanes = kVectors * kWidth;
   static constexpr int kRows = kRows_;  // queries a tile of the second product; a strip of probabilities is this wide
   static constexpr int kBlockKeys = kBlockKeys_;  // keys between two visits of the output

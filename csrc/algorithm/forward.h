@@ -42,8 +42,8 @@ struct ForwardPlan {
   int64_t wave;        // key/value heads whose operands are packed at once
   int threads;
   // byte offsets of a thread's scratch
-  int64_t query_bytes;   // of a panel
-  int64_t query_at, output_at, probs_at, visible_at, bias_at, tail_at, clean_at, packed_at, thread_bytes;
+  int64_t query_bytes;  // of a panel
+  int64_t query_at, output_at, probs_at, raw_at, visible_at, bias_at, tail_at, clean_at, packed_at, thread_bytes;
 };
 
 template <class E>
@@ -61,6 +61,7 @@ inline void plan_scratch(ForwardPlan<E>& plan, const AttentionParams& p) {
   plan.query_at = take(plan.panels * plan.query_bytes);
   plan.output_at = take(plan.panels * E::kLanes * plan.rules.output_stride * kScalar);
   plan.probs_at = take(int64_t{E::kLanes} * E::kBlockKeys * kScalar / E::kDepth);
+  plan.raw_at = take(E::kMethod == Method::tiles ? int64_t{E::kBlockKeys} * E::kLanes * kScalar : 0);
   plan.visible_at = take(p.mask != nullptr || p.bias != nullptr ? E::kBlockKeys * 4 : 0);
   plan.bias_at = take(p.bias != nullptr ? int64_t{E::kLanes} * E::kBlockKeys * kScalar : 0);
   plan.tail_at = take(E::kKeys * plan.layout.key_row_bytes);
@@ -146,6 +147,7 @@ struct ForwardTask {
 
   Panel<E>* panel(int i) const { return reinterpret_cast<Panel<E>*>(scratch) + i; }
   Scalar* probs() const { return reinterpret_cast<Scalar*>(scratch + plan.probs_at); }
+  Scalar* raw() const { return reinterpret_cast<Scalar*>(scratch + plan.raw_at); }
   uint32_t* visible() const { return reinterpret_cast<uint32_t*>(scratch + plan.visible_at); }
   Scalar* bias() const { return reinterpret_cast<Scalar*>(scratch + plan.bias_at); }
   int64_t block_end(int64_t block) const { return min64(block + E::kBlockKeys, p.seqlen_k); }
@@ -171,19 +173,17 @@ inline KeyValueView block_view(const ForwardTask<E>& task, int64_t block) {
   }
   if (layout.pack_value) {
     view.value = packed;
-    pack_values<E>(task.p, task.rows.batch, task.rows.kv_head, block, end, layout.value_row_bytes, nullptr,
-                   packed);
+    pack_values<E>(task.p, task.rows.batch, task.rows.kv_head, block, end, layout.value_row_bytes, nullptr, packed);
   }
   return view;
 }
 
 // The kKeys key rows from `key` on; where they lie in the caller's tensor and reach past its end, a padded copy.
 template <class E>
-inline const char* tile_keys(const ForwardTask<E>& task, const KeyValueView& view, int64_t key, int64_t* stride) {
+inline TileRows tile_keys(const ForwardTask<E>& task, const KeyValueView& view, int64_t key) {
   const char* from = view.key + (key - view.start) * view.key_stride;
-  *stride = view.key_stride;
   if (task.plan.layout.pack_key || key + E::kKeys <= task.p.seqlen_k) {
-    return from;
+    return {from, view.key_stride};
   }
   const int64_t row_bytes = task.plan.layout.key_row_bytes;
   char* copy = task.scratch + task.plan.tail_at;
@@ -194,8 +194,7 @@ inline const char* tile_keys(const ForwardTask<E>& task, const KeyValueView& vie
       memset(copy + r * row_bytes, 0, static_cast<size_t>(row_bytes));
     }
   }
-  *stride = row_bytes;
-  return copy;
+  return {copy, row_bytes};
 }
 
 enum class Sight { none, some, all };
@@ -246,6 +245,22 @@ struct BlockExtent {
   }
 };
 
+// A matrix unit takes a block's products in one go: it and the vector units get in each other's way when their
+// instructions mix tile by tile (a third of the speed, measured).
+template <class E>
+inline void multiply_block(const ForwardTask<E>& task, TileContext<E>& context, const KeyValueView& view, int64_t begin,
+                           int64_t end) {
+  const bool wide = context.panel.live > E::kWidth;
+  for (int64_t key = begin; key < end; key += E::kKeys) {
+    if (tile_sight<E>(context.panel, context.dense.visible, view.start, key) == Sight::none) {
+      continue;
+    }
+    const TileRows rows = tile_keys<E>(task, view, key);
+    (wide ? multiply_keys_to<E, 2> : multiply_keys_to<E, 1>)(context.raw + (key - view.start) * E::kLanes, rows.rows,
+                                                             rows.stride, context.panel, context.rules.steps);
+  }
+}
+
 // Probabilities of one panel over one key block.
 template <class E>
 inline BlockExtent score_block(const ForwardTask<E>& task, TileContext<E>& context, const KeyValueView& view,
@@ -257,6 +272,9 @@ inline BlockExtent score_block(const ForwardTask<E>& task, TileContext<E>& conte
   const int vectors = (context.panel.live + E::kWidth - 1) / E::kWidth;
   const TileFn<E> plain = task.plan.plain_tile[vectors - 1];
   const TileFn<E> masked = task.plan.masked_tile[vectors - 1];
+  if constexpr (E::kMethod == Method::tiles) {
+    multiply_block<E>(task, context, view, begin, end);
+  }
   for (int64_t key = begin; key < end; key += E::kKeys) {
     const int64_t block_key = key - block;
     const Sight sight = tile_sight<E>(context.panel, context.dense.visible, block, key);
@@ -275,9 +293,8 @@ inline BlockExtent score_block(const ForwardTask<E>& task, TileContext<E>& conte
       extent.guard(gap ? extent.end : block_key, block_key + E::kKeys);
       gap = false;
     }
-    int64_t stride;
-    const char* rows = tile_keys<E>(task, view, key, &stride);
-    (sight == Sight::all ? plain : masked)(context, rows, stride, block_key);
+    const TileRows rows = E::kMethod == Method::tiles ? TileRows{} : tile_keys<E>(task, view, key);
+    (sight == Sight::all ? plain : masked)(context, rows, block_key);
     extent.end = block_key + E::kKeys;
   }
   return extent;
@@ -302,15 +319,16 @@ inline void add_values(const ForwardTask<E>& task, const TileContext<E>& context
     bool bad[E::kBlockKeys] = {};
     if (find_nonfinite<E>(task.p, task.rows.batch, task.rows.kv_head, view.start + extent.guard_begin,
                           view.start + min64(extent.guard_end, keys), bad + extent.guard_begin)) {
-      accumulate_guarded<E>(context.panel, context.probs, task.p, layout, task.rows.batch, task.rows.kv_head, view.start,
-                            extent.begin, end, stride, bad, task.scratch + task.plan.clean_at,
+      accumulate_guarded<E>(context.panel, context.probs, task.p, layout, task.rows.batch, task.rows.kv_head,
+                            view.start, extent.begin, end, stride, bad, task.scratch + task.plan.clean_at,
                             [&](int lane, int64_t key) {
                               return lane_sees<E>(context.panel, context.dense.visible, view.start, lane, key);
                             });
       return;
     }
   }
-  accumulate_values<E>(context.panel, context.probs, view, extent.begin, end, task.p.value_dim, stride, layout.pack_value);
+  accumulate_values<E>(context.panel, context.probs, view, extent.begin, end, task.p.value_dim, stride,
+                       layout.pack_value);
 }
 
 // Enters a key block: the keys of it that the panel sees at all, and its dense arguments. False if there are none.
@@ -373,10 +391,7 @@ FASTATTN_NOINLINE void seed_panel(const ForwardTask<E>& task, TileContext<E>& co
     const int64_t end = min64(key + E::kKeys, task.block_end(block));
     enter_block<E>(panel, block);
     context.dense = read_dense<E>(panel, task.p, block, key, end, task.visible(), task.bias());
-    const KeyValueView view = block_view<E>(task, block);
-    int64_t stride;
-    const char* rows = tile_keys<E>(task, view, key, &stride);
-    seed_shift<E>(context, rows, stride, key - block, wanted);
+    seed_shift<E>(context, tile_keys<E>(task, block_view<E>(task, block), key), key - block, wanted);
   }
 }
 
@@ -445,7 +460,7 @@ void run_task(void* opaque, int64_t index, int thread) {
       pack_query<E>(panel, task.p, batch, plan.query_factor);
     }
     memset(panel.output, 0, sizeof(Scalar) * E::kLanes * static_cast<size_t>(plan.rules.output_stride));
-    TileContext<E> context{panel, plan.rules, {}, task.probs(), 0};
+    TileContext<E> context{panel, plan.rules, {}, task.probs(), task.raw(), 0};
     if (plan.rules.alibi) {
       seed_panel<E>(task, context);
     }
@@ -455,7 +470,7 @@ void run_task(void* opaque, int64_t index, int thread) {
   for (int64_t block = round_down(first, E::kBlockKeys); block < last; block += E::kBlockKeys) {
     const KeyValueView view = block_view<E>(task, block);
     for (int i = 0; i < task.panels; ++i) {
-      TileContext<E> context{*task.panel(i), plan.rules, {}, task.probs(), 0};
+      TileContext<E> context{*task.panel(i), plan.rules, {}, task.probs(), task.raw(), 0};
       run_block<E>(task, context, view);
     }
   }
@@ -464,7 +479,7 @@ void run_task(void* opaque, int64_t index, int thread) {
     Panel<E>& panel = *task.panel(i);
     finish_rows<E>(panel, task.p, plan.rules, batch, normalisers);
     if (task.p.weights != nullptr) {
-      TileContext<E> context{panel, plan.rules, {}, task.probs(), 0};
+      TileContext<E> context{panel, plan.rules, {}, task.probs(), task.raw(), 0};
       write_weights<E>(task, context, normalisers);
     }
   }
@@ -518,7 +533,8 @@ void run_forward(const AttentionParams& p) {
 }
 
 // Up to this many queries, keys and values are read where they lie and each query pays for itself; above it, a panel's
-// lanes fill. Decided by the number of queries alone, so that a row's bits do not depend on how many heads share its keys.
+// lanes fill. Decided by the number of queries alone, so that a row's bits do not depend on how many heads share its
+// keys.
 constexpr int64_t kFewQueries = 4;
 
 template <class Few, class Many>

@@ -38,8 +38,8 @@ FASTATTN_INLINE void multiply_keys(typename E::Reg (&s)[E::kGroupKeys][kActive],
   }
 }
 
-// Method::rows: kLanesAtOnce query rows, `query` elements apart, dotted with each key. Rows are read in order, far ahead of
-// their use: that decides the speed of a product that reads each key once.
+// Method::rows: kLanesAtOnce query rows, `query` elements apart, dotted with each key. Rows are read in order, far
+// ahead of their use: that decides the speed of a product that reads each key once.
 template <class E, int kLanesAtOnce>
 FASTATTN_INLINE void dot_rows(typename E::Scalar* raw, const char* key, int64_t key_stride,
                               const typename E::Scalar* query, int64_t head_dim, int64_t query_stride) {
@@ -98,7 +98,8 @@ template <class E, int kActive>
 FASTATTN_NOINLINE void multiply_keys_to(typename E::Scalar* raw, const char* key, int64_t key_stride,
                                         const Panel<E>& panel, int64_t steps) {
   if constexpr (E::kMethod == Method::tiles) {
-    E::template multiply_tiles<kActive>(raw, key, key_stride, panel.query, steps);
+    E::template multiply_tiles<kActive>(key, key_stride, panel.query, steps);
+    E::template store_tiles<kActive>(raw);
   } else if constexpr (E::kMethod == Method::rows) {
     const int64_t query_stride = round_up(steps, E::kWidth);
     memset(raw, 0, sizeof(typename E::Scalar) * E::kKeys * E::kLanes);

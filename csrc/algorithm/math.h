@@ -49,6 +49,19 @@ struct Exp2Terms<double, Precision::full> {             // relative error 3.6e-1
                                       4.435230158540805e-10};
 };
 
+// The same as exp2, for a Vec with instructions that split off the fraction above the floor and scale by a power of
+// two: half the operations, a gain where those instructions are not slower than the additions they replace.
+template <class V>
+inline typename V::Reg exp2_by_scale(typename V::Reg x) {  // on [0, 1), relative error 7.5e-5
+  constexpr float kTerms[] = {0.99992520F, 0.69583350F, 0.22606727F, 0.078024462F};
+  const auto fraction = V::fraction(x);
+  auto y = V::set1(kTerms[3]);
+  y = V::fma(y, fraction, V::set1(kTerms[2]));
+  y = V::fma(y, fraction, V::set1(kTerms[1]));
+  y = V::fma(y, fraction, V::set1(kTerms[0]));
+  return V::scale(y, x);
+}
+
 // 2^x for x below 128 (1024 in double); results under the normal range are 0, a NaN stays one.
 template <class V, Precision precision = Precision::full>
 inline typename V::Reg exp2(typename V::Reg x) {

@@ -1,4 +1,5 @@
-// The engine for few queries: one vector of lanes, rows dotted with rows, operands read where they lie in their own type.
+// The engine for few queries: one vector of lanes, rows dotted with rows, operands read where they lie in their own
+// type.
 #pragma once
 
 #include "algorithm/engine.h"

@@ -43,11 +43,18 @@ struct TileContext {
   const ScoreRules<E>& rules;
   DenseBlock<E> dense;
   typename E::Scalar* probs;  // [strip][kBlockKeys / depth][kRows] lanes of operands
+  typename E::Scalar* raw;    // Method::tiles: the block's products, [key][lane]
   int64_t written;            // first key of the block whose probabilities have been written
 };
 
+// The rows of one tile of keys.
+struct TileRows {
+  const char* rows;
+  int64_t stride;
+};
+
 template <class E>
-using TileFn = void (*)(TileContext<E>& context, const char* key, int64_t key_stride, int64_t block_key);
+using TileFn = void (*)(TileContext<E>& context, TileRows key, int64_t block_key);
 
 // Scores of a group of keys by the panel's first kActive vectors of queries.
 template <class E, int kActive>
@@ -150,7 +157,7 @@ FASTATTN_INLINE void softmax_tile(TileContext<E>& context, Scores<E, kActive>& s
         } else {
           x = V::fms(s[r + i][v], factor, shift);
         }
-        prob[i] = exp2<V, E::Product::kExpPrecision>(x);
+        prob[i] = E::Product::power(x);
         sum = V::add(sum, prob[i]);
       }
       const Reg operand = E::Product::probabilities(prob);
@@ -244,31 +251,34 @@ FASTATTN_INLINE void load_scores(const typename E::Scalar* raw, Scores<E, kActiv
 }
 
 template <class E, TileKind kind, int kActive>
-FASTATTN_NOINLINE void score_tile(TileContext<E>& context, const char* key, int64_t key_stride, int64_t block_key) {
+FASTATTN_NOINLINE void score_tile(TileContext<E>& context, TileRows key, int64_t block_key) {
   Scores<E, kActive> s;
-  if constexpr (E::kFused) {
-    multiply_keys<E, kActive>(s, key, key_stride, context.panel.query, context.rules.steps);
+  if constexpr (E::kMethod == Method::tiles) {
+    for (int64_t group = block_key; group < block_key + E::kKeys; group += E::kGroupKeys) {
+      load_scores<E, kActive>(context.raw + group * E::kLanes, s);
+      score_group<E, kind, kActive>(context, s, group);
+    }
+  } else if constexpr (E::kFused) {
+    multiply_keys<E, kActive>(s, key.rows, key.stride, context.panel.query, context.rules.steps);
     score_group<E, kind, kActive>(context, s, block_key);
   } else {
     alignas(64) typename E::Scalar raw[E::kKeys * E::kLanes];
-    multiply_keys_to<E, kActive>(raw, key, key_stride, context.panel, context.rules.steps);
-    for (int group = 0; group < E::kKeys; group += E::kGroupKeys) {
-      load_scores<E, kActive>(raw + group * E::kLanes, s);
-      score_group<E, kind, kActive>(context, s, block_key + group);
-    }
+    multiply_keys_to<E, kActive>(raw, key.rows, key.stride, context.panel, context.rules.steps);
+    load_scores<E, kActive>(raw, s);
+    score_group<E, kind, kActive>(context, s, block_key);
   }
 }
 
 // Sets the shift of each lane from the tile where its diagonal lies, so that ALiBi's rise towards the diagonal does not
 // move it tile after tile. A lane's seed depends on its own visible scores alone.
 template <class E>
-FASTATTN_NOINLINE void seed_shift(TileContext<E>& context, const char* key, int64_t key_stride, int64_t block_key,
+FASTATTN_NOINLINE void seed_shift(TileContext<E>& context, TileRows key, int64_t block_key,
                                   const bool (&wanted)[E::kLanes]) {
   using V = typename E::V;
   using Scalar = typename E::Scalar;
   alignas(64) Scalar raw[E::kKeys * E::kLanes];
   alignas(64) Scalar peaks[E::kLanes];
-  multiply_keys_to<E, E::kVectors>(raw, key, key_stride, context.panel, context.rules.steps);
+  multiply_keys_to<E, E::kVectors>(raw, key.rows, key.stride, context.panel, context.rules.steps);
   typename E::Reg peak[E::kVectors];
   for (auto& highest : peak) {
     highest = V::set1(-static_cast<Scalar>(__builtin_inf()));

@@ -103,10 +103,12 @@ FASTATTN_NOINLINE void row_values_panel(Panel<E>& panel, const typename E::Scala
                                         int64_t output_stride, int columns) {
   int r = 0;
   for (; r + 4 <= panel.live; r += 4) {
-    row_values<E, 4, kVectors>(probs + r, value, value_stride, keys, output + r * output_stride, output_stride, columns);
+    row_values<E, 4, kVectors>(probs + r, value, value_stride, keys, output + r * output_stride, output_stride,
+                               columns);
   }
   for (; r < panel.live; ++r) {
-    row_values<E, 1, kVectors>(probs + r, value, value_stride, keys, output + r * output_stride, output_stride, columns);
+    row_values<E, 1, kVectors>(probs + r, value, value_stride, keys, output + r * output_stride, output_stride,
+                               columns);
   }
 }
 
@@ -118,9 +120,11 @@ inline void accumulate_rows(Panel<E>& panel, const typename E::Scalar* probs, co
   for (int64_t d = 0; d < value_dim;) {
     const int64_t rest = value_dim - d;
     const bool wide = rest >= kTileColumns;
-    (wide ? row_values_panel<E, 4> : row_values_panel<E, 1>)(
-        panel, probs + begin * E::kRows, value + d * static_cast<int64_t>(sizeof(typename E::Source)), view.value_stride,
-        end - begin, panel.output + d, output_stride, static_cast<int>(wide ? kTileColumns : min64(rest, E::kWidth)));
+    (wide ? row_values_panel<E, 4>
+          : row_values_panel<E, 1>)(panel, probs + begin * E::kRows,
+                                    value + d * static_cast<int64_t>(sizeof(typename E::Source)), view.value_stride,
+                                    end - begin, panel.output + d, output_stride,
+                                    static_cast<int>(wide ? kTileColumns : min64(rest, E::kWidth)));
     d += wide ? kTileColumns : E::kWidth;
   }
 }
@@ -186,13 +190,13 @@ FASTATTN_NOINLINE bool find_nonfinite(const AttentionParams& p, int64_t batch, i
   return found;
 }
 
-// The slow way, for a block with such keys: each of them is added to exactly the rows that see it. `bad` and `sees` count
-// keys within the block, `clean` is room for the block's packed values without them.
+// The slow way, for a block with such keys: each of them is added to exactly the rows that see it. `bad` and `sees`
+// count keys within the block, `clean` is room for the block's packed values without them.
 template <class E, class Sees>
 FASTATTN_NOINLINE void accumulate_guarded(Panel<E>& panel, typename E::Scalar* probs, const AttentionParams& p,
                                           const OperandLayout& layout, int64_t batch, int64_t head, int64_t block,
-                                          int64_t begin, int64_t end, int64_t output_stride, const bool* bad, char* clean,
-                                          Sees sees) {
+                                          int64_t begin, int64_t end, int64_t output_stride, const bool* bad,
+                                          char* clean, Sees sees) {
   using Scalar = typename E::Scalar;
   KeyValueView cleaned{};
   cleaned.start = block;

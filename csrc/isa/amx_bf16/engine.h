@@ -1,8 +1,8 @@
 // The AMX engine for bfloat16: tiles of 16 rows by 64 bytes, multiplied by TDPBF16PS.
 //
-// Scores are transposed here too: K rows are the left operand where they lie, the queries' pairs the right one. The second
-// product is transposed as well, columns of V by probabilities, so that probabilities stay where the softmax left them; V is
-// packed as rows of columns for that, [padded Dv][kBlockKeys] a block.
+// Scores are transposed here too: K rows are the left operand where they lie, the queries' pairs the right one. The
+// second product is transposed as well, columns of V by probabilities, so that probabilities stay where the softmax
+// left them; V is packed as rows of columns for that, [padded Dv][kBlockKeys] a block.
 #pragma once
 
 #include "algorithm/engine.h"
@@ -13,18 +13,23 @@ namespace {
 
 // The compiler's own intrinsics say nothing of the memory that a tile load reads.
 #define FASTATTN_TILE_LOAD(tile, base, stride) \
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(base), "r"(stride) : "memory")
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile::"r"(base), "r"(stride) : "memory")
 #define FASTATTN_TILE_STORE(tile, base, stride) \
   __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(base), "r"(stride) : "memory")
-#define FASTATTN_TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile ::)
-#define FASTATTN_TILE_DOT(sum, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum ::)
+#define FASTATTN_TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile::)
+#define FASTATTN_TILE_DOT(sum, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum::)
+
+// Every CPU with AMX has quick VREDUCEPS and VSCALEFPS.
+struct AmxProduct : Bf16PairProduct {
+  static FASTATTN_INLINE __m512 power(__m512 x) { return exp2_by_scale<VecF32>(x); }
+};
 
 struct AmxEngine {
   using V = VecF32;
   using Reg = V::Reg;
   using Scalar = float;
   using Source = Bfloat16;
-  using Product = Bf16PairProduct;
+  using Product = AmxProduct;
   using Element = Bfloat16;
   using Prob = Bfloat16;
 
@@ -60,9 +65,9 @@ struct AmxEngine {
   }
   static void leave() { __asm__ volatile("tilerelease" ::); }
 
+  // Scores of 32 keys into the first four tiles.
   template <int kActive>
-  static FASTATTN_INLINE void multiply_tiles(float* raw, const char* key, int64_t key_stride, const float* query,
-                                             int64_t steps) {
+  static FASTATTN_INLINE void multiply_tiles(const char* key, int64_t key_stride, const float* query, int64_t steps) {
     const char* low = key;
     const char* high = key + kTile * key_stride;
     FASTATTN_TILE_ZERO(0);
@@ -81,6 +86,10 @@ struct AmxEngine {
         FASTATTN_TILE_DOT(3, 5, 7);
       }
     }
+  }
+
+  template <int kActive>
+  static FASTATTN_INLINE void store_tiles(float* raw) {
     FASTATTN_TILE_STORE(0, raw, kLaneRowBytes);
     FASTATTN_TILE_STORE(1, raw + kTile * kLanes, kLaneRowBytes);
     if constexpr (kActive == 2) {
@@ -89,8 +98,8 @@ struct AmxEngine {
     }
   }
 
-  // output[column][lane] += value[column][key] * probs[key][lane] over keys [begin, end) of the block, two tiles of columns
-  // by two of lanes at a time. Padding columns are computed with the others.
+  // output[column][lane] += value[column][key] * probs[key][lane] over keys [begin, end) of the block, two tiles of
+  // columns by two of lanes at a time. Padding columns are computed with the others.
   static FASTATTN_NOINLINE void accumulate_tiles(float* output, const float* probs, const char* value, int64_t begin,
                                                  int64_t end, int64_t columns, int live) {
     for (int64_t d = 0; d < columns; d += 2 * kTile) {

@@ -31,7 +31,8 @@ double peak_dot_bf16(int64_t rounds) {
 }  // namespace
 
 void register_amx_bf16(KernelTable& table) {
-  table.set_forward(DType::bfloat16, forward<RowsBf16, AmxEngine>, "amx_bf16", "bfloat16 tiles, TDPBF16PS, 32x32 scores");
+  table.set_forward(DType::bfloat16, forward<RowsBf16, AmxEngine>, "amx_bf16",
+                    "bfloat16 tiles, TDPBF16PS, 32x32 scores");
   table.peak_dot_bf16 = peak_dot_bf16;
 }
 

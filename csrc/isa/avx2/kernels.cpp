@@ -35,8 +35,10 @@ void register_avx2(KernelTable& table) {
   constexpr const char* kIsa = "avx2";
   table.set_forward(DType::float32, forward<RowsF32<float>, EngineF32<float>>, kIsa, "float32 FMA, 6x16 tiles");
   table.set_forward(DType::float64, forward<RowsF64, EngineF64>, kIsa, "float64 FMA, 6x8 tiles");
-  table.set_forward(DType::bfloat16, forward<RowsF32<Bfloat16>, EngineF32<Bfloat16>>, kIsa, "widened to float32, FMA, 6x16 tiles");
-  table.set_forward(DType::float16, forward<RowsF32<Float16>, EngineF32<Float16>>, kIsa, "widened to float32, FMA, 6x16 tiles");
+  table.set_forward(DType::bfloat16, forward<RowsF32<Bfloat16>, EngineF32<Bfloat16>>, kIsa,
+                    "widened to float32, FMA, 6x16 tiles");
+  table.set_forward(DType::float16, forward<RowsF32<Float16>, EngineF32<Float16>>, kIsa,
+                    "widened to float32, FMA, 6x16 tiles");
   table.peak_fma_f32 = peak_fma_f32;
   table.peak_fma_f64 = peak_fma_f64;
 }

@@ -195,7 +195,8 @@ struct VecF64 {
     for (int i = 0; i < 8; i += 4) {
       const Reg low = _mm256_hadd_pd(r[i], r[i + 1]);
       const Reg high = _mm256_hadd_pd(r[i + 2], r[i + 3]);
-      store(totals + i, _mm256_add_pd(_mm256_permute2f128_pd(low, high, 0x20), _mm256_permute2f128_pd(low, high, 0x31)));
+      store(totals + i,
+            _mm256_add_pd(_mm256_permute2f128_pd(low, high, 0x20), _mm256_permute2f128_pd(low, high, 0x31)));
     }
   }
 

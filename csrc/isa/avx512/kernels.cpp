@@ -35,8 +35,10 @@ void register_avx512(KernelTable& table) {
   constexpr const char* kIsa = "avx512";
   table.set_forward(DType::float32, forward<RowsF32<float>, EngineF32<float>>, kIsa, "float32 FMA, 8x32 tiles");
   table.set_forward(DType::float64, forward<RowsF64, EngineF64>, kIsa, "float64 FMA, 8x16 tiles");
-  table.set_forward(DType::bfloat16, forward<RowsF32<Bfloat16>, EngineF32<Bfloat16>>, kIsa, "widened to float32, FMA, 8x32 tiles");
-  table.set_forward(DType::float16, forward<RowsF32<Float16>, EngineF32<Float16>>, kIsa, "widened to float32, FMA, 8x32 tiles");
+  table.set_forward(DType::bfloat16, forward<RowsF32<Bfloat16>, EngineF32<Bfloat16>>, kIsa,
+                    "widened to float32, FMA, 8x32 tiles");
+  table.set_forward(DType::float16, forward<RowsF32<Float16>, EngineF32<Float16>>, kIsa,
+                    "widened to float32, FMA, 8x32 tiles");
   table.peak_fma_f32 = peak_fma_f32;
   table.peak_fma_f64 = peak_fma_f64;
 }

@@ -46,6 +46,8 @@ struct VecF32 {
   static Mask from_bits(uint32_t bits) { return static_cast<Mask>(bits); }
   static Reg select(Mask m, Reg yes, Reg no) { return _mm512_mask_mov_ps(no, m, yes); }
 
+  static Reg fraction(Reg x) { return _mm512_reduce_ps(x, 0x01); }   // x - floor(x); 0 for infinities
+  static Reg scale(Reg x, Reg n) { return _mm512_scalef_ps(x, n); }  // x * 2^floor(n)
   // 2^n, given the bits of n + 1.5 * 2^23; 0 for n = -127.
   static Reg power_of_two(Reg shifted) {
     const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);

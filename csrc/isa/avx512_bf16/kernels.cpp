@@ -21,7 +21,8 @@ double peak_dot_bf16(int64_t rounds) {
 }  // namespace
 
 void register_avx512_bf16(KernelTable& table) {
-  table.set_forward(DType::bfloat16, forward<RowsBf16, EngineBf16>, "avx512_bf16", "bfloat16 pairs, VDPBF16PS, 8x32 tiles");
+  table.set_forward(DType::bfloat16, forward<RowsBf16, EngineBf16>, "avx512_bf16",
+                    "bfloat16 pairs, VDPBF16PS, 8x32 tiles");
   table.peak_dot_bf16 = peak_dot_bf16;
 }
 

@@ -15,16 +15,16 @@ struct Bf16PairProduct {
   static constexpr int kDepth = 2;
   // A scale rounded into a bfloat16 query would cost six times the error that the query itself has.
   static constexpr bool kScaleQuery = false;
-  static constexpr Precision kExpPrecision = Precision::bfloat16;
 
   static FASTATTN_INLINE __m512 run(__m512 a, __m512 b, __m512 sum) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
+  static FASTATTN_INLINE __m512 power(__m512 x) { return exp2<V, Precision::bfloat16>(x); }
   // Lane i pairs the even key's probability (low half) with the odd key's.
   static FASTATTN_INLINE __m512 probabilities(const __m512 (&prob)[2]) {
     const auto halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(prob[1], prob[0]));
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves));
   }
   static float scale_probability(float pair, float scale) {
