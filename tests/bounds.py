@@ -31,7 +31,7 @@ class Expected(NamedTuple):
     lse: np.ndarray  # (B, Hq, Lq)
     weights: np.ndarray  # (B, Hq, Lq, Lk)
     mass: np.ndarray  # (B, Hq, Lq, Dv): sum_j p_ij |v_j|
-    size: np.ndarray  # (B, Hq, Lq): 1 + max_j (|scale| sum_d |q_id k_jd| + |bias_ij| + |alibi_ij|), j visible
+    size: np.ndarray  # (B, Hq, Lq): 2 + max_j (|scale| sum_d |q_id k_jd| + |bias_ij| + |alibi_ij|), j visible
     largest: np.ndarray  # (B, Hq, 1, 1): max |v| of the head
 
 
@@ -39,7 +39,7 @@ def expect(query: Any, key: Any, value: Any, **options: Any) -> Expected:
     """Run the oracle. `query`, `key` and `value` hold what the kernel sees, already rounded."""
     problem = AttentionProblem.from_arguments(query, key, value, **options)
     result = reference.attention(query, key, value, **options)
-    mass, size = np.zeros(problem.out_shape), np.ones(problem.scores_shape[:3])
+    mass, size = np.zeros(problem.out_shape), np.full(problem.scores_shape[:3], 2.0)
     group = problem.scores_shape[1] // problem.key.shape[1]
     largest = np.zeros((*problem.scores_shape[:2], 1, 1))
     for b, h in np.ndindex(*problem.scores_shape[:2]):
@@ -113,3 +113,17 @@ def allowed_weights(kernel: Kernel, expected: Expected) -> np.ndarray:
 
 def as_float64(array: Any) -> np.ndarray:
     return array.astype(np.float64) if isinstance(array, np.ndarray) else array.double().numpy()
+
+
+def assert_within(error: np.ndarray, allowed: np.ndarray) -> None:
+    """No NaN, and no error past what is allowed."""
+    assert not np.isnan(error).any()
+    worst = np.max(error / np.maximum(allowed, 1e-300), initial=0)
+    assert worst <= 1, f"{worst:.3g} times the error allowed"
+
+
+def assert_lse_within(lse: np.ndarray, expected: Expected, allowed: np.ndarray) -> None:
+    """The same, and -inf in exactly the rows that have nothing to attend to."""
+    empty = expected.lse == -np.inf
+    np.testing.assert_array_equal(lse == -np.inf, empty)
+    assert_within(abs(lse[~empty] - expected.lse[~empty]), allowed[~empty])

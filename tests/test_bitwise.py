@@ -1,0 +1,175 @@
+"""What must not change a bit: threads, load, neighbours, grouping, layout, library, other outputs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import bounds
+import fastattn as fa
+from bounds import as_float64
+from kernels import Kernel, assert_same_bits, bits
+from shapes import Case
+
+ARRAYS = ("mask", "bias", "kv_lengths", "query_offset", "alibi_slopes", "sinks")
+MANY = Case("many", 70, 300, 40, 24, batch=3, query_heads=6, kv_heads=2, causal=True)
+FEW = Case("few", 5, 300, 40, 24, batch=3, query_heads=6, kv_heads=2, causal=True)
+ONE = Case("one", 1, 600, 64, batch=2, query_heads=4, kv_heads=1)
+RULES = Case("rules", 70, 300, 40, 24, batch=3, query_heads=6, kv_heads=2, softcap=3.0, arrays=ARRAYS)
+CASES = pytest.mark.parametrize("case", [MANY, FEW, ONE, RULES], ids=str)
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    yield
+    fa.set_num_threads(None)
+
+
+def run(kernel: Kernel, case: Case, **extra: Any) -> Any:
+    options = {"return_lse": True, "return_weights": True, **case.options(kernel.dtype), **extra}
+    return fa.attention(*bounds.draw(case, kernel.dtype), **options)
+
+
+@CASES
+class TestThreads:
+    def test_number(self, kernel: Kernel, case: Case, restore_threads: None) -> None:
+        fa.set_num_threads(1)
+        alone = run(kernel, case)
+        for threads in (2, 3, 4, 7):
+            fa.set_num_threads(threads)
+            assert_same_bits(run(kernel, case), alone)
+
+    def test_run_to_run_beside_a_busy_process(self, kernel: Kernel, case: Case, busy: None) -> None:
+        first = run(kernel, case)
+        for _ in range(4):
+            assert_same_bits(run(kernel, case), first)
+
+
+@pytest.fixture(scope="module")
+def busy() -> Iterator[None]:
+    """A process that leaves this one no core of its own for long."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    yield
+    process.kill()
+    process.wait()
+
+
+@CASES
+def test_alone_or_in_a_batch(kernel: Kernel, case: Case) -> None:
+    query, key, value = bounds.draw(case, kernel.dtype)
+    options = case.options(kernel.dtype)
+    together = run(kernel, case)
+    for b in range(case.batch):
+        own = dict(options)
+        for name in ("mask", "kv_lengths", "query_offset"):
+            if name in options:
+                own[name] = options[name][b : b + 1]
+        own |= {"return_lse": True, "return_weights": True}
+        alone = fa.attention(query[b : b + 1], key[b : b + 1], value[b : b + 1], **own)
+        assert_same_bits(alone, tuple(part[b : b + 1] for part in together))
+
+
+@pytest.mark.parametrize("group", range(1, 9))
+@pytest.mark.parametrize("seqlen_q", [1, 5, 70])
+def test_grouped_heads_or_repeated_ones(kernel: Kernel, group: int, seqlen_q: int) -> None:
+    case = Case("grouped", seqlen_q, 90, 40, 24, query_heads=2 * group, kv_heads=2, causal=True)
+    query, key, value = bounds.draw(case, kernel.dtype)
+    options = {"causal": True, "return_lse": True, "return_weights": True}
+    grouped = fa.attention(query, key, value, **options)
+    assert_same_bits(grouped, fa.attention(query, key.repeat(group, 1), value.repeat(group, 1), **options))
+    for head in range(2 * group):
+        own = slice(head // group, head // group + 1)
+        alone = fa.attention(query[:, head : head + 1], key[:, own], value[:, own], **options)
+        assert_same_bits(alone, tuple(part[:, head : head + 1] for part in grouped))
+
+
+@CASES
+def test_a_window_that_reaches_everything_or_none(kernel: Kernel, case: Case) -> None:
+    reach = 3 * case.seqlen_k  # past both ends from any offset
+    assert_same_bits(run(kernel, case, window=(reach, reach)), run(kernel, case))
+
+
+@CASES
+def test_rules_that_hide_nothing(kernel: Kernel, case: Case) -> None:
+    if "mask" not in case.arrays:
+        mask = np.ones((case.seqlen_q, case.seqlen_k), bool)
+        lengths = [case.seqlen_k] * case.batch
+        assert_same_bits(run(kernel, case, mask=mask, kv_lengths=lengths), run(kernel, case))
+    if not case.causal:
+        last = case.options()["query_offset"].max() if "query_offset" in case.arrays else 0
+        assert_same_bits(
+            run(kernel, case, window=(None, int(abs(last)) + 3 * case.seqlen_k)), run(kernel, case)
+        )
+
+
+@CASES
+def test_one_layout_or_the_other(kernel: Kernel, case: Case) -> None:
+    swapped = [np.ascontiguousarray(x.swapaxes(1, 2)) for x in bounds.draw(case, kernel.dtype)]
+    options = {"return_lse": True, "return_weights": True, **case.options(kernel.dtype)}
+    out, lse, weights = fa.attention(*swapped, layout="bshd", **options)
+    assert_same_bits((out.swapaxes(1, 2), lse, weights), run(kernel, case))
+
+
+@CASES
+def test_out_given_or_not(kernel: Kernel, case: Case) -> None:
+    expected = run(kernel, case)
+    shape = expected[0].shape
+    for out in (np.empty(shape, expected[0].dtype), np.empty(shape[::-1], expected[0].dtype).T):
+        out[...] = np.nan
+        result = run(kernel, case, out=out)
+        assert result[0] is out
+        assert_same_bits(result, expected)
+
+
+@CASES
+def test_other_results_asked_for_or_not(kernel: Kernel, case: Case) -> None:
+    out, lse, weights = run(kernel, case)
+    assert_same_bits(run(kernel, case, return_lse=False, return_weights=False), out)
+    assert_same_bits(run(kernel, case, return_weights=False), (out, lse))
+    assert_same_bits(run(kernel, case, return_lse=False), (out, weights))
+
+
+@CASES
+def test_numpy_or_torch(kernel: Kernel, case: Case) -> None:
+    """bfloat16 is ml_dtypes' there and torch's own here."""
+    integer = {2: np.int16, 4: np.int32, 8: np.int64}[bounds.draw(case, kernel.dtype)[0].itemsize]
+    tensors = [
+        torch.from_numpy(x.view(integer)).view(getattr(torch, kernel.dtype))
+        for x in bounds.draw(case, kernel.dtype)
+    ]
+    options = {name: x for name, x in case.options(kernel.dtype, "torch").items() if name != "bias"}
+    if "bias" in case.arrays:  # torch rounds float64 to float16 by way of float32
+        bias = case.options(kernel.dtype)["bias"]
+        options["bias"] = torch.from_numpy(bias.view(integer)).view(tensors[0].dtype)
+    result = fa.attention(*tensors, return_lse=True, return_weights=True, **options)
+    assert all(isinstance(part, torch.Tensor) for part in result)
+    assert_same_bits(result, run(kernel, case))
+
+
+def test_beside_another_sequence_of_any_content(kernel: Kernel) -> None:
+    """A batch whose other members hold NaN, and scores that are anything but normal."""
+    query, key, value = bounds.draw(RULES, kernel.dtype)
+    expected = fa.attention(query, key, value, causal=True)
+    for poison in (np.nan, np.inf, 1e4):
+        strange = [x.copy() for x in (query, key, value)]
+        for x in strange:
+            x[0] = poison
+            x[2] *= 100
+        np.testing.assert_array_equal(bits(fa.attention(*strange, causal=True))[1], bits(expected)[1])
+
+
+def test_rows_alone_are_equal_to_tolerance_only(kernel: Kernel) -> None:
+    """The order of sums is a function of the number of queries too."""
+    query, key, value = bounds.draw(MANY, kernel.dtype)
+    expected = bounds.expect(query, key, value, causal=True)
+    for row in (0, 31, 69):
+        offset = row + MANY.seqlen_k - MANY.seqlen_q
+        out = fa.attention(query[:, :, row : row + 1], key, value, causal=True, query_offset=offset)
+        error = abs(as_float64(out) - expected.out[:, :, row : row + 1])
+        assert (error <= bounds.allowed(kernel, expected)[:, :, row : row + 1]).all()
