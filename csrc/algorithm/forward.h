@@ -25,13 +25,22 @@ constexpr int kMaxPanels = 4;
 // Rows from which keys and values that are not adjacent rows (the "bshd" layout) are worth copying first.
 constexpr int64_t kCopyStridedRows = 256;
 
+// The score tiles of one call: where every row sees every key, and where some row does not see some key.
+template <class E>
+struct TileFns {
+  TileFn<E> plain;
+  TileFn<E> masked;
+  PassFn<E> scan_plain;  // Method::tiles
+  PassFn<E> scan_masked;
+  PassFn<E> exponentiate;
+};
+
 // How one call is cut.
 template <class E>
 struct ForwardPlan {
   OperandLayout layout;
   ScoreRules<E> rules;
-  TileFn<E> plain_tile[E::kVectors];   // for panels of 1, ... kVectors vectors of live lanes
-  TileFn<E> masked_tile[E::kVectors];  // where some row does not see some key
+  TileFns<E> tiles[E::kVectors];  // for panels of 1, ... kVectors vectors of live lanes
   double query_factor;
   int panels;          // of a task
   int64_t spans;       // stretches of rows a key/value head falls into: one a query head, or one for all
@@ -72,11 +81,17 @@ inline void plan_scratch(ForwardPlan<E>& plan, const AttentionParams& p) {
 }
 
 template <class E, int kActive>
-inline void choose_tiles(ForwardPlan<E>& plan, bool general) {
-  plan.plain_tile[kActive - 1] =
-      general ? score_tile<E, TileKind::general, kActive> : score_tile<E, TileKind::plain, kActive>;
-  plan.masked_tile[kActive - 1] =
-      general ? score_tile<E, TileKind::general, kActive> : score_tile<E, TileKind::masked, kActive>;
+inline TileFns<E> choose_tiles(bool general) {
+  TileFns<E> fns{};
+  if constexpr (E::kMethod == Method::tiles) {
+    fns.scan_plain = general ? scan_tile<E, TileKind::general, kActive> : scan_tile<E, TileKind::plain, kActive>;
+    fns.scan_masked = general ? scan_tile<E, TileKind::general, kActive> : scan_tile<E, TileKind::masked, kActive>;
+    fns.exponentiate = general ? exponentiate_tile<E, true, kActive> : exponentiate_tile<E, false, kActive>;
+  } else {
+    fns.plain = general ? score_tile<E, TileKind::general, kActive> : score_tile<E, TileKind::plain, kActive>;
+    fns.masked = general ? score_tile<E, TileKind::general, kActive> : score_tile<E, TileKind::masked, kActive>;
+  }
+  return fns;
 }
 
 template <class E>
@@ -97,8 +112,8 @@ inline ForwardPlan<E> plan_forward(const AttentionParams& p) {
   plan.rules.softcap = static_cast<Scalar>(p.softcap);
   plan.rules.alibi = p.alibi_slopes != nullptr;
   plan.rules.output_stride = padded_value_dim<E>(p);
-  choose_tiles<E, 1>(plan, general);
-  choose_tiles<E, E::kVectors>(plan, general);
+  plan.tiles[0] = choose_tiles<E, 1>(general);
+  plan.tiles[E::kVectors - 1] = choose_tiles<E, E::kVectors>(general);
 
   // Short sequences: rows of the heads that share keys stand side by side in the lanes.
   const bool together = p.seqlen_q < 4 * E::kLanes;
@@ -246,19 +261,31 @@ struct BlockExtent {
 };
 
 // A matrix unit takes a block's products in one go: it and the vector units get in each other's way when their
-// instructions mix tile by tile (a third of the speed, measured).
+// instructions mix tile by tile (a third of the speed, measured). The block's peak is then known before its first
+// exponential.
 template <class E>
-inline void multiply_block(const ForwardTask<E>& task, TileContext<E>& context, const KeyValueView& view, int64_t begin,
-                           int64_t end) {
+inline void score_products(const ForwardTask<E>& task, TileContext<E>& context, const TileFns<E>& fns,
+                           const KeyValueView& view, int64_t begin, int64_t end) {
+  const int64_t block = view.start;
   const bool wide = context.panel.live > E::kWidth;
+  auto* multiply = wide ? multiply_keys_to<E, E::kVectors> : multiply_keys_to<E, 1>;
   for (int64_t key = begin; key < end; key += E::kKeys) {
-    if (tile_sight<E>(context.panel, context.dense.visible, view.start, key) == Sight::none) {
-      continue;
+    if (tile_sight<E>(context.panel, context.dense.visible, block, key) != Sight::none) {
+      const TileRows rows = tile_keys<E>(task, view, key);
+      multiply(context.raw + (key - block) * E::kLanes, rows.rows, rows.stride, context.panel, context.rules.steps);
     }
-    const TileRows rows = tile_keys<E>(task, view, key);
-    (wide ? multiply_keys_to<E, 2> : multiply_keys_to<E, 1>)(context.raw + (key - view.start) * E::kLanes, rows.rows,
-                                                             rows.stride, context.panel, context.rules.steps);
   }
+  for (auto& peak : context.peaks) {
+    peak = -static_cast<typename E::Scalar>(__builtin_inf());
+  }
+  for (int64_t key = begin; key < end; key += E::kKeys) {
+    const Sight sight = tile_sight<E>(context.panel, context.dense.visible, block, key);
+    if (sight != Sight::none) {
+      (sight == Sight::all ? fns.scan_plain : fns.scan_masked)(context, key - block);
+    }
+  }
+  context.written = begin - block;
+  (context.rules.natural ? follow_block_peak<E, true> : follow_block_peak<E, false>)(context);
 }
 
 // Probabilities of one panel over one key block.
@@ -269,11 +296,9 @@ inline BlockExtent score_block(const ForwardTask<E>& task, TileContext<E>& conte
   bool started = false;
   bool gap = false;
   const int64_t block = view.start;
-  const int vectors = (context.panel.live + E::kWidth - 1) / E::kWidth;
-  const TileFn<E> plain = task.plan.plain_tile[vectors - 1];
-  const TileFn<E> masked = task.plan.masked_tile[vectors - 1];
+  const TileFns<E>& fns = task.plan.tiles[(context.panel.live + E::kWidth - 1) / E::kWidth - 1];
   if constexpr (E::kMethod == Method::tiles) {
-    multiply_block<E>(task, context, view, begin, end);
+    score_products<E>(task, context, fns, view, begin, end);
   }
   for (int64_t key = begin; key < end; key += E::kKeys) {
     const int64_t block_key = key - block;
@@ -293,8 +318,11 @@ inline BlockExtent score_block(const ForwardTask<E>& task, TileContext<E>& conte
       extent.guard(gap ? extent.end : block_key, block_key + E::kKeys);
       gap = false;
     }
-    const TileRows rows = E::kMethod == Method::tiles ? TileRows{} : tile_keys<E>(task, view, key);
-    (sight == Sight::all ? plain : masked)(context, rows, block_key);
+    if constexpr (E::kMethod == Method::tiles) {
+      fns.exponentiate(context, block_key);
+    } else {
+      (sight == Sight::all ? fns.plain : fns.masked)(context, tile_keys<E>(task, view, key), block_key);
+    }
     extent.end = block_key + E::kKeys;
   }
   return extent;
@@ -460,7 +488,7 @@ void run_task(void* opaque, int64_t index, int thread) {
       pack_query<E>(panel, task.p, batch, plan.query_factor);
     }
     memset(panel.output, 0, sizeof(Scalar) * E::kLanes * static_cast<size_t>(plan.rules.output_stride));
-    TileContext<E> context{panel, plan.rules, {}, task.probs(), task.raw(), 0};
+    TileContext<E> context{panel, plan.rules, {}, task.probs(), task.raw(), 0, {}};
     if (plan.rules.alibi) {
       seed_panel<E>(task, context);
     }
@@ -470,7 +498,7 @@ void run_task(void* opaque, int64_t index, int thread) {
   for (int64_t block = round_down(first, E::kBlockKeys); block < last; block += E::kBlockKeys) {
     const KeyValueView view = block_view<E>(task, block);
     for (int i = 0; i < task.panels; ++i) {
-      TileContext<E> context{*task.panel(i), plan.rules, {}, task.probs(), task.raw(), 0};
+      TileContext<E> context{*task.panel(i), plan.rules, {}, task.probs(), task.raw(), 0, {}};
       run_block<E>(task, context, view);
     }
   }
@@ -479,7 +507,7 @@ void run_task(void* opaque, int64_t index, int thread) {
     Panel<E>& panel = *task.panel(i);
     finish_rows<E>(panel, task.p, plan.rules, batch, normalisers);
     if (task.p.weights != nullptr) {
-      TileContext<E> context{panel, plan.rules, {}, task.probs(), task.raw(), 0};
+      TileContext<E> context{panel, plan.rules, {}, task.probs(), task.raw(), 0, {}};
       write_weights<E>(task, context, normalisers);
     }
   }

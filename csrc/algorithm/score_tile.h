@@ -42,9 +42,10 @@ struct TileContext {
   Panel<E>& panel;
   const ScoreRules<E>& rules;
   DenseBlock<E> dense;
-  typename E::Scalar* probs;  // [strip][kBlockKeys / depth][kRows] lanes of operands
-  typename E::Scalar* raw;    // Method::tiles: the block's products, [key][lane]
-  int64_t written;            // first key of the block whose probabilities have been written
+  typename E::Scalar* probs;                        // [strip][kBlockKeys / depth][kRows] lanes of operands
+  typename E::Scalar* raw;                          // Method::tiles: the block's products, [key][lane]
+  int64_t written;                                  // first key of the block whose probabilities have been written
+  alignas(64) typename E::Scalar peaks[E::kLanes];  // Method::tiles: largest score of the block
 };
 
 // The rows of one tile of keys.
@@ -55,10 +56,42 @@ struct TileRows {
 
 template <class E>
 using TileFn = void (*)(TileContext<E>& context, TileRows key, int64_t block_key);
+template <class E>
+using PassFn = void (*)(TileContext<E>& context, int64_t block_key);
 
 // Scores of a group of keys by the panel's first kActive vectors of queries.
 template <class E, int kActive>
 using Scores = typename E::Reg[E::kGroupKeys][kActive];
+
+// Multiplies what one lane has summed: its output, and its probabilities of the running block before `block_key`.
+template <class E>
+inline void rescale_lane(TileContext<E>& context, int lane, typename E::Scalar scale, int64_t block_key) {
+  using Scalar = typename E::Scalar;
+  const int64_t stride = context.rules.output_stride;
+  if constexpr (E::kMethod != Method::tiles) {
+    Scalar* output = context.panel.output + lane * stride;
+    for (int64_t d = 0; d < stride; ++d) {
+      output[d] *= scale;
+    }
+  }
+  for (int64_t key = context.written; key < block_key; key += E::kDepth) {
+    Scalar& prob = context.probs[prob_index<E>(lane, key) / E::kDepth];
+    prob = E::Product::scale_probability(prob, scale);
+  }
+}
+
+// Where outputs of all lanes lie side by side they are multiplied together, by 1 where nothing changed.
+template <class E>
+inline void rescale_columns(TileContext<E>& context, const typename E::Scalar* scales) {
+  using V = typename E::V;
+  for (int v = 0; v < E::kVectors; ++v) {
+    const auto scale = V::load(scales + v * E::kWidth);
+    for (int64_t d = 0; d < context.rules.output_stride; ++d) {
+      auto* sums = context.panel.output + d * E::kLanes + v * E::kWidth;
+      V::store(sums, V::mul(V::load(sums), scale));
+    }
+  }
+}
 
 // Moves the shift of every lane whose maximum rose too far, and rescales what was summed under the old one. Which lanes
 // move depends on the lane alone.
@@ -69,58 +102,77 @@ FASTATTN_NOINLINE void raise_shift(TileContext<E>& context, const typename E::Sc
   const ScoreRules<E>& rules = context.rules;
   const double rise_log2 = kRoundsProbabilities<E> ? kRoundedLazyRise : kLazyRise;
   const auto rise = static_cast<Scalar>(rise_log2 / rules.to_log2());
+  // Whole powers of two where scores are to base 2: rescaling is then exact.
+  const bool whole = !rules.natural && !kRoundsProbabilities<E>;
+  alignas(64) Scalar scales[E::kLanes];
+  bool rescales = false;
   for (int lane = 0; lane < E::kLanes; ++lane) {
+    scales[lane] = 1;
     if (!(peak[lane] > panel.limit[lane])) {
       continue;
     }
-    const Scalar old = panel.shift[lane];
+    const auto old = static_cast<double>(panel.shift[lane]);
     const bool first = panel.limit[lane] == -static_cast<Scalar>(__builtin_inf());
-    // Whole powers of two where scores are to base 2: rescaling is then exact.
-    const bool whole = !rules.natural && !kRoundsProbabilities<E>;
     const Scalar shift = whole ? static_cast<Scalar>(__builtin_ceil(peak[lane])) : peak[lane];
     panel.shift[lane] = shift;
     panel.limit[lane] = shift + rise;
     if (first) {
       continue;
     }
-    const auto scale =
-        static_cast<Scalar>(::exp2((static_cast<double>(old) - static_cast<double>(shift)) * rules.to_log2()));
-    panel.sum[lane] *= scale;
-    panel.block_sum[lane] *= scale;
-    for (int64_t d = 0; d < rules.output_stride; ++d) {
-      panel.output[output_index<E>(lane, d, rules.output_stride)] *= scale;
-    }
-    for (int64_t key = context.written; key < block_key; key += E::kDepth) {
-      Scalar& prob = context.probs[prob_index<E>(lane, key) / E::kDepth];
-      prob = E::Product::scale_probability(prob, scale);
+    scales[lane] = static_cast<Scalar>(::exp2((old - static_cast<double>(shift)) * rules.to_log2()));
+    rescales = true;
+    panel.sum[lane] *= scales[lane];
+    panel.block_sum[lane] *= scales[lane];
+    rescale_lane<E>(context, lane, scales[lane], block_key);
+  }
+  if (E::kMethod == Method::tiles && rescales) {
+    rescale_columns<E>(context, scales);
+  }
+}
+
+// Whether scores come out of the product as they are to be, or are to be multiplied by rules.factor.
+template <class E, bool kNatural>
+constexpr bool kScaled = kNatural || E::Product::kScaleQuery;
+
+// The largest score of each lane, and `peak` before it. A NaN is passed over.
+template <class E, int kActive>
+FASTATTN_INLINE void find_peak(const Scores<E, kActive>& s, typename E::Reg (&peak)[kActive]) {
+#pragma GCC unroll 4
+  for (int v = 0; v < kActive; ++v) {
+#pragma GCC unroll 8
+    for (int r = 0; r < E::kGroupKeys; ++r) {
+      peak[v] = E::V::max(s[r][v], peak[v]);
     }
   }
 }
 
-// Probabilities of a tile of final scores: maximum, exponential, sum, store.
+// Whether some lane's peak calls for another shift; multiplies the peaks by the factor where scores still need it.
 template <class E, bool kNatural, int kActive>
-FASTATTN_INLINE void softmax_tile(TileContext<E>& context, Scores<E, kActive>& s, int64_t block_key) {
+FASTATTN_INLINE bool peak_rises(const TileContext<E>& context, typename E::Reg (&peak)[kActive]) {
   using V = typename E::V;
-  using Reg = typename E::Reg;
-  using Scalar = typename E::Scalar;
-  constexpr bool kScaled = kNatural || E::Product::kScaleQuery;  // else s is to be multiplied by rules.factor
-  Panel<E>& panel = context.panel;
-  const Reg factor = V::set1(context.rules.factor);
-  Reg peak[kActive];
   bool rises = false;
 #pragma GCC unroll 4
   for (int v = 0; v < kActive; ++v) {
-    peak[v] = V::set1(-static_cast<Scalar>(__builtin_inf()));
-#pragma GCC unroll 8
-    for (int r = 0; r < E::kGroupKeys; ++r) {
-      peak[v] = V::max(s[r][v], peak[v]);  // a NaN score is passed over
+    if constexpr (!kScaled<E, kNatural>) {
+      peak[v] = V::mul(peak[v], V::set1(context.rules.factor));
     }
-    if constexpr (!kScaled) {
-      peak[v] = V::mul(peak[v], factor);
-    }
-    rises |= V::any(V::less(V::load(panel.limit + v * E::kWidth), peak[v]));
+    rises |= V::any(V::less(V::load(context.panel.limit + v * E::kWidth), peak[v]));
   }
-  if (FASTATTN_UNLIKELY(rises)) {
+  return rises;
+}
+
+// Follows the maximum of a group of scores.
+template <class E, bool kNatural, int kActive>
+FASTATTN_INLINE void follow_peak(TileContext<E>& context, Scores<E, kActive>& s, int64_t block_key) {
+  using V = typename E::V;
+  using Scalar = typename E::Scalar;
+  typename E::Reg peak[kActive];
+#pragma GCC unroll 4
+  for (int v = 0; v < kActive; ++v) {
+    peak[v] = V::set1(-static_cast<Scalar>(__builtin_inf()));
+  }
+  find_peak<E, kActive>(s, peak);
+  if (FASTATTN_UNLIKELY((peak_rises<E, kNatural, kActive>(context, peak)))) {
     // The scores go to memory and back by hand, lest the compiler keep them there on the common path too.
     alignas(64) Scalar kept[E::kGroupKeys][E::kLanes];
     alignas(64) Scalar peaks[E::kLanes];
@@ -129,6 +181,9 @@ FASTATTN_INLINE void softmax_tile(TileContext<E>& context, Scores<E, kActive>& s
       for (int r = 0; r < E::kGroupKeys; ++r) {
         V::store(&kept[r][v * E::kWidth], s[r][v]);
       }
+    }
+    for (int lane = kActive * E::kWidth; lane < E::kLanes; ++lane) {
+      peaks[lane] = -static_cast<Scalar>(__builtin_inf());
     }
     raise_shift<E>(context, peaks, block_key);
 #pragma GCC unroll 4
@@ -139,6 +194,16 @@ FASTATTN_INLINE void softmax_tile(TileContext<E>& context, Scores<E, kActive>& s
       }
     }
   }
+}
+
+// Probabilities of a group of final scores under the lanes' shifts: exponential, sum, store.
+template <class E, bool kNatural, int kActive>
+FASTATTN_INLINE void exponentiate(TileContext<E>& context, const Scores<E, kActive>& s, int64_t block_key) {
+  using V = typename E::V;
+  using Reg = typename E::Reg;
+  using Scalar = typename E::Scalar;
+  Panel<E>& panel = context.panel;
+  const Reg factor = V::set1(context.rules.factor);
   constexpr int kPart = E::kRows < E::kWidth ? E::kRows : E::kWidth;  // lanes of a vector that stand in one strip
 #pragma GCC unroll 4
   for (int v = 0; v < kActive; ++v) {
@@ -152,7 +217,7 @@ FASTATTN_INLINE void softmax_tile(TileContext<E>& context, Scores<E, kActive>& s
         Reg x;
         if constexpr (kNatural) {
           x = V::mul(V::sub(s[r + i][v], shift), V::set1(static_cast<Scalar>(kLog2E)));
-        } else if constexpr (kScaled) {
+        } else if constexpr (kScaled<E, kNatural>) {
           x = V::sub(s[r + i][v], shift);
         } else {
           x = V::fms(s[r + i][v], factor, shift);
@@ -227,16 +292,15 @@ FASTATTN_INLINE void adjust_scores(const TileContext<E>& context, Scores<E, kAct
   }
 }
 
-// Scores to probabilities, for the group of keys at `block_key`.
+// What the tile's kind adds and hides.
 template <class E, TileKind kind, int kActive>
-FASTATTN_INLINE void score_group(TileContext<E>& context, Scores<E, kActive>& s, int64_t block_key) {
+FASTATTN_INLINE void finish_scores(const TileContext<E>& context, Scores<E, kActive>& s, int64_t block_key) {
   if constexpr (kind == TileKind::general) {
     adjust_scores<E, kActive>(context, s, block_key);
   }
   if constexpr (kind != TileKind::plain) {
     hide_scores<E, kActive>(context, s, block_key);
   }
-  softmax_tile<E, kind == TileKind::general, kActive>(context, s, block_key);
 }
 
 template <class E, int kActive>
@@ -250,22 +314,73 @@ FASTATTN_INLINE void load_scores(const typename E::Scalar* raw, Scores<E, kActiv
   }
 }
 
+// Products, scores, probabilities of one tile in one go.
 template <class E, TileKind kind, int kActive>
 FASTATTN_NOINLINE void score_tile(TileContext<E>& context, TileRows key, int64_t block_key) {
   Scores<E, kActive> s;
-  if constexpr (E::kMethod == Method::tiles) {
-    for (int64_t group = block_key; group < block_key + E::kKeys; group += E::kGroupKeys) {
-      load_scores<E, kActive>(context.raw + group * E::kLanes, s);
-      score_group<E, kind, kActive>(context, s, group);
-    }
-  } else if constexpr (E::kFused) {
+  if constexpr (E::kFused) {
     multiply_keys<E, kActive>(s, key.rows, key.stride, context.panel.query, context.rules.steps);
-    score_group<E, kind, kActive>(context, s, block_key);
   } else {
     alignas(64) typename E::Scalar raw[E::kKeys * E::kLanes];
     multiply_keys_to<E, kActive>(raw, key.rows, key.stride, context.panel, context.rules.steps);
     load_scores<E, kActive>(raw, s);
-    score_group<E, kind, kActive>(context, s, block_key);
+  }
+  finish_scores<E, kind, kActive>(context, s, block_key);
+  constexpr bool kNatural = kind == TileKind::general;
+  follow_peak<E, kNatural, kActive>(context, s, block_key);
+  exponentiate<E, kNatural, kActive>(context, s, block_key);
+}
+
+// The same in two passes over the block's products in memory, for a matrix unit. The first makes them scores and finds
+// the block's peak ...
+template <class E, TileKind kind, int kActive>
+FASTATTN_NOINLINE void scan_tile(TileContext<E>& context, int64_t block_key) {
+  using V = typename E::V;
+  typename E::Reg peak[kActive];
+  for (int v = 0; v < kActive; ++v) {
+    peak[v] = V::load(context.peaks + v * E::kWidth);
+  }
+  for (int64_t group = block_key; group < block_key + E::kKeys; group += E::kGroupKeys) {
+    Scores<E, kActive> s;
+    auto* raw = context.raw + group * E::kLanes;
+    load_scores<E, kActive>(raw, s);
+    if constexpr (kind != TileKind::plain) {
+      finish_scores<E, kind, kActive>(context, s, group);
+      for (int r = 0; r < E::kGroupKeys; ++r) {
+        for (int v = 0; v < kActive; ++v) {
+          V::store(raw + r * E::kLanes + v * E::kWidth, s[r][v]);
+        }
+      }
+    }
+    find_peak<E, kActive>(s, peak);
+  }
+  for (int v = 0; v < kActive; ++v) {
+    V::store(context.peaks + v * E::kWidth, peak[v]);
+  }
+}
+
+// ... the second, under a shift that holds for the whole block, makes them probabilities.
+template <class E, bool kNatural, int kActive>
+FASTATTN_NOINLINE void exponentiate_tile(TileContext<E>& context, int64_t block_key) {
+  for (int64_t group = block_key; group < block_key + E::kKeys; group += E::kGroupKeys) {
+    Scores<E, kActive> s;
+    load_scores<E, kActive>(context.raw + group * E::kLanes, s);
+    exponentiate<E, kNatural, kActive>(context, s, group);
+  }
+}
+
+// Between the two.
+template <class E, bool kNatural>
+inline void follow_block_peak(TileContext<E>& context) {
+  typename E::Reg peak[E::kVectors];
+  for (int v = 0; v < E::kVectors; ++v) {
+    peak[v] = E::V::load(context.peaks + v * E::kWidth);
+  }
+  if (peak_rises<E, kNatural, E::kVectors>(context, peak)) {
+    for (int v = 0; v < E::kVectors; ++v) {
+      E::V::store(context.peaks + v * E::kWidth, peak[v]);
+    }
+    raise_shift<E>(context, context.peaks, context.written);
   }
 }
 
