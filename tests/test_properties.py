@@ -14,8 +14,8 @@ from bounds import as_float64, assert_lse_within, assert_within
 from kernels import Kernel
 from shapes import ARRAYS, Case
 
-# The examples are the same in every run, so that anybody can repeat a failure. The fixture forces a kernel once
-# for all examples of a test, as is wanted.
+# The examples are the same in every run, so that anybody can repeat a failure. The fixture forces a kernel
+# once for all examples of a test, as is wanted.
 bounded = settings(
     deadline=None,
     derandomize=True,
