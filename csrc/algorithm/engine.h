@@ -89,6 +89,9 @@ struct Engine {
 // Where the probability of (lane, key) stands, in units of Prob; keys are counted within their block.
 template <class E>
 constexpr int64_t prob_index(int lane, int64_t key) {
+  if (E::kMethod == Method::rows) {
+    return int64_t{lane} * E::kBlockKeys + key;
+  }
   const int64_t step = int64_t{lane / E::kRows} * (E::kBlockKeys / E::kDepth) + key / E::kDepth;
   return (step * E::kRows + lane % E::kRows) * E::kDepth + key % E::kDepth;
 }

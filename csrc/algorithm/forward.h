@@ -11,6 +11,7 @@
 #include "algorithm/finish.h"
 #include "algorithm/operands.h"
 #include "algorithm/panel.h"
+#include "algorithm/row_softmax.h"
 #include "algorithm/score_tile.h"
 #include "algorithm/value_tile.h"
 #include "parallel.h"
@@ -30,7 +31,7 @@ template <class E>
 struct TileFns {
   TileFn<E> plain;
   TileFn<E> masked;
-  PassFn<E> scan_plain;  // Method::tiles
+  PassFn<E> scan_plain;  // these three for Method::tiles
   PassFn<E> scan_masked;
   PassFn<E> exponentiate;
 };
@@ -87,7 +88,7 @@ inline TileFns<E> choose_tiles(bool general) {
     fns.scan_plain = general ? scan_tile<E, TileKind::general, kActive> : scan_tile<E, TileKind::plain, kActive>;
     fns.scan_masked = general ? scan_tile<E, TileKind::general, kActive> : scan_tile<E, TileKind::masked, kActive>;
     fns.exponentiate = general ? exponentiate_tile<E, true, kActive> : exponentiate_tile<E, false, kActive>;
-  } else {
+  } else if constexpr (E::kMethod == Method::broadcast) {
     fns.plain = general ? score_tile<E, TileKind::general, kActive> : score_tile<E, TileKind::plain, kActive>;
     fns.masked = general ? score_tile<E, TileKind::general, kActive> : score_tile<E, TileKind::masked, kActive>;
   }
@@ -288,10 +289,35 @@ inline void score_products(const ForwardTask<E>& task, TileContext<E>& context, 
   (context.rules.natural ? follow_block_peak<E, true> : follow_block_peak<E, false>)(context);
 }
 
+// The same for rows.
+template <class E>
+inline BlockExtent score_rows(const ForwardTask<E>& task, TileContext<E>& context, const KeyValueView& view,
+                              int64_t begin, int64_t end) {
+  const int64_t block = view.start;
+  BlockExtent extent;
+  extent.begin = begin - block;
+  extent.end = round_up(end - block, E::kKeys);
+  for (int64_t key = begin; key < end; key += E::kKeys) {
+    const Sight sight = tile_sight<E>(context.panel, context.dense.visible, block, key);
+    if (sight != Sight::all) {
+      extent.guard(key - block, key - block + E::kKeys);
+    }
+    if (sight != Sight::none) {
+      const TileRows rows = tile_keys<E>(task, view, key);
+      multiply_keys_to<E, 1>(context.probs + (key - block), rows.rows, rows.stride, context.panel, context.rules.steps);
+    }
+  }
+  row_softmax<E>(context, extent.begin, extent.end, extent.guard_end > 0);
+  return extent;
+}
+
 // Probabilities of one panel over one key block.
 template <class E>
 inline BlockExtent score_block(const ForwardTask<E>& task, TileContext<E>& context, const KeyValueView& view,
                                int64_t begin, int64_t end) {
+  if constexpr (E::kMethod == Method::rows) {
+    return score_rows<E>(task, context, view, begin, end);
+  }
   BlockExtent extent;
   bool started = false;
   bool gap = false;
@@ -488,8 +514,8 @@ void run_task(void* opaque, int64_t index, int thread) {
       pack_query<E>(panel, task.p, batch, plan.query_factor);
     }
     memset(panel.output, 0, sizeof(Scalar) * E::kLanes * static_cast<size_t>(plan.rules.output_stride));
-    TileContext<E> context{panel, plan.rules, {}, task.probs(), task.raw(), 0, {}};
-    if (plan.rules.alibi) {
+    if (E::kMethod == Method::broadcast && plan.rules.alibi) {
+      TileContext<E> context{panel, plan.rules, {}, task.probs(), task.raw(), 0, {}};
       seed_panel<E>(task, context);
     }
     first = min64(first, panel.first_min);

@@ -73,11 +73,7 @@ FASTATTN_INLINE void dot_rows(typename E::Scalar* raw, const char* key, int64_t 
   }
 #pragma GCC unroll 2
   for (int lane = 0; lane < kLanesAtOnce; ++lane) {
-    typename E::Scalar totals[E::kKeys];
-    V::sum_lanes(sum[lane], totals);
-    for (int r = 0; r < E::kKeys; ++r) {
-      raw[r * E::kLanes + lane] = totals[r];
-    }
+    V::sum_lanes(sum[lane], raw + lane * E::kBlockKeys);
   }
 }
 
@@ -93,7 +89,7 @@ inline void prefetch_rows(const char* rows, int64_t stride, int64_t count, int64
   }
 }
 
-// Scores to memory: raw[key][lane], lanes of the first kActive vectors.
+// Scores to memory: raw[key][lane], lanes of the first kActive vectors; for Method::rows raw[lane][kBlockKeys].
 template <class E, int kActive>
 FASTATTN_NOINLINE void multiply_keys_to(typename E::Scalar* raw, const char* key, int64_t key_stride,
                                         const Panel<E>& panel, int64_t steps) {
@@ -102,14 +98,15 @@ FASTATTN_NOINLINE void multiply_keys_to(typename E::Scalar* raw, const char* key
     E::template store_tiles<kActive>(raw);
   } else if constexpr (E::kMethod == Method::rows) {
     const int64_t query_stride = round_up(steps, E::kWidth);
-    memset(raw, 0, sizeof(typename E::Scalar) * E::kKeys * E::kLanes);
     prefetch_rows(key, key_stride, E::kKeys, steps * static_cast<int64_t>(sizeof(typename E::Source)));
     int lane = 0;
     for (; lane + E::kLanesAtOnce <= panel.live; lane += E::kLanesAtOnce) {
-      dot_rows<E, E::kLanesAtOnce>(raw + lane, key, key_stride, panel.query + lane * query_stride, steps, query_stride);
+      dot_rows<E, E::kLanesAtOnce>(raw + lane * E::kBlockKeys, key, key_stride, panel.query + lane * query_stride,
+                                   steps, query_stride);
     }
     for (; lane < panel.live; ++lane) {
-      dot_rows<E, 1>(raw + lane, key, key_stride, panel.query + lane * query_stride, steps, query_stride);
+      dot_rows<E, 1>(raw + lane * E::kBlockKeys, key, key_stride, panel.query + lane * query_stride, steps,
+                     query_stride);
     }
   } else {
     typename E::Reg s[E::kKeys][kActive];

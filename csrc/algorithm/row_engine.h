@@ -24,9 +24,10 @@ struct RowEngine {
   static constexpr int kGroupKeys = 8;
   static constexpr int kVectors = 1;
   static constexpr int kLanes = kWidth;
-  static constexpr int kRows = kWidth;
+  static constexpr int kRows = 1;
   static constexpr int kBlockKeys = kBlockKeys_;
   static constexpr bool kFused = false;
+  static_assert(kBlockKeys % kWidth == 0 && kBlockKeys % kKeys == 0);
   static constexpr int kDimMultiple = 1;
   static constexpr int kHeadMultiple = kKeys;
   static constexpr int kLanesAtOnce = kLanesAtOnce_;  // queries dotted with a key while it is in registers

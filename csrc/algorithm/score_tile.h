@@ -45,7 +45,7 @@ struct TileContext {
   typename E::Scalar* probs;                        // [strip][kBlockKeys / depth][kRows] lanes of operands
   typename E::Scalar* raw;                          // Method::tiles: the block's products, [key][lane]
   int64_t written;                                  // first key of the block whose probabilities have been written
-  alignas(64) typename E::Scalar peaks[E::kLanes];  // Method::tiles: largest score of the block
+  alignas(64) typename E::Scalar peaks[E::kLanes];  // largest scores of the block
 };
 
 // The rows of one tile of keys.
@@ -106,7 +106,8 @@ FASTATTN_NOINLINE void raise_shift(TileContext<E>& context, const typename E::Sc
   const bool whole = !rules.natural && !kRoundsProbabilities<E>;
   alignas(64) Scalar scales[E::kLanes];
   bool rescales = false;
-  for (int lane = 0; lane < E::kLanes; ++lane) {
+  const int lanes = E::kMethod == Method::rows ? panel.live : E::kLanes;
+  for (int lane = 0; lane < lanes; ++lane) {
     scales[lane] = 1;
     if (!(peak[lane] > panel.limit[lane])) {
       continue;

@@ -51,7 +51,7 @@ FASTATTN_NOINLINE void value_tile(const typename E::Scalar* probs, const char* v
   }
 }
 
-// Method::rows: output[kRowCount][kVectors vectors] += sum over keys of probs[key][row] * value[key][column].
+// Method::rows: output[kRowCount][kVectors vectors] += sum over keys of probs[row][key] * value[key][column].
 template <class E, int kRowCount, int kVectors>
 FASTATTN_INLINE void row_values(const typename E::Scalar* probs, const char* value, int64_t value_stride, int64_t keys,
                                 typename E::Scalar* output, int64_t output_stride, int columns) {
@@ -80,7 +80,7 @@ FASTATTN_INLINE void row_values(const typename E::Scalar* probs, const char* val
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRowCount; ++r) {
-      const auto prob = V::set1(probs[key * E::kRows + r]);
+      const auto prob = V::set1(probs[r * E::kBlockKeys + key]);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         sum[r][v] = V::fma(prob, x[v], sum[r][v]);
@@ -103,12 +103,12 @@ FASTATTN_NOINLINE void row_values_panel(Panel<E>& panel, const typename E::Scala
                                         int64_t output_stride, int columns) {
   int r = 0;
   for (; r + 4 <= panel.live; r += 4) {
-    row_values<E, 4, kVectors>(probs + r, value, value_stride, keys, output + r * output_stride, output_stride,
-                               columns);
+    row_values<E, 4, kVectors>(probs + r * E::kBlockKeys, value, value_stride, keys, output + r * output_stride,
+                               output_stride, columns);
   }
   for (; r < panel.live; ++r) {
-    row_values<E, 1, kVectors>(probs + r, value, value_stride, keys, output + r * output_stride, output_stride,
-                               columns);
+    row_values<E, 1, kVectors>(probs + r * E::kBlockKeys, value, value_stride, keys, output + r * output_stride,
+                               output_stride, columns);
   }
 }
 

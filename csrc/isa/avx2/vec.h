@@ -18,6 +18,7 @@ struct VecF32 {
   using Mask = __m256;
   static constexpr int kWidth = 8;
 
+  static Reg iota() { return _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7); }
   static Reg zero() { return _mm256_setzero_ps(); }
   static Reg set1(float x) { return _mm256_set1_ps(x); }
   static Reg load(const float* p) { return _mm256_loadu_ps(p); }
@@ -141,6 +142,7 @@ struct VecF64 {
   using Mask = __m256d;
   static constexpr int kWidth = 4;
 
+  static Reg iota() { return _mm256_setr_pd(0, 1, 2, 3); }
   static Reg zero() { return _mm256_setzero_pd(); }
   static Reg set1(double x) { return _mm256_set1_pd(x); }
   static Reg load(const double* p) { return _mm256_loadu_pd(p); }

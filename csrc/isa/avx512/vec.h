@@ -17,6 +17,7 @@ struct VecF32 {
   using Mask = __mmask16;
   static constexpr int kWidth = 16;
 
+  static Reg iota() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
   static Reg zero() { return _mm512_setzero_ps(); }
   static Reg set1(float x) { return _mm512_set1_ps(x); }
   static Reg load(const float* p) { return _mm512_loadu_ps(p); }
@@ -155,6 +156,7 @@ struct VecF64 {
   using Mask = __mmask8;
   static constexpr int kWidth = 8;
 
+  static Reg iota() { return _mm512_setr_pd(0, 1, 2, 3, 4, 5, 6, 7); }
   static Reg zero() { return _mm512_setzero_pd(); }
   static Reg set1(double x) { return _mm512_set1_pd(x); }
   static Reg load(const double* p) { return _mm512_loadu_pd(p); }

@@ -1,0 +1,128 @@
+// The softmax of Method::rows: a row's scores over a key block stand next to each other, keys are the lanes, and the
+// block's maximum is known before its first exponential. Scores become probabilities in place, [lane][kBlockKeys].
+#pragma once
+
+#include "algorithm/score_tile.h"
+
+namespace fastattn {
+namespace {
+
+// One row's dense terms over keys [begin, end) of the block, out of the tables whose lanes are rows.
+template <class E>
+struct RowTerms {
+  using Scalar = typename E::Scalar;
+  alignas(64) Scalar seen[E::kBlockKeys];  // 1 or 0
+  alignas(64) Scalar bias[E::kBlockKeys];
+
+  void gather(const DenseBlock<E>& dense, int lane, int64_t begin, int64_t end) {
+    for (int64_t key = begin; dense.visible != nullptr && key < end; ++key) {
+      seen[key] = static_cast<Scalar>((dense.visible[key] >> lane) & 1U);
+    }
+    for (int64_t key = begin; dense.bias != nullptr && key < end; ++key) {
+      bias[key] = dense.bias[key * E::kLanes + lane];
+    }
+  }
+};
+
+// Softcap, bias and ALiBi on a vector of keys.
+template <class E>
+FASTATTN_INLINE typename E::Reg adjust_keys(const TileContext<E>& context, const RowTerms<E>& terms, int lane,
+                                            int64_t key, typename E::Reg keys, typename E::Reg x) {
+  using V = typename E::V;
+  const ScoreRules<E>& rules = context.rules;
+  if (rules.softcap > 0) {
+    x = V::mul(tanh<V>(V::mul(x, V::set1(1 / rules.softcap))), V::set1(rules.softcap));
+  }
+  if (context.dense.bias != nullptr) {
+    x = V::add(x, V::load(terms.bias + key));
+  }
+  if (rules.alibi) {
+    const auto distance = V::abs(V::sub(V::set1(context.panel.block_position[lane]), keys));
+    x = V::sub(x, V::mul(V::set1(context.panel.slope[lane]), distance));
+  }
+  return x;
+}
+
+// Final scores of every row over keys [begin, end) of the block, whole vectors, and their maxima in context.peaks.
+// `hides`: some key of these is hidden from some row.
+template <class E, bool kGeneral>
+FASTATTN_NOINLINE void scan_rows(TileContext<E>& context, int64_t begin, int64_t end, bool hides) {
+  using V = typename E::V;
+  using Scalar = typename E::Scalar;
+  const auto hidden = V::set1(-static_cast<Scalar>(__builtin_inf()));
+  const Panel<E>& panel = context.panel;
+  RowTerms<E> terms;
+  for (int lane = 0; lane < panel.live; ++lane) {
+    Scalar* row = context.probs + lane * E::kBlockKeys;
+    terms.gather(context.dense, lane, begin, end);
+    const auto first = V::set1(panel.block_first[lane]);
+    const auto last = V::set1(panel.block_last[lane]);
+    auto peak = hidden;
+    for (int64_t key = begin; key < end; key += E::kWidth) {
+      auto x = V::load(row + key);
+      if (kGeneral || hides) {
+        const auto keys = V::add(V::iota(), V::set1(static_cast<Scalar>(key)));
+        if constexpr (kGeneral) {
+          x = adjust_keys<E>(context, terms, lane, key, keys, x);
+        }
+        auto seen = V::both(V::less_equal(first, keys), V::less(keys, last));
+        if (context.dense.visible != nullptr) {
+          seen = V::both(seen, V::less(V::zero(), V::load(terms.seen + key)));
+        }
+        x = V::select(seen, x, hidden);
+        V::store(row + key, x);
+      }
+      peak = V::max(x, peak);  // a NaN is passed over
+    }
+    Scalar lanes[E::kWidth];
+    V::store(lanes, peak);
+    Scalar highest = lanes[0];
+    for (const Scalar x : lanes) {
+      highest = x > highest ? x : highest;
+    }
+    context.peaks[lane] = highest;
+  }
+}
+
+// Probabilities of every row under its shift.
+template <class E, bool kNatural>
+FASTATTN_NOINLINE void exponentiate_rows(TileContext<E>& context, int64_t begin, int64_t end) {
+  using V = typename E::V;
+  using Scalar = typename E::Scalar;
+  Panel<E>& panel = context.panel;
+  for (int lane = 0; lane < panel.live; ++lane) {
+    Scalar* row = context.probs + lane * E::kBlockKeys;
+    const auto shift = V::set1(panel.shift[lane]);
+    auto sum = V::zero();
+    for (int64_t key = begin; key < end; key += E::kWidth) {
+      auto x = V::sub(V::load(row + key), shift);
+      if constexpr (kNatural) {
+        x = V::mul(x, V::set1(static_cast<Scalar>(kLog2E)));
+      }
+      const auto prob = E::Product::power(x);
+      sum = V::add(sum, prob);
+      V::store(row + key, prob);
+    }
+    Scalar lanes[E::kWidth];
+    V::store(lanes, sum);
+    for (const Scalar x : lanes) {
+      panel.block_sum[lane] += x;
+    }
+  }
+}
+
+// Scores to probabilities over keys [begin, end) of the block.
+template <class E>
+inline void row_softmax(TileContext<E>& context, int64_t begin, int64_t end, bool hides) {
+  const int64_t from = round_down(begin, E::kWidth);
+  const int64_t to = round_up(end, E::kWidth);
+  hides |= from != begin || to != end;
+  const bool natural = context.rules.natural;
+  (natural ? scan_rows<E, true> : scan_rows<E, false>)(context, from, to, hides);
+  context.written = begin;
+  raise_shift<E>(context, context.peaks, begin);
+  (natural ? exponentiate_rows<E, true> : exponentiate_rows<E, false>)(context, from, to);
+}
+
+}  // namespace
+}  // namespace fastattn
