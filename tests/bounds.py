@@ -1,4 +1,4 @@
-"""How far a result may lie from the float64 oracle; run as a script, how far results do lie from it."""
+"""How far a result may lie from the float64 oracle."""
 
 from __future__ import annotations
 
