@@ -76,6 +76,7 @@ CpuFeatures detect() {
   f.avx512_vnni = f.avx512 && bit(ext.ecx, 11);
   f.amx_bf16 =
       f.avx512_bf16 && (state & kTiles) == kTiles && bit(ext.edx, 22) && bit(ext.edx, 24) && request_amx_permission();
+  f.amx_fp16 = f.amx_bf16 && bit(ext1.eax, 21);
   const CpuidResult vendor = cpuid(0);
   f.fast_bf16_dot = f.avx512_bf16 && std::memcmp(&vendor.ebx, "Auth", 4) == 0;  // AuthenticAMD
   return f;

@@ -10,6 +10,7 @@ struct CpuFeatures {
   bool avx512_bf16;  // VDPBF16PS
   bool avx512_vnni;
   bool amx_bf16;       // tiles, with the kernel's permission to use them
+  bool amx_fp16;       // the same for float16
   bool fast_bf16_dot;  // VDPBF16PS does more work a cycle than FMA (AMD); on Intel it does half
   char brand[49];
 };

@@ -35,6 +35,9 @@ const Tier kTiers[] = {
 #ifdef FASTATTN_HAVE_AMX_BF16
     {"amx_bf16", register_amx_bf16, [](const CpuFeatures& f) { return f.amx_bf16; }, always},
 #endif
+#ifdef FASTATTN_HAVE_AMX_FP16
+    {"amx_fp16", register_amx_fp16, [](const CpuFeatures& f) { return f.amx_fp16; }, always},
+#endif
 };
 constexpr int kTierCount = sizeof(kTiers) / sizeof(kTiers[0]);
 

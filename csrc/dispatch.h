@@ -40,6 +40,7 @@ void register_avx2(KernelTable& table);
 void register_avx512(KernelTable& table);
 void register_avx512_bf16(KernelTable& table);
 void register_amx_bf16(KernelTable& table);
+void register_amx_fp16(KernelTable& table);
 
 // The table in force. Throws std::runtime_error when FASTATTN_ISA names a tier that is not there.
 const KernelTable& kernels();

@@ -32,16 +32,21 @@ enum class Method {
 // One multiply-add a lane, operands as wide as the accumulator.
 template <class V>
 struct FmaProduct {
-  using Element = typename V::Scalar;  // how operands are stored
-  using Prob = typename V::Scalar;     // how probabilities are
-  static constexpr int kDepth = 1;     // elements a lane
+  using Element = typename V::Scalar;     // how operands are stored
+  using Prob = typename V::Scalar;        // how probabilities are
+  static constexpr int kDepth = 1;        // elements a lane
+  static constexpr int kPlanes = 1;       // operands that a probability is split into
+  static constexpr double kHeadroom = 0;  // log2 of the probability that the largest score is given
   // The scale goes into the query when it is packed, so that scores come out scaled.
   static constexpr bool kScaleQuery = true;
   static FASTATTN_INLINE typename V::Reg run(typename V::Reg a, typename V::Reg b, typename V::Reg sum) {
     return V::fma(a, b, sum);
   }
   static FASTATTN_INLINE typename V::Reg power(typename V::Reg x) { return exp2<V>(x); }
-  static FASTATTN_INLINE typename V::Reg probabilities(const typename V::Reg (&prob)[1]) { return prob[0]; }
+  // Operands of the second product from the probabilities of `depth` keys.
+  static FASTATTN_INLINE void pack_probs(const typename V::Reg (&prob)[1], typename V::Reg (&operand)[1]) {
+    operand[0] = prob[0];
+  }
   static FASTATTN_INLINE Prob scale_probability(Prob prob, Prob scale) { return prob * scale; }
   // `count` lanes of operands from a row of queries.
   template <class Source>
@@ -65,6 +70,7 @@ struct Engine {
   static constexpr Method kMethod = Method::broadcast;
   static constexpr int kWidth = V::kWidth;
   static constexpr int kDepth = Product::kDepth;
+  static constexpr int kPlanes = Product::kPlanes;
   static constexpr int kKeys = kKeys_;        // keys a score tile
   static constexpr int kGroupKeys = kKeys_;   // keys whose maximum is taken at once
   static constexpr int kVectors = kVectors_;  // vectors of queries a score tile
@@ -94,6 +100,21 @@ constexpr int64_t prob_index(int lane, int64_t key) {
   }
   const int64_t step = int64_t{lane / E::kRows} * (E::kBlockKeys / E::kDepth) + key / E::kDepth;
   return (step * E::kRows + lane % E::kRows) * E::kDepth + key % E::kDepth;
+}
+
+// Lanes of operands of one plane of probabilities.
+template <class E>
+constexpr int64_t kPlaneSize = int64_t{E::kLanes} * E::kBlockKeys / E::kDepth;
+
+// The probability of (lane, key), as the second product sees it.
+template <class E>
+inline double prob_value(const typename E::Scalar* probs, int lane, int64_t key) {
+  double prob = 0;
+  for (int plane = 0; plane < E::kPlanes; ++plane) {
+    prob +=
+        to_scalar(reinterpret_cast<const typename E::Prob*>(probs + plane * kPlaneSize<E>)[prob_index<E>(lane, key)]);
+  }
+  return prob;
 }
 
 // Where the sum of p * v of (lane, column) stands; a matrix unit leaves them transposed.

@@ -116,14 +116,13 @@ FASTATTN_NOINLINE void store_weights(const Panel<E>& panel, const AttentionParam
                                      const typename E::Scalar* probs, const typename E::Scalar* scale, int64_t block,
                                      int64_t begin, int64_t end) {
   using Source = typename E::Source;
-  const auto* cells = reinterpret_cast<const typename E::Prob*>(probs);
   for (int lane = 0; lane < panel.live; ++lane) {
     Source* out = const_cast<Source*>(at<Source>(p.weights, batch * p.weights_strides[0] +
                                                                 panel.head[lane] * p.weights_strides[1] +
                                                                 panel.row[lane] * p.weights_strides[2]));
     for (int64_t key = begin; key < end; ++key) {
-      const auto prob = to_scalar(cells[prob_index<E>(lane, key - block)]);
-      from_scalar(static_cast<double>(prob) * scale[lane], out + key * p.weights_strides[3]);
+      const double prob = prob_value<E>(probs, lane, key - block);
+      from_scalar(prob * scale[lane], out + key * p.weights_strides[3]);
     }
   }
 }

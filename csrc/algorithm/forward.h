@@ -70,7 +70,7 @@ inline void plan_scratch(ForwardPlan<E>& plan, const AttentionParams& p) {
   plan.query_bytes = padded_head_dim<E>(p) / E::kDepth * E::kLanes * kScalar;
   plan.query_at = take(plan.panels * plan.query_bytes);
   plan.output_at = take(plan.panels * E::kLanes * plan.rules.output_stride * kScalar);
-  plan.probs_at = take(int64_t{E::kLanes} * E::kBlockKeys * kScalar / E::kDepth);
+  plan.probs_at = take(E::kPlanes * kPlaneSize<E> * kScalar);
   plan.raw_at = take(E::kMethod == Method::tiles ? int64_t{E::kBlockKeys} * E::kLanes * kScalar : 0);
   plan.visible_at = take(p.mask != nullptr || p.bias != nullptr ? E::kBlockKeys * 4 : 0);
   plan.bias_at = take(p.bias != nullptr ? int64_t{E::kLanes} * E::kBlockKeys * kScalar : 0);

@@ -20,6 +20,7 @@ struct RowEngine {
   static constexpr Method kMethod = Method::rows;
   static constexpr int kWidth = V::kWidth;
   static constexpr int kDepth = 1;
+  static constexpr int kPlanes = 1;
   static constexpr int kKeys = 8;
   static constexpr int kGroupKeys = 8;
   static constexpr int kVectors = 1;

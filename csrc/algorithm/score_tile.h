@@ -102,6 +102,7 @@ FASTATTN_NOINLINE void raise_shift(TileContext<E>& context, const typename E::Sc
   const ScoreRules<E>& rules = context.rules;
   const double rise_log2 = kRoundsProbabilities<E> ? kRoundedLazyRise : kLazyRise;
   const auto rise = static_cast<Scalar>(rise_log2 / rules.to_log2());
+  const auto headroom = static_cast<Scalar>(E::Product::kHeadroom / rules.to_log2());
   // Whole powers of two where scores are to base 2: rescaling is then exact.
   const bool whole = !rules.natural && !kRoundsProbabilities<E>;
   alignas(64) Scalar scales[E::kLanes];
@@ -114,9 +115,10 @@ FASTATTN_NOINLINE void raise_shift(TileContext<E>& context, const typename E::Sc
     }
     const auto old = static_cast<double>(panel.shift[lane]);
     const bool first = panel.limit[lane] == -static_cast<Scalar>(__builtin_inf());
-    const Scalar shift = whole ? static_cast<Scalar>(__builtin_ceil(peak[lane])) : peak[lane];
+    const Scalar level = whole ? static_cast<Scalar>(__builtin_ceil(peak[lane])) : peak[lane];
+    const Scalar shift = level - headroom;
     panel.shift[lane] = shift;
-    panel.limit[lane] = shift + rise;
+    panel.limit[lane] = level + rise;
     if (first) {
       continue;
     }
@@ -226,11 +228,15 @@ FASTATTN_INLINE void exponentiate(TileContext<E>& context, const Scores<E, kActi
         prob[i] = E::Product::power(x);
         sum = V::add(sum, prob[i]);
       }
-      const Reg operand = E::Product::probabilities(prob);
+      Reg operand[E::kPlanes];
+      E::Product::pack_probs(prob, operand);
 #pragma GCC unroll 2
       for (int part = 0; part < E::kWidth / kPart; ++part) {
         const int64_t index = prob_index<E>(v * E::kWidth + part * kPart, block_key + r) / E::kDepth;
-        V::template store_part<kPart>(context.probs + index, operand, part);
+#pragma GCC unroll 2
+        for (int plane = 0; plane < E::kPlanes; ++plane) {
+          V::template store_part<kPart>(context.probs + plane * kPlaneSize<E> + index, operand[plane], part);
+        }
       }
     }
     V::store(panel.block_sum + v * E::kWidth, sum);

@@ -209,7 +209,7 @@ FASTATTN_NOINLINE void accumulate_guarded(Panel<E>& panel, typename E::Scalar* p
       if (!sees(lane, key)) {
         continue;
       }
-      const auto prob = to_scalar(reinterpret_cast<const typename E::Prob*>(probs)[prob_index<E>(lane, key)]);
+      const double prob = prob_value<E>(probs, lane, key);
       const auto* row = value_row<E>(p, batch, head, block + key);
       for (int64_t d = 0; d < p.value_dim; ++d) {
         panel.output[output_index<E>(lane, d, output_stride)] +=

@@ -54,6 +54,7 @@ py::dict features() {
   names["avx512_bf16"] = cpu.avx512_bf16;
   names["avx512_vnni"] = cpu.avx512_vnni;
   names["amx_bf16"] = cpu.amx_bf16;
+  names["amx_fp16"] = cpu.amx_fp16;
   names["fast_bf16_dot"] = cpu.fast_bf16_dot;
   return names;
 }

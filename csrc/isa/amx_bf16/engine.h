@@ -1,4 +1,4 @@
-// The AMX engine for bfloat16: tiles of 16 rows by 64 bytes, multiplied by TDPBF16PS.
+// The AMX engine for 16-bit types: tiles of 16 rows by 64 bytes.
 //
 // Scores are transposed here too: K rows are the left operand where they lie, the queries' pairs the right one. The
 // second product is transposed as well, columns of V by probabilities, so that probabilities stay where the softmax
@@ -17,25 +17,31 @@ namespace {
 #define FASTATTN_TILE_STORE(tile, base, stride) \
   __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(base), "r"(stride) : "memory")
 #define FASTATTN_TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile::)
-#define FASTATTN_TILE_DOT(sum, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #sum::)
 
-// Every CPU with AMX has quick VREDUCEPS and VSCALEFPS.
-struct AmxProduct : Bf16PairProduct {
-  static FASTATTN_INLINE __m512 power(__m512 x) { return exp2_by_scale<VecF32>(x); }
+// bfloat16 tiles. Every CPU with AMX has quick VREDUCEPS and VSCALEFPS.
+struct AmxBf16Product : Bf16PairProduct {
+  static FASTATTN_INLINE __m512 power(__m512 x) { return exp2_by_scale<VecF32, Precision::bfloat16>(x); }
+
+  template <int sum, int a, int b>
+  static FASTATTN_INLINE void dot() {
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(b));
+  }
 };
 
+template <class Product_>
 struct AmxEngine {
   using V = VecF32;
-  using Reg = V::Reg;
+  using Reg = typename V::Reg;
   using Scalar = float;
-  using Source = Bfloat16;
-  using Product = AmxProduct;
-  using Element = Bfloat16;
-  using Prob = Bfloat16;
+  using Product = Product_;
+  using Source = typename Product::Element;
+  using Element = typename Product::Element;
+  using Prob = typename Product::Prob;
 
   static constexpr Method kMethod = Method::tiles;
   static constexpr int kWidth = V::kWidth;
   static constexpr int kDepth = 2;
+  static constexpr int kPlanes = Product::kPlanes;
   static constexpr int kKeys = 32;      // two tiles of keys by two of queries
   static constexpr int kGroupKeys = 8;  // as many scores as the registers hold
   static constexpr int kVectors = 2;
@@ -77,13 +83,13 @@ struct AmxEngine {
     for (int64_t k = 0; k < steps; k += kTile) {
       FASTATTN_TILE_LOAD(4, low + k * 4, key_stride);
       FASTATTN_TILE_LOAD(6, query + k * kLanes, kLaneRowBytes);
-      FASTATTN_TILE_DOT(0, 4, 6);
+      Product::template dot<0, 4, 6>();
       FASTATTN_TILE_LOAD(5, high + k * 4, key_stride);
-      FASTATTN_TILE_DOT(1, 5, 6);
+      Product::template dot<1, 5, 6>();
       if constexpr (kActive == 2) {
         FASTATTN_TILE_LOAD(7, query + k * kLanes + kTile, kLaneRowBytes);
-        FASTATTN_TILE_DOT(2, 4, 7);
-        FASTATTN_TILE_DOT(3, 5, 7);
+        Product::template dot<2, 4, 7>();
+        Product::template dot<3, 5, 7>();
       }
     }
   }
@@ -116,7 +122,7 @@ struct AmxEngine {
   // Sixteen steps of values, [step][column] pairs of keys, to rows of columns: 32 keys from `key` on.
   static void pack_value_group(const float (&steps)[kTile][512], int64_t columns, int64_t key, char* out) {
     for (int64_t d = 0; d < columns; d += kTile) {
-      V::Reg r[kTile];
+      typename V::Reg r[kTile];
       for (int i = 0; i < kTile; ++i) {
         r[i] = V::load(&steps[i][d]);
       }
@@ -139,19 +145,23 @@ struct AmxEngine {
       FASTATTN_TILE_LOAD(3, sums + kTile * kLanes + kTile, kLaneRowBytes);
     }
     for (int64_t key = begin; key < end; key += 2 * kTile) {
-      const float* pairs = probs + key / 2 * kLanes;
       FASTATTN_TILE_LOAD(4, rows + key * 2, kColumnBytes);
-      FASTATTN_TILE_LOAD(6, pairs, kLaneRowBytes);
-      FASTATTN_TILE_DOT(0, 4, 6);
-      if (wide) {
-        FASTATTN_TILE_LOAD(7, pairs + kTile, kLaneRowBytes);
-        FASTATTN_TILE_DOT(1, 4, 7);
-      }
       if constexpr (kColumnTiles == 2) {
         FASTATTN_TILE_LOAD(5, rows + kTile * kColumnBytes + key * 2, kColumnBytes);
-        FASTATTN_TILE_DOT(2, 5, 6);
+      }
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        const float* pairs = probs + plane * kPlaneSize<AmxEngine> + key / 2 * kLanes;
+        FASTATTN_TILE_LOAD(6, pairs, kLaneRowBytes);
+        Product::template dot<0, 4, 6>();
+        if constexpr (kColumnTiles == 2) {
+          Product::template dot<2, 5, 6>();
+        }
         if (wide) {
-          FASTATTN_TILE_DOT(3, 5, 7);
+          FASTATTN_TILE_LOAD(7, pairs + kTile, kLaneRowBytes);
+          Product::template dot<1, 4, 7>();
+          if constexpr (kColumnTiles == 2) {
+            Product::template dot<3, 5, 7>();
+          }
         }
       }
     }

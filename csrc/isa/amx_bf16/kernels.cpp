@@ -7,11 +7,12 @@
 namespace fastattn {
 namespace {
 
+using TilesBf16 = AmxEngine<AmxBf16Product>;
 using RowsBf16 = RowEngine<VecF32, Bfloat16, 256, 2>;
 
 // Four sums, as the kernels keep; operands are zero, which the unit multiplies no faster.
 double peak_dot_bf16(int64_t rounds) {
-  AmxEngine::enter();
+  TilesBf16::enter();
   FASTATTN_TILE_ZERO(0);
   FASTATTN_TILE_ZERO(1);
   FASTATTN_TILE_ZERO(2);
@@ -19,19 +20,19 @@ double peak_dot_bf16(int64_t rounds) {
   FASTATTN_TILE_ZERO(4);
   FASTATTN_TILE_ZERO(5);
   for (int64_t round = 0; round < rounds; ++round) {
-    FASTATTN_TILE_DOT(0, 4, 5);
-    FASTATTN_TILE_DOT(1, 4, 5);
-    FASTATTN_TILE_DOT(2, 4, 5);
-    FASTATTN_TILE_DOT(3, 4, 5);
+    AmxBf16Product::dot<0, 4, 5>();
+    AmxBf16Product::dot<1, 4, 5>();
+    AmxBf16Product::dot<2, 4, 5>();
+    AmxBf16Product::dot<3, 4, 5>();
   }
-  AmxEngine::leave();
+  TilesBf16::leave();
   return static_cast<double>(rounds) * 4 * 16 * 16 * 32 * 2;
 }
 
 }  // namespace
 
 void register_amx_bf16(KernelTable& table) {
-  table.set_forward(DType::bfloat16, forward<RowsBf16, AmxEngine>, "amx_bf16",
+  table.set_forward(DType::bfloat16, forward<RowsBf16, TilesBf16>, "amx_bf16",
                     "bfloat16 tiles, TDPBF16PS, 32x32 scores");
   table.peak_dot_bf16 = peak_dot_bf16;
 }

@@ -69,8 +69,9 @@ struct VecF32 {
     _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
 
-  // 32-bit lanes that pair bfloat16 numbers of two rows: even in the low half, odd in the high half.
-  static Reg interleave(const Bfloat16* even, const Bfloat16* odd, int n) {
+  // 32-bit lanes that pair 16-bit numbers of two rows: even in the low half, odd in the high half.
+  template <class Half>
+  static Reg interleave(const Half* even, const Half* odd, int n) {
     const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), even));
     const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), odd));
     return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));

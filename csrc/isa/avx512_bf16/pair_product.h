@@ -13,6 +13,8 @@ struct Bf16PairProduct {
   using Element = Bfloat16;
   using Prob = Bfloat16;
   static constexpr int kDepth = 2;
+  static constexpr int kPlanes = 1;
+  static constexpr double kHeadroom = 0;
   // A scale rounded into a bfloat16 query would cost six times the error that the query itself has.
   static constexpr bool kScaleQuery = false;
 
@@ -21,11 +23,11 @@ struct Bf16PairProduct {
   }
   static FASTATTN_INLINE __m512 power(__m512 x) { return exp2<V, Precision::bfloat16>(x); }
   // Lane i pairs the even key's probability (low half) with the odd key's.
-  static FASTATTN_INLINE __m512 probabilities(const __m512 (&prob)[2]) {
+  static FASTATTN_INLINE void pack_probs(const __m512 (&prob)[2], __m512 (&operand)[1]) {
     const auto halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(prob[1], prob[0]));
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves));
+    operand[0] = _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves));
   }
   static float scale_probability(float pair, float scale) {
     const uint32_t bits = float_to_bits(pair);
