@@ -69,3 +69,18 @@ def test_environment_variables_are_documented_and_real() -> None:
     table = (ROOT / "docs/env-vars.md").read_text()
     documented = re.findall(r"^\| `(FASTATTN_[A-Z_]+)`", table, re.MULTILINE)
     assert sorted(documented) == sorted(variables_read())
+
+
+@pytest.mark.parametrize("name", ["ARCHITECTURE.md", "docs/env-vars.md"])
+def test_every_tier_is_documented(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert [isa for isa in _core.compiled_isas() if f"`{isa}`" not in text] == []
+
+
+def test_every_decision_keeps_the_form() -> None:
+    for path in sorted((ROOT / "docs/decisions").glob("*.md")):
+        number = int(path.name[:4])
+        headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+        assert headings[0].startswith(f"{number}. "), path.name
+        assert headings[1:] == ["Context", "Decision", "Consequences"], path.name
+        assert re.search(r"^Status: ", path.read_text(), re.MULTILINE), path.name
