@@ -91,6 +91,8 @@ def allowed(kernel: Kernel, expected: Expected, *, sharp: bool = False) -> np.nd
     error = np.maximum(own, 2e-6 * expected.largest) if sharp else 2e-6 * expected.largest
     if kernel.rounds_probabilities:
         error = error + 2.0**-8 * expected.mass
+    if kernel.splits_probabilities:
+        error = error + 2.0**-22 * expected.mass
     return error + ulp(abs(expected.out) + error, kernel.dtype) / 2
 
 
@@ -107,7 +109,10 @@ def allowed_weights(kernel: Kernel, expected: Expected) -> np.ndarray:
         relative = (
             relative + 2.0**-8 + 2.0**-12
         )  # rounding, and an exponential that is no more exact than it needs
-    error = relative * expected.weights + FLUSHED[kernel.dtype]
+    flushed = FLUSHED[kernel.dtype]
+    if kernel.splits_probabilities:
+        relative, flushed = relative + 2.0**-22, 2.0**-38
+    error = relative * expected.weights + flushed
     return error + ulp(expected.weights + error, kernel.dtype) / 2
 
 

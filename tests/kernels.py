@@ -24,6 +24,11 @@ class Kernel:
         """Whether the second product takes bfloat16 probabilities."""
         return self.dtype == "bfloat16" and self.isa.endswith("_bf16")
 
+    @property
+    def splits_probabilities(self) -> bool:
+        """Whether the second product takes them as the sum of two float16 numbers, which holds them to 2^-22."""
+        return self.dtype == "float16" and self.isa == "amx_fp16"
+
     @contextmanager
     def forced(self) -> Iterator[Kernel]:
         _core.select_isa(self.isa)

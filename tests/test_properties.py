@@ -105,13 +105,13 @@ def test_merged_states_of_any_split(kernel: Kernel, case: Case, cut: float) -> N
     lengths = options.pop("kv_lengths", np.full(case.batch, case.seqlen_k))
     offset = options.pop("query_offset", np.full(case.batch, case.seqlen_k - case.seqlen_q))
     states = []
-    for begin, end in ((0, at), (at, case.seqlen_k)):
+    for first, (begin, end) in ((True, (0, at)), (False, (at, case.seqlen_k))):
         part = {
             name: x[..., begin:end] if name in ("mask", "bias") and x.shape[-1] > 1 else x
             for name, x in options.items()
         }
         part |= {"kv_lengths": np.clip(lengths - begin, 0, end - begin), "query_offset": offset - begin}
-        part["sinks"] = sinks if begin == 0 else None  # exactly one part carries them
+        part["sinks"] = sinks if first else None  # exactly one part carries them
         states += fa.attention(query, key[:, :, begin:end], value[:, :, begin:end], return_lse=True, **part)
     out, lse = map(as_float64, fa.merge_states(*states))
     options |= {"kv_lengths": lengths, "query_offset": offset, "sinks": sinks}

@@ -241,9 +241,11 @@ inline Sight tile_sight(const Panel<E>& panel, const uint32_t* visible, int64_t 
 // Probabilities 0 for the tile at `block_key`.
 template <class E>
 inline void clear_probs(typename E::Scalar* probs, int64_t block_key) {
-  for (int lane = 0; lane < E::kLanes; lane += E::kRows) {
-    memset(probs + prob_index<E>(lane, block_key) / E::kDepth, 0,
-           sizeof(typename E::Scalar) * E::kKeys / E::kDepth * E::kRows);
+  for (int plane = 0; plane < E::kPlanes; ++plane) {
+    for (int lane = 0; lane < E::kLanes; lane += E::kRows) {
+      memset(probs + plane * kPlaneSize<E> + prob_index<E>(lane, block_key) / E::kDepth, 0,
+             sizeof(typename E::Scalar) * E::kKeys / E::kDepth * E::kRows);
+    }
   }
 }
 
@@ -460,7 +462,7 @@ FASTATTN_NOINLINE void write_weights(const ForwardTask<E>& task, TileContext<E>&
     scale[lane] = static_cast<Scalar>(normalisers[lane].inverse);
   }
   for (int64_t block = 0; block < task.p.seqlen_k; block += E::kBlockKeys) {
-    memset(context.probs, 0, sizeof(Scalar) * E::kLanes * E::kBlockKeys / E::kDepth);
+    memset(context.probs, 0, sizeof(Scalar) * E::kPlanes * kPlaneSize<E>);
     int64_t begin;
     int64_t end;
     if (prepare_block<E>(task, context, block, &begin, &end)) {

@@ -8,8 +8,8 @@ namespace fastattn {
 namespace {
 
 // float16 pairs. A probability is split into two float16 numbers, its rounding and the rounding of the rest, which
-// together hold it to 2^-22: rounded once, as is common, it would cost 2^-12 of every output. The largest is kept near
-// 2^13, so that small ones are not lost below float16's range.
+// together hold it to 2^-22: rounded once, as is common, it would cost up to 2^-11 of every output. The largest is kept
+// near 2^13, so that small ones are not lost below float16's range.
 struct AmxFp16Product {
   using V = VecF32;
   using Element = Float16;
