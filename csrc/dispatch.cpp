@@ -19,7 +19,7 @@ struct Tier {
 
 bool always(const CpuFeatures& /*unused*/) { return true; }
 
-// Weakest first; a tier stands on all those above it in this list that the CPU has.
+// Weakest first; a tier stands on the preferred ones above it in this list that the CPU has.
 const Tier kTiers[] = {
     {"scalar", register_scalar, always, always},
 #ifdef FASTATTN_HAVE_AVX2

@@ -21,6 +21,7 @@ struct ForwardEntry {
   ForwardFn run;
   const char* isa;   // the tier that filled the entry
   const char* path;  // what it does, for explain()
+  const char* few;   // the same for up to kFewQueries queries
 };
 
 struct KernelTable {
@@ -29,8 +30,9 @@ struct KernelTable {
   PeakFn peak_fma_f64;
   PeakFn peak_dot_bf16;  // null where the tier has no bfloat16 product
 
-  void set_forward(DType dtype, ForwardFn run, const char* isa, const char* path) {
-    forward[static_cast<int>(dtype)] = {run, isa, path};
+  void set_forward(DType dtype, ForwardFn run, const char* isa, const char* path,
+                   const char* few = "rows of keys read where they lie, for few queries") {
+    forward[static_cast<int>(dtype)] = {run, isa, path, few};
   }
 };
 

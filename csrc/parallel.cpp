@@ -10,6 +10,8 @@
 #include <sched.h>
 #endif
 
+#include "workspace.h"
+
 namespace fastattn {
 namespace {
 
@@ -18,15 +20,9 @@ std::atomic<bool> g_forked_child{false};
 
 void mark_child() { g_forked_child.store(true); }
 
-void watch_forks() {
-  static const int registered = pthread_atfork(nullptr, nullptr, mark_child);
-  (void)registered;
-}
-
 }  // namespace
 
 int effective_threads(int64_t tasks, int wanted) noexcept {
-  watch_forks();
   if (g_forked_child.load(std::memory_order_relaxed)) {
     return 1;
   }
@@ -49,6 +45,11 @@ void parallel_for(int64_t tasks, int num_threads, TaskFn run, void* context) noe
       run(context, task, thread);
     }
   }
+}
+
+void watch_forks() {
+  pthread_atfork(nullptr, nullptr, mark_child);
+  pthread_atfork(lock_scratch_pool, unlock_scratch_pool, unlock_scratch_pool);
 }
 
 int available_cpus() {

@@ -14,6 +14,15 @@ enum class DType : int32_t { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3
 // A window bound that never cuts.
 constexpr int64_t kUnbounded = int64_t{1} << 62;
 
+// What the kernels' fixed buffers hold.
+constexpr int64_t kMaxHeadDim = 576;
+constexpr int64_t kMaxValueDim = 512;
+
+// Up to this many queries, keys and values are read where they lie and each query pays for itself; above it, a panel's
+// lanes fill. Decided by the number of queries alone, so that a row's bits do not depend on how many heads share its
+// keys.
+constexpr int64_t kFewQueries = 4;
+
 struct AttentionParams {
   DType dtype;  // of query, key, value, out and weights
 

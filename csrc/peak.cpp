@@ -46,7 +46,7 @@ void run_read(void* context, int64_t task, int /*thread*/) {
   peak.work[task] = static_cast<double>(peak.words) * sizeof(uint64_t);
 }
 
-// The best of runs of about a millisecond or a pass over the buffer, in 1e9 units of work a second.
+// The best of runs of about two milliseconds or a pass over the buffer, in 1e9 units of work a second.
 double best_rate(PeakRun& peak, TaskFn task, int threads, double seconds) {
   double best = 0;
   const auto start = Clock::now();

@@ -82,6 +82,10 @@ Workspace::~Workspace() {
   std::free(data_);
 }
 
+void lock_scratch_pool() { pool().mutex.lock(); }
+
+void unlock_scratch_pool() { pool().mutex.unlock(); }
+
 ScratchInfo scratch_info() {
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);

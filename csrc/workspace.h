@@ -11,7 +11,8 @@ namespace fastattn {
 
 constexpr size_t kScratchAlign = 64;  // a cache line, and a ZMM register
 
-// Packed keys and values of all heads in flight stay within this; one head whole is always allowed.
+// Packed keys and values of all heads in flight stay within this; a head that is longer is packed block by block, by
+// each task for itself.
 constexpr int64_t kPackedBudget = int64_t{64} << 20;
 
 class Workspace {
@@ -27,6 +28,10 @@ class Workspace {
   char* data_;
   size_t size_;
 };
+
+// For fork(): a child must not inherit the pool's lock from a thread that it does not have.
+void lock_scratch_pool();
+void unlock_scratch_pool();
 
 struct ScratchInfo {
   int64_t pooled_bytes;

@@ -26,7 +26,7 @@ class Kernel:
 
     @property
     def splits_probabilities(self) -> bool:
-        """Whether the second product takes them as the sum of two float16 numbers, which holds them to 2^-22."""
+        """Whether the second product takes them as sums of two float16 numbers, which hold them to 2^-22."""
         return self.dtype == "float16" and self.isa == "amx_fp16"
 
     @contextmanager

@@ -19,7 +19,7 @@ struct Normaliser {
 template <class E>
 inline Normaliser normaliser(const Panel<E>& panel, const AttentionParams& p, const ScoreRules<E>& rules, int lane,
                              bool want_lse) {
-  const double shift = static_cast<double>(panel.shift[lane]) * rules.to_natural();
+  const double shift = static_cast<double>(panel.shift[lane]) * rules.to_natural() + panel.beyond[lane];
   const auto sum = static_cast<double>(panel.sum[lane]);
   if (p.sinks == nullptr) {
     const double inverse = sum == 0 ? 0 : 1 / sum;

@@ -40,8 +40,8 @@ template <class E>
 inline OperandLayout operand_layout(const AttentionParams& p, bool copy_strided) {
   OperandLayout layout{};
   const bool copies = copy_strided && E::kMethod == Method::broadcast;
-  const bool key_scattered = copies && p.key_strides[2] != p.head_dim;
-  const bool value_scattered = copies && p.value_strides[2] != p.value_dim;
+  const bool key_scattered = copies && p.key_strides[2] > p.head_dim;
+  const bool value_scattered = copies && p.value_strides[2] > p.value_dim;
   layout.pack_key = E::kConvert || p.key_strides[3] != 1 || p.head_dim % E::kDimMultiple != 0 || key_scattered;
   layout.pack_value = E::kPacksValue || p.value_strides[3] != 1 || value_scattered;
   layout.key_row_bytes = round_up(p.head_dim, E::kDimMultiple) * static_cast<int64_t>(sizeof(typename E::Element));
@@ -133,7 +133,6 @@ template <class E>
 FASTATTN_NOINLINE void pack_values(const AttentionParams& p, int64_t batch, int64_t head, int64_t begin, int64_t end,
                                    int64_t row_bytes, const bool* skip, char* out) {
   using Source = typename E::Source;
-  constexpr int kMaxValueDim = 512;
   static const Source kZeros[kMaxValueDim] = {};
   Source gathered[E::kDepth][kMaxValueDim];
   const int64_t stop = min64(end, p.seqlen_k);

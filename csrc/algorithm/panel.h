@@ -22,12 +22,14 @@ struct Panel {
   Scalar block_first[kLanes];
   Scalar block_last[kLanes];
   Scalar block_position[kLanes];
-  Scalar slope[kLanes];  // ALiBi
+  Scalar slope[kLanes];   // ALiBi
+  double beyond[kLanes];  // what ALiBi adds for the distance between a position outside of the keys and the nearest key
 
   int live;  // lanes in use; the others repeat the last of these, and their results are dropped
   int64_t head[kLanes];
   int64_t row[kLanes];
   int64_t position[kLanes];  // row + query offset
+  int64_t nearest[kLanes];   // the key nearest to it
   int64_t first[kLanes];
   int64_t last[kLanes];
   int64_t first_min, first_max, last_min, last_max;
@@ -95,9 +97,15 @@ FASTATTN_NOINLINE void place_rows(Panel<E>& panel, const AttentionParams& p, con
       panel.bias_row[lane] = static_cast<const char*>(p.bias) + offset * bias_size;
       panel.bias_shared &= panel.bias_row[lane] == panel.bias_row[0];
     }
-    panel.slope[lane] = p.alibi_slopes == nullptr
-                            ? Scalar{0}
-                            : static_cast<Scalar>(p.alibi_slopes[b * p.alibi_strides[0] + head * p.alibi_strides[1]]);
+    panel.nearest[lane] = clamp64(panel.position[lane], 0, max64(p.seqlen_k - 1, 0));
+    panel.slope[lane] = 0;
+    panel.beyond[lane] = 0;
+    if (p.alibi_slopes != nullptr) {
+      const double slope = p.alibi_slopes[b * p.alibi_strides[0] + head * p.alibi_strides[1]];
+      const auto distance = static_cast<double>(panel.position[lane] - panel.nearest[lane]);
+      panel.slope[lane] = static_cast<Scalar>(slope);
+      panel.beyond[lane] = -slope * (distance < 0 ? -distance : distance);
+    }
     panel.shift[lane] = 0;
     panel.limit[lane] = -static_cast<Scalar>(__builtin_inf());
     panel.sum[lane] = 0;
@@ -105,14 +113,15 @@ FASTATTN_NOINLINE void place_rows(Panel<E>& panel, const AttentionParams& p, con
   }
 }
 
-// Interval and position relative to the key block that starts at `block`; exact, since they are clipped to the block.
+// Interval and nearest key relative to the key block that starts at `block`; exact, since they are clipped to the
+// block.
 template <class E>
 inline void enter_block(Panel<E>& panel, int64_t block) {
   using Scalar = typename E::Scalar;
   for (int lane = 0; lane < E::kLanes; ++lane) {
     panel.block_first[lane] = static_cast<Scalar>(clamp64(panel.first[lane] - block, 0, E::kBlockKeys));
     panel.block_last[lane] = static_cast<Scalar>(clamp64(panel.last[lane] - block, 0, E::kBlockKeys));
-    panel.block_position[lane] = static_cast<Scalar>(panel.position[lane] - block);
+    panel.block_position[lane] = static_cast<Scalar>(panel.nearest[lane] - block);
     panel.block_sum[lane] = 0;
   }
 }

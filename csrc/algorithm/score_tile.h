@@ -116,7 +116,8 @@ FASTATTN_NOINLINE void raise_shift(TileContext<E>& context, const typename E::Sc
     const auto old = static_cast<double>(panel.shift[lane]);
     const bool first = panel.limit[lane] == -static_cast<Scalar>(__builtin_inf());
     const Scalar level = whole ? static_cast<Scalar>(__builtin_ceil(peak[lane])) : peak[lane];
-    const Scalar shift = level - headroom;
+    // Headroom that the level's last place cannot hold is done without.
+    const Scalar shift = level - (level - headroom) == headroom ? level - headroom : level;
     panel.shift[lane] = shift;
     panel.limit[lane] = level + rise;
     if (first) {
@@ -223,7 +224,8 @@ FASTATTN_INLINE void exponentiate(TileContext<E>& context, const Scores<E, kActi
         } else if constexpr (kScaled<E, kNatural>) {
           x = V::sub(s[r + i][v], shift);
         } else {
-          x = V::fms(s[r + i][v], factor, shift);
+          // Not fused: the shift is such a rounded product, and far scores must meet it exactly.
+          x = V::sub(V::mul(s[r + i][v], factor), shift);
         }
         prob[i] = E::Product::power(x);
         sum = V::add(sum, prob[i]);

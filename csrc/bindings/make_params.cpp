@@ -8,10 +8,6 @@ namespace py = pybind11;
 namespace fastattn {
 namespace {
 
-// What the kernels can address; fastattn/backends/cpu.py says so before a call gets here.
-constexpr int64_t kMaxHeadDim = 576;
-constexpr int64_t kMaxValueDim = 512;
-
 constexpr int kMaxRank = 4;
 
 struct TensorView {
@@ -53,6 +49,13 @@ TensorView read_tensor(const char* name, const py::object& from, int rank) {
       fail(name, "sizes and strides must not be negative");
     }
     empty |= view.sizes[i] == 0;
+  }
+  // Elements are counted even where a stride of 0 repeats them: kernels compute with such products.
+  int64_t count = 1;
+  for (int i = 0; i < rank && !empty; ++i) {
+    if (__builtin_mul_overflow(count, view.sizes[i], &count) || count > (int64_t{1} << 59)) {
+      fail(name, "has more elements than 64-bit sizes in bytes can count");
+    }
   }
   int64_t span = 0;
   for (int i = 0; i < rank && !empty; ++i) {

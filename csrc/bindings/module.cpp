@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <exception>
 #include <stdexcept>
 #include <string>
 
@@ -17,6 +18,23 @@ using namespace pybind11::literals;
 
 namespace fastattn {
 namespace {
+
+// Runs `work` with the interpreter unlocked. No destructor locks it again: at exit the interpreter ends waiting threads
+// by unwinding them, which must not pass through one.
+template <class Work>
+void without_gil(Work work) {
+  PyThreadState* state = PyEval_SaveThread();
+  std::exception_ptr error;
+  try {
+    work();
+  } catch (const std::exception&) {
+    error = std::current_exception();
+  }
+  PyEval_RestoreThread(state);
+  if (error) {
+    std::rethrow_exception(error);
+  }
+}
 
 // Distances past this are the same as none; it keeps sums of positions within 64 bits.
 int64_t window_bound(int64_t distance) { return distance < 0 || distance > kUnbounded ? kUnbounded : distance; }
@@ -34,16 +52,15 @@ void attention_forward(const py::object& query, const py::object& key, const py:
   p.window_right = window_bound(window_right);
   p.num_threads = num_threads < 1 ? 1 : num_threads;
   const ForwardFn run = kernels().forward[static_cast<int>(p.dtype)].run;
-  const py::gil_scoped_release unlocked;
-  run(p);
+  without_gil([&] { run(p); });
 }
 
-std::string describe_path(int dtype, int64_t /*seqlen_q*/, int64_t /*head_dim*/, int64_t /*value_dim*/) {
+std::string describe_path(int dtype, int64_t seqlen_q, int64_t /*head_dim*/, int64_t /*value_dim*/) {
   if (dtype < 0 || dtype >= kDTypes) {
     throw std::invalid_argument("dtype code " + std::to_string(dtype) + " is not a floating-point type");
   }
   const ForwardEntry& entry = kernels().forward[dtype];
-  return std::string(entry.isa) + ": " + entry.path;
+  return std::string(entry.isa) + ": " + (seqlen_q <= kFewQueries ? entry.few : entry.path);
 }
 
 py::dict features() {
@@ -73,6 +90,12 @@ py::dict openmp_info() {
   return info;
 }
 
+double peak(const std::string& kind, int num_threads, double seconds) {
+  double rate = 0;
+  without_gil([&] { rate = measure_peak(kind, num_threads, seconds); });
+  return rate;
+}
+
 py::dict scratch() {
   const ScratchInfo s = scratch_info();
   py::dict info;
@@ -85,6 +108,7 @@ py::dict scratch() {
 }  // namespace
 
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+  watch_forks();
   m.doc() = "Attention kernels for the CPU, chosen at run time for the machine they run on.";
   m.attr("__version__") = FASTATTN_VERSION;
   m.attr("UNBOUNDED") = kUnbounded;
@@ -105,7 +129,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("openmp_info", openmp_info);
   m.def("available_cpus", available_cpus);
   m.def("scratch_info", scratch);
-  m.def("measure_peak", measure_peak, "kind"_a, "num_threads"_a, "seconds"_a, py::call_guard<py::gil_scoped_release>());
+  m.def("measure_peak", peak, "kind"_a, "num_threads"_a, "seconds"_a);
 }
 
 }  // namespace fastattn

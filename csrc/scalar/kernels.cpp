@@ -11,7 +11,6 @@ namespace fastattn {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr int64_t kMaxValueDim = 512;
 
 template <class T>
 double load(const void* base, int64_t index) {
@@ -190,10 +189,10 @@ double peak_fma(int64_t rounds) {
 void register_scalar(KernelTable& table) {
   constexpr const char* kIsa = "scalar";
   constexpr const char* kPath = "scalar loops in double precision";
-  table.set_forward(DType::float32, forward<float>, kIsa, kPath);
-  table.set_forward(DType::float64, forward<double>, kIsa, kPath);
-  table.set_forward(DType::bfloat16, forward<Bfloat16>, kIsa, kPath);
-  table.set_forward(DType::float16, forward<Float16>, kIsa, kPath);
+  table.set_forward(DType::float32, forward<float>, kIsa, kPath, kPath);
+  table.set_forward(DType::float64, forward<double>, kIsa, kPath, kPath);
+  table.set_forward(DType::bfloat16, forward<Bfloat16>, kIsa, kPath, kPath);
+  table.set_forward(DType::float16, forward<Float16>, kIsa, kPath, kPath);
   table.peak_fma_f32 = peak_fma<float>;
   table.peak_fma_f64 = peak_fma<double>;
 }

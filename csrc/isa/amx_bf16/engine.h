@@ -120,7 +120,7 @@ struct AmxEngine {
   }
 
   // Sixteen steps of values, [step][column] pairs of keys, to rows of columns: 32 keys from `key` on.
-  static void pack_value_group(const float (&steps)[kTile][512], int64_t columns, int64_t key, char* out) {
+  static void pack_value_group(const float (&steps)[kTile][kMaxValueDim], int64_t columns, int64_t key, char* out) {
     for (int64_t d = 0; d < columns; d += kTile) {
       typename V::Reg r[kTile];
       for (int i = 0; i < kTile; ++i) {

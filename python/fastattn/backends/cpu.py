@@ -47,6 +47,8 @@ class CpuBackend:
         if 0 in problem.query.shape:
             return  # no batch or no query: every output is empty
         out, lse, weights = outputs
+        # Kernels read this table without the interpreter's lock: the local keeps it, whatever the cache forgets.
+        _kept, offsets = _offsets(problem)
         _core.attention_forward(
             _tensor(problem.query),
             _tensor(problem.key),
@@ -57,7 +59,7 @@ class CpuBackend:
             None if problem.mask is None else _tensor(problem.mask),
             None if problem.bias is None else _tensor(problem.bias),
             None if problem.kv_lengths is None else _vector(problem.kv_lengths),
-            _offsets(problem),
+            offsets,
             None if problem.alibi_slopes is None else _vector(problem.alibi_slopes),
             None if problem.sinks is None else _vector(problem.sinks),
             problem.scale,
@@ -85,11 +87,11 @@ def _vector(values: NDArray[Any]) -> Tensor:
     return _tensor(NUMPY.view("", values))
 
 
-def _offsets(problem: AttentionProblem) -> Tensor:
+def _offsets(problem: AttentionProblem) -> tuple[NDArray[np.int64], Tensor]:
     offset = problem.query_offset
     if isinstance(offset, int):
-        return _same_for_all(offset, problem.query.shape[0])[1]
-    return _vector(offset)
+        return _same_for_all(offset, problem.query.shape[0])
+    return offset, _vector(offset)
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,150 @@
+// How one call is cut: tasks of a few panels, what they pack and when, and the scratch of a thread.
+#pragma once
+
+#include "algorithm/operands.h"
+#include "algorithm/panel.h"
+#include "algorithm/score_tile.h"
+#include "parallel.h"
+#include "workspace.h"
+
+namespace fastattn {
+namespace {
+
+// Panels a task may hold: they share each key block while it is in the L2 cache.
+constexpr int kMaxPanels = 4;
+
+// Rows from which keys and values that are not adjacent rows (the "bshd" layout) are worth copying first.
+constexpr int64_t kCopyStridedRows = 256;
+
+// The score tiles of one call: where every row sees every key, and where some row does not see some key.
+template <class E>
+struct TileFns {
+  TileFn<E> plain;
+  TileFn<E> masked;
+  PassFn<E> scan_plain;  // these three for Method::tiles
+  PassFn<E> scan_masked;
+  PassFn<E> exponentiate;
+};
+
+// How one call is cut.
+template <class E>
+struct ForwardPlan {
+  OperandLayout layout;
+  ScoreRules<E> rules;
+  TileFns<E> tiles[E::kVectors];  // for panels of 1, ... kVectors vectors of live lanes
+  double query_factor;
+  int panels;          // of a task
+  int64_t spans;       // stretches of rows a key/value head falls into: one a query head, or one for all
+  int64_t span_rows;   // rows of a span
+  int64_t span_tasks;  // tasks of a span
+  int64_t head_tasks;  // tasks of a key/value head
+  // Each task packs block by block into its own scratch: where a key/value head has one task, or is too long to be
+  // packed as a whole.
+  bool pack_in_task;
+  int64_t head_bytes;  // packed operands of a key/value head; 0 where nothing is packed ahead
+  int64_t wave;        // key/value heads whose operands are packed at once
+  int threads;
+  // byte offsets of a thread's scratch
+  int64_t query_bytes;  // of a panel
+  int64_t query_at, output_at, probs_at, raw_at, visible_at, bias_at, tail_at, clean_at, packed_at, thread_bytes;
+};
+
+template <class E>
+inline void plan_scratch(ForwardPlan<E>& plan, const AttentionParams& p) {
+  using Scalar = typename E::Scalar;
+  constexpr auto kScalar = static_cast<int64_t>(sizeof(Scalar));
+  int64_t bytes = 0;
+  const auto take = [&](int64_t size) {
+    const int64_t start = bytes;
+    bytes += round_up(size, kScratchAlign);
+    return start;
+  };
+  take(plan.panels * static_cast<int64_t>(sizeof(Panel<E>)));
+  plan.query_bytes = padded_head_dim<E>(p) / E::kDepth * E::kLanes * kScalar;
+  plan.query_at = take(plan.panels * plan.query_bytes);
+  plan.output_at = take(plan.panels * E::kLanes * plan.rules.output_stride * kScalar);
+  plan.probs_at = take(E::kPlanes * kPlaneSize<E> * kScalar);
+  plan.raw_at = take(E::kMethod == Method::tiles ? int64_t{E::kBlockKeys} * E::kLanes * kScalar : 0);
+  plan.visible_at = take(p.mask != nullptr || p.bias != nullptr ? E::kBlockKeys * 4 : 0);
+  plan.bias_at = take(p.bias != nullptr ? int64_t{E::kLanes} * E::kBlockKeys * kScalar : 0);
+  plan.tail_at = take(E::kKeys * plan.layout.key_row_bytes);
+  plan.clean_at = take(E::kBlockKeys / E::kDepth * plan.layout.value_row_bytes);
+  plan.packed_at = take(plan.pack_in_task ? plan.layout.head_bytes(E::kBlockKeys, E::kDepth) : 0);
+  // A page between threads keeps their lines apart.
+  plan.thread_bytes = round_up(bytes, 4096);
+}
+
+template <class E, int kActive>
+inline TileFns<E> choose_tiles(bool general) {
+  TileFns<E> fns{};
+  if constexpr (E::kMethod == Method::tiles) {
+    fns.scan_plain = general ? scan_tile<E, TileKind::general, kActive> : scan_tile<E, TileKind::plain, kActive>;
+    fns.scan_masked = general ? scan_tile<E, TileKind::general, kActive> : scan_tile<E, TileKind::masked, kActive>;
+    fns.exponentiate = general ? exponentiate_tile<E, true, kActive> : exponentiate_tile<E, false, kActive>;
+  } else if constexpr (E::kMethod == Method::broadcast) {
+    fns.plain = general ? score_tile<E, TileKind::general, kActive> : score_tile<E, TileKind::plain, kActive>;
+    fns.masked = general ? score_tile<E, TileKind::general, kActive> : score_tile<E, TileKind::masked, kActive>;
+  }
+  return fns;
+}
+
+// A cap past the type's range caps nothing; one below it is its smallest normal number.
+template <class Scalar>
+inline Scalar finite_softcap(double softcap) {
+  constexpr bool kDouble = sizeof(Scalar) == sizeof(double);
+  constexpr double kLargest = kDouble ? __DBL_MAX__ : __FLT_MAX__;
+  constexpr double kSmallest = kDouble ? __DBL_MIN__ : __FLT_MIN__;
+  if (softcap <= 0 || softcap >= kLargest) {
+    return 0;
+  }
+  return static_cast<Scalar>(softcap < kSmallest ? kSmallest : softcap);
+}
+
+template <class E>
+inline ForwardPlan<E> plan_forward(const AttentionParams& p) {
+  using Scalar = typename E::Scalar;
+  ForwardPlan<E> plan{};
+  const int64_t group = p.query_heads / p.kv_heads;
+  plan.layout = operand_layout<E>(p, group * p.seqlen_q >= kCopyStridedRows);
+  const bool general = p.bias != nullptr || p.alibi_slopes != nullptr || p.softcap > 0;
+  plan.rules.natural = general;
+  const double factor = p.scale * (general ? 1.0 : kLog2E);
+  // The product that cannot take the scale into the query takes its sign, since a maximum must stay one.
+  plan.query_factor = E::Product::kScaleQuery ? factor : (factor < 0 ? -1.0 : 1.0);
+  // At least the smallest normal number: 0 would turn a hidden score, -inf, into NaN.
+  const double magnitude = factor < -0x1p-126 ? -factor : factor > 0x1p-126 ? factor : 0x1p-126;
+  plan.rules.factor = static_cast<Scalar>(E::Product::kScaleQuery ? 1.0 : magnitude);
+  plan.rules.steps = E::kMethod == Method::rows ? p.head_dim : padded_head_dim<E>(p) / E::kDepth;
+  plan.rules.softcap = finite_softcap<Scalar>(p.softcap);
+  plan.rules.alibi = p.alibi_slopes != nullptr;
+  plan.rules.output_stride = padded_value_dim<E>(p);
+  plan.tiles[0] = choose_tiles<E, 1>(general);
+  plan.tiles[E::kVectors - 1] = choose_tiles<E, E::kVectors>(general);
+
+  // Short sequences: rows of the heads that share keys stand side by side in the lanes.
+  const bool together = p.seqlen_q < 4 * E::kLanes;
+  plan.spans = together ? 1 : group;
+  plan.span_rows = together ? group * p.seqlen_q : p.seqlen_q;
+  const int64_t heads = p.batch * p.kv_heads * plan.spans;
+  const int64_t span_panels = (plan.span_rows + E::kLanes - 1) / E::kLanes;
+  plan.panels = static_cast<int>(min64(kMaxPanels, span_panels));
+  while (plan.panels > 1 && heads * ((span_panels + plan.panels - 1) / plan.panels) < int64_t{2} * p.num_threads) {
+    plan.panels /= 2;
+  }
+  plan.span_tasks = (span_panels + plan.panels - 1) / plan.panels;
+  plan.head_tasks = plan.spans * plan.span_tasks;
+  const bool packs = plan.layout.pack_key || plan.layout.pack_value;
+  // Lengths past the budget are not multiplied: with strides of 0 the product may exceed 64 bits.
+  const bool fits = p.seqlen_k <= kPackedBudget;
+  const int64_t packed = packs && fits ? plan.layout.head_bytes(round_up(p.seqlen_k, E::kHeadMultiple), E::kDepth) : 0;
+  plan.pack_in_task = packs && (plan.head_tasks == 1 || !fits || packed > kPackedBudget);
+  plan.head_bytes = plan.pack_in_task ? 0 : round_up(packed, kScratchAlign);
+  const int64_t all_heads = p.batch * p.kv_heads;
+  plan.wave = plan.head_bytes == 0 ? all_heads : clamp64(kPackedBudget / plan.head_bytes, 1, all_heads);
+  plan.threads = effective_threads(plan.wave * plan.head_tasks, p.num_threads);
+  plan_scratch<E>(plan, p);
+  return plan;
+}
+
+}  // namespace
+}  // namespace fastattn
