@@ -10,8 +10,6 @@
 #include <sched.h>
 #endif
 
-#include "workspace.h"
-
 namespace fastattn {
 namespace {
 
@@ -47,10 +45,7 @@ void parallel_for(int64_t tasks, int num_threads, TaskFn run, void* context) noe
   }
 }
 
-void watch_forks() {
-  pthread_atfork(nullptr, nullptr, mark_child);
-  pthread_atfork(lock_scratch_pool, unlock_scratch_pool, unlock_scratch_pool);
-}
+void watch_forks() { pthread_atfork(nullptr, nullptr, mark_child); }
 
 int available_cpus() {
 #if defined(__linux__)

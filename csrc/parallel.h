@@ -15,7 +15,7 @@ void parallel_for(int64_t tasks, int num_threads, TaskFn run, void* context) noe
 // How many threads a loop of `tasks` tasks uses when `wanted` are asked for (1 in a forked child).
 int effective_threads(int64_t tasks, int wanted) noexcept;
 
-// Keeps forked children from waiting for threads and locks that fork() did not copy. Called once, at load.
+// Keeps forked children from waiting for threads that fork() did not copy. Called once, at load.
 void watch_forks();
 
 // CPUs this process may run on.

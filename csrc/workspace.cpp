@@ -1,5 +1,7 @@
 #include "workspace.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <mutex>
@@ -82,9 +84,9 @@ Workspace::~Workspace() {
   std::free(data_);
 }
 
-void lock_scratch_pool() { pool().mutex.lock(); }
-
-void unlock_scratch_pool() { pool().mutex.unlock(); }
+void guard_scratch_pool() {
+  pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); }, [] { pool().mutex.unlock(); });
+}
 
 ScratchInfo scratch_info() {
   Pool& p = pool();

@@ -29,9 +29,8 @@ class Workspace {
   size_t size_;
 };
 
-// For fork(): a child must not inherit the pool's lock from a thread that it does not have.
-void lock_scratch_pool();
-void unlock_scratch_pool();
+// Keeps forked children from inheriting the pool's lock from a thread that they do not have. Called once, at load.
+void guard_scratch_pool();
 
 struct ScratchInfo {
   int64_t pooled_bytes;

@@ -117,7 +117,9 @@ FASTATTN_NOINLINE void raise_shift(TileContext<E>& context, const typename E::Sc
     const bool first = panel.limit[lane] == -static_cast<Scalar>(__builtin_inf());
     const Scalar level = whole ? static_cast<Scalar>(__builtin_ceil(peak[lane])) : peak[lane];
     // Headroom that the level's last place cannot hold is done without.
-    const Scalar shift = level - (level - headroom) == headroom ? level - headroom : level;
+    const Scalar lowered = level - headroom;
+    const Scalar error = level - lowered - headroom;
+    const Scalar shift = error > -1 && error < 1 ? lowered : level;
     panel.shift[lane] = shift;
     panel.limit[lane] = level + rise;
     if (first) {

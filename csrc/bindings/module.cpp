@@ -109,6 +109,7 @@ py::dict scratch() {
 
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   watch_forks();
+  guard_scratch_pool();
   m.doc() = "Attention kernels for the CPU, chosen at run time for the machine they run on.";
   m.attr("__version__") = FASTATTN_VERSION;
   m.attr("UNBOUNDED") = kUnbounded;

@@ -47,7 +47,7 @@ class CpuBackend:
         if 0 in problem.query.shape:
             return  # no batch or no query: every output is empty
         out, lse, weights = outputs
-        # Kernels read this table without the interpreter's lock: the local keeps it, whatever the cache forgets.
+        # Kernels read this table without the interpreter's lock: the local keeps it, the cache may not.
         _kept, offsets = _offsets(problem)
         _core.attention_forward(
             _tensor(problem.query),
