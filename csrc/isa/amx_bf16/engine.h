@@ -2,7 +2,7 @@
 //
 // Scores are transposed here too: K rows are the left operand where they lie, the queries' pairs the right one. The
 // second product is transposed as well, columns of V by probabilities, so that probabilities stay where the softmax
-// left them; V is packed as rows of columns for that, [padded Dv][kBlockKeys] a block.
+// left them; V is packed as tiles of columns for that.
 #pragma once
 
 #include "algorithm/engine.h"
@@ -56,7 +56,9 @@ struct AmxEngine {
 
   static constexpr int kTile = 16;  // rows of a tile, and 32-bit lanes of one of its rows
   static constexpr long kLaneRowBytes = kLanes * 4;
-  static constexpr long kColumnBytes = kBlockKeys * 2;  // of a packed column of values
+  static constexpr long kTileBytes = kTile * 64;
+  // Packed values are tiles of 16 columns by 32 keys, each in one piece; this many bytes a row of tiles.
+  static constexpr long kTileRowBytes = kBlockKeys / kDimMultiple * kTileBytes;
 
   // Every tile 16 rows of 64 bytes.
   static void enter() {
@@ -110,7 +112,7 @@ struct AmxEngine {
                                                  int64_t end, int64_t columns, int live) {
     for (int64_t d = 0; d < columns; d += 2 * kTile) {
       float* sums = output + d * kLanes;
-      const char* rows = value + d * kColumnBytes;
+      const char* rows = value + d / kTile * kTileRowBytes;
       if (d + kTile < columns) {
         accumulate_square<2>(sums, probs, rows, begin, end, live);
       } else {
@@ -119,7 +121,7 @@ struct AmxEngine {
     }
   }
 
-  // Sixteen steps of values, [step][column] pairs of keys, to rows of columns: 32 keys from `key` on.
+  // Sixteen steps of values, [step][column] pairs of keys, to tiles of columns: 32 keys from `key` on.
   static void pack_value_group(const float (&steps)[kTile][kMaxValueDim], int64_t columns, int64_t key, char* out) {
     for (int64_t d = 0; d < columns; d += kTile) {
       typename V::Reg r[kTile];
@@ -127,8 +129,9 @@ struct AmxEngine {
         r[i] = V::load(&steps[i][d]);
       }
       V::transpose(r);
+      char* tile = out + d / kTile * kTileRowBytes + key / kDimMultiple * kTileBytes;
       for (int i = 0; i < kTile; ++i) {
-        V::store(reinterpret_cast<float*>(out + (d + i) * kColumnBytes + key * 2), r[i]);
+        V::store(reinterpret_cast<float*>(tile + i * 64), r[i]);
       }
     }
   }
@@ -145,9 +148,9 @@ struct AmxEngine {
       FASTATTN_TILE_LOAD(3, sums + kTile * kLanes + kTile, kLaneRowBytes);
     }
     for (int64_t key = begin; key < end; key += 2 * kTile) {
-      FASTATTN_TILE_LOAD(4, rows + key * 2, kColumnBytes);
+      FASTATTN_TILE_LOAD(4, rows + key / kDimMultiple * kTileBytes, 64L);
       if constexpr (kColumnTiles == 2) {
-        FASTATTN_TILE_LOAD(5, rows + kTile * kColumnBytes + key * 2, kColumnBytes);
+        FASTATTN_TILE_LOAD(5, rows + kTileRowBytes + key / kDimMultiple * kTileBytes, 64L);
       }
       for (int plane = 0; plane < kPlanes; ++plane) {
         const float* pairs = probs + plane * kPlaneSize<AmxEngine> + key / 2 * kLanes;

@@ -7,7 +7,7 @@
 namespace fastattn {
 namespace {
 
-// float16 pairs. A probability is split into two float16 numbers, its rounding and the rounding of the rest, which
+// float16 pairs. A probability is split into two float16 numbers, its leading bits and the rounding of the rest, which
 // together hold it to 2^-22: rounded once, as is common, it would cost up to 2^-11 of every output. The largest is kept
 // near 2^13, so that small ones are not lost below float16's range.
 struct AmxFp16Product {
@@ -26,20 +26,23 @@ struct AmxFp16Product {
   }
   static FASTATTN_INLINE __m512 power(__m512 x) { return exp2_by_scale<V, Precision::full>(x); }
 
-  static FASTATTN_INLINE __m512 pair(__m256i even, __m256i odd) {
-    const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16);
-    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(even), high));
+  static FASTATTN_INLINE __m512 pair(const __m512 (&x)[2]) {
+    const __m256i even = _mm512_cvtps_ph(x[0], _MM_FROUND_TO_NEAREST_INT);
+    const __m256i odd = _mm512_cvtps_ph(x[1], _MM_FROUND_TO_NEAREST_INT);
+    return pair_halves(_mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1));
   }
   static FASTATTN_INLINE void pack_probs(const __m512 (&prob)[2], __m512 (&operand)[2]) {
-    __m256i rounded[2];
-    __m256i rest[2];
+    const __m512 leading =
+        _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(0xffffe000U)));  // float16's eleven bits
+    __m512 high[2];
+    __m512 rest[2];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-      rounded[i] = _mm512_cvtps_ph(prob[i], _MM_FROUND_TO_NEAREST_INT);
-      rest[i] = _mm512_cvtps_ph(V::sub(prob[i], _mm512_cvtph_ps(rounded[i])), _MM_FROUND_TO_NEAREST_INT);
+      high[i] = _mm512_and_ps(prob[i], leading);
+      rest[i] = V::sub(prob[i], high[i]);
     }
-    operand[0] = pair(rounded[0], rounded[1]);
-    operand[1] = pair(rest[0], rest[1]);
+    operand[0] = pair(high);
+    operand[1] = pair(rest);
   }
   // The block's maximum is known before its first exponential: nothing that was written is ever scaled.
   static FASTATTN_INLINE float scale_probability(float pair, float /*scale*/) { return pair; }

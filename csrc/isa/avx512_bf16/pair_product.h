@@ -7,6 +7,13 @@
 namespace fastattn {
 namespace {
 
+// Sixteen numbers of the even key, then sixteen of the odd one, to lanes that pair them, the even one in the low half.
+FASTATTN_INLINE __m512 pair_halves(__m512i halves) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves));
+}
+
 // sum += a.even * b.even + a.odd * b.odd in every 32-bit lane.
 struct Bf16PairProduct {
   using V = VecF32;
@@ -22,12 +29,8 @@ struct Bf16PairProduct {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
   static FASTATTN_INLINE __m512 power(__m512 x) { return exp2<V, Precision::bfloat16>(x); }
-  // Lane i pairs the even key's probability (low half) with the odd key's.
   static FASTATTN_INLINE void pack_probs(const __m512 (&prob)[2], __m512 (&operand)[1]) {
-    const auto halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(prob[1], prob[0]));
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    operand[0] = _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves));
+    operand[0] = pair_halves(reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(prob[1], prob[0])));
   }
   static float scale_probability(float pair, float scale) {
     const uint32_t bits = float_to_bits(pair);
