@@ -53,22 +53,21 @@ FASTATTN_INLINE void dot_rows(typename E::Scalar* raw, const char* key, int64_t 
       sum[lane][r] = V::zero();
     }
   }
-  const int64_t whole = round_down(head_dim, E::kWidth);
-  const int rest = static_cast<int>(head_dim - whole);
+  for (int64_t d = 0; d < head_dim; d += E::kWidth) {
+    const int count = static_cast<int>(min64(E::kWidth, head_dim - d));
+    typename E::Reg q[kLanesAtOnce];
+#pragma GCC unroll 2
+    for (int lane = 0; lane < kLanesAtOnce; ++lane) {
+      q[lane] = V::load(query + lane * query_stride + d);
+    }
 #pragma GCC unroll 8
-  for (int r = 0; r < E::kKeys; ++r) {
-    const auto* row = reinterpret_cast<const Source*>(key + r * key_stride);
-    const auto add = [&](typename E::Reg x, int64_t d) FASTATTN_LAMBDA_INLINE {
+    for (int r = 0; r < E::kKeys; ++r) {
+      const auto* row = reinterpret_cast<const Source*>(key + r * key_stride) + d;
+      const auto x = count == E::kWidth ? V::load(row) : V::load_partial(row, count);
 #pragma GCC unroll 2
       for (int lane = 0; lane < kLanesAtOnce; ++lane) {
-        sum[lane][r] = V::fma(x, V::load(query + lane * query_stride + d), sum[lane][r]);
+        sum[lane][r] = V::fma(x, q[lane], sum[lane][r]);
       }
-    };
-    for (int64_t d = 0; d < whole; d += E::kWidth) {
-      add(V::load(row + d), d);
-    }
-    if (rest > 0) {
-      add(V::load_partial(row + whole, rest), whole);
     }
   }
 #pragma GCC unroll 2

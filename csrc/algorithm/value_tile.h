@@ -106,6 +106,10 @@ FASTATTN_NOINLINE void row_values_panel(Panel<E>& panel, const typename E::Scala
     row_values<E, 4, kVectors>(probs + r * E::kBlockKeys, value, value_stride, keys, output + r * output_stride,
                                output_stride, columns);
   }
+  for (; r + 2 <= panel.live; r += 2) {
+    row_values<E, 2, kVectors>(probs + r * E::kBlockKeys, value, value_stride, keys, output + r * output_stride,
+                               output_stride, columns);
+  }
   for (; r < panel.live; ++r) {
     row_values<E, 1, kVectors>(probs + r * E::kBlockKeys, value, value_stride, keys, output + r * output_stride,
                                output_stride, columns);
