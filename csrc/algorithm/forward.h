@@ -25,6 +25,19 @@ struct ForwardCall {
   int64_t first_head;  // of the wave, counted over batch and key/value heads
 };
 
+// The keys of one tile, whatever block it lies in; where the task packs for itself, these alone.
+template <class E>
+inline TileRows seed_keys(const ForwardTask<E>& task, int64_t key) {
+  const OperandLayout& layout = task.plan.layout;
+  if (!task.plan.pack_in_task || !layout.pack_key) {
+    return tile_keys<E>(task, task.whole, key);
+  }
+  char* packed = task.scratch + task.plan.tail_at;
+  pack_keys<E>(task.p, task.rows.batch, task.rows.kv_head, key, min64(key + E::kKeys, task.p.seqlen_k),
+               layout.key_row_bytes, packed);
+  return {packed, layout.key_row_bytes};
+}
+
 // ALiBi: the shift of every lane from the tile of its diagonal.
 template <class E>
 FASTATTN_NOINLINE void seed_panel(const ForwardTask<E>& task, TileContext<E>& context) {
@@ -50,7 +63,7 @@ FASTATTN_NOINLINE void seed_panel(const ForwardTask<E>& task, TileContext<E>& co
     const int64_t end = min64(key + E::kKeys, task.block_end(block));
     enter_block<E>(panel, block);
     context.dense = read_dense<E>(panel, task.p, block, key, end, task.visible(), task.bias());
-    seed_shift<E>(context, tile_keys<E>(task, block_view<E>(task, block), key), key - block, wanted);
+    seed_shift<E>(context, seed_keys<E>(task, key), key - block, wanted);
   }
 }
 
@@ -119,9 +132,11 @@ void run_task(void* opaque, int64_t index, int thread) {
       pack_query<E>(panel, task.p, batch, plan.query_factor);
     }
     memset(panel.output, 0, sizeof(Scalar) * E::kLanes * static_cast<size_t>(plan.rules.output_stride));
-    if (E::kMethod == Method::broadcast && plan.rules.alibi) {
-      TileContext<E> context{panel, plan.rules, {}, task.probs(), task.raw(), 0, {}};
-      seed_panel<E>(task, context);
+    if constexpr (E::kMethod == Method::broadcast) {  // the others know a block's maximum before they need it
+      if (plan.rules.alibi) {
+        TileContext<E> context{panel, plan.rules, {}, task.probs(), task.raw(), 0, {}};
+        seed_panel<E>(task, context);
+      }
     }
     first = min64(first, panel.first_min);
     last = max64(last, panel.last_max);

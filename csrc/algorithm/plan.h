@@ -4,6 +4,7 @@
 #include "algorithm/operands.h"
 #include "algorithm/panel.h"
 #include "algorithm/score_tile.h"
+#include "algorithm/tile_softmax.h"
 #include "parallel.h"
 #include "workspace.h"
 

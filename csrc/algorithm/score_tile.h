@@ -342,91 +342,29 @@ FASTATTN_NOINLINE void score_tile(TileContext<E>& context, TileRows key, int64_t
   exponentiate<E, kNatural, kActive>(context, s, block_key);
 }
 
-// The same in two passes over the block's products in memory, for a matrix unit. The first makes them scores and finds
-// the block's peak ...
-template <class E, TileKind kind, int kActive>
-FASTATTN_NOINLINE void scan_tile(TileContext<E>& context, int64_t block_key) {
-  using V = typename E::V;
-  typename E::Reg peak[kActive];
-  for (int v = 0; v < kActive; ++v) {
-    peak[v] = V::load(context.peaks + v * E::kWidth);
-  }
-  for (int64_t group = block_key; group < block_key + E::kKeys; group += E::kGroupKeys) {
-    Scores<E, kActive> s;
-    auto* raw = context.raw + group * E::kLanes;
-    load_scores<E, kActive>(raw, s);
-    if constexpr (kind != TileKind::plain) {
-      finish_scores<E, kind, kActive>(context, s, group);
-      for (int r = 0; r < E::kGroupKeys; ++r) {
-        for (int v = 0; v < kActive; ++v) {
-          V::store(raw + r * E::kLanes + v * E::kWidth, s[r][v]);
-        }
-      }
-    }
-    find_peak<E, kActive>(s, peak);
-  }
-  for (int v = 0; v < kActive; ++v) {
-    V::store(context.peaks + v * E::kWidth, peak[v]);
-  }
-}
-
-// ... the second, under a shift that holds for the whole block, makes them probabilities.
-template <class E, bool kNatural, int kActive>
-FASTATTN_NOINLINE void exponentiate_tile(TileContext<E>& context, int64_t block_key) {
-  for (int64_t group = block_key; group < block_key + E::kKeys; group += E::kGroupKeys) {
-    Scores<E, kActive> s;
-    load_scores<E, kActive>(context.raw + group * E::kLanes, s);
-    exponentiate<E, kNatural, kActive>(context, s, group);
-  }
-}
-
-// Between the two.
-template <class E, bool kNatural>
-inline void follow_block_peak(TileContext<E>& context) {
-  typename E::Reg peak[E::kVectors];
-  for (int v = 0; v < E::kVectors; ++v) {
-    peak[v] = E::V::load(context.peaks + v * E::kWidth);
-  }
-  if (peak_rises<E, kNatural, E::kVectors>(context, peak)) {
-    for (int v = 0; v < E::kVectors; ++v) {
-      E::V::store(context.peaks + v * E::kWidth, peak[v]);
-    }
-    raise_shift<E>(context, context.peaks, context.written);
-  }
-}
-
 // Sets the shift of each lane from the tile where its diagonal lies, so that ALiBi's rise towards the diagonal does not
-// move it tile after tile. A lane's seed depends on its own visible scores alone.
+// move it tile after tile. A lane's seed depends on its own visible scores alone. Method::broadcast, where a tile is a
+// group.
 template <class E>
 FASTATTN_NOINLINE void seed_shift(TileContext<E>& context, TileRows key, int64_t block_key,
                                   const bool (&wanted)[E::kLanes]) {
   using V = typename E::V;
   using Scalar = typename E::Scalar;
-  alignas(64) Scalar raw[E::kKeys * E::kLanes];
-  alignas(64) Scalar peaks[E::kLanes];
-  multiply_keys_to<E, E::kVectors>(raw, key.rows, key.stride, context.panel, context.rules.steps);
+  const auto lowest = -static_cast<Scalar>(__builtin_inf());
+  Scores<E, E::kVectors> s;
+  multiply_keys<E, E::kVectors>(s, key.rows, key.stride, context.panel.query, context.rules.steps);
+  finish_scores<E, TileKind::general, E::kVectors>(context, s, block_key);
   typename E::Reg peak[E::kVectors];
   for (auto& highest : peak) {
-    highest = V::set1(-static_cast<Scalar>(__builtin_inf()));
+    highest = V::set1(lowest);
   }
-  for (int group = 0; group < E::kKeys; group += E::kGroupKeys) {
-    Scores<E, E::kVectors> s;
-    load_scores<E, E::kVectors>(raw + group * E::kLanes, s);
-    adjust_scores<E, E::kVectors>(context, s, block_key + group);
-    hide_scores<E, E::kVectors>(context, s, block_key + group);
-    for (int v = 0; v < E::kVectors; ++v) {
-      for (int r = 0; r < E::kGroupKeys; ++r) {
-        peak[v] = V::max(s[r][v], peak[v]);
-      }
-    }
-  }
+  find_peak<E, E::kVectors>(s, peak);
+  alignas(64) Scalar peaks[E::kLanes];
   for (int v = 0; v < E::kVectors; ++v) {
     V::store(peaks + v * E::kWidth, peak[v]);
   }
   for (int lane = 0; lane < E::kLanes; ++lane) {
-    if (!wanted[lane]) {
-      peaks[lane] = -static_cast<Scalar>(__builtin_inf());
-    }
+    peaks[lane] = wanted[lane] ? peaks[lane] : lowest;
   }
   raise_shift<E>(context, peaks, 0);
 }

@@ -1,0 +1,63 @@
+// The softmax of Method::tiles: two passes over a block's products in memory, so that its maximum is known before its
+// first exponential.
+#pragma once
+
+#include "algorithm/score_tile.h"
+
+namespace fastattn {
+namespace {
+
+// The first pass makes a tile's products scores and finds the block's peak ...
+template <class E, TileKind kind, int kActive>
+FASTATTN_NOINLINE void scan_tile(TileContext<E>& context, int64_t block_key) {
+  using V = typename E::V;
+  typename E::Reg peak[kActive];
+  for (int v = 0; v < kActive; ++v) {
+    peak[v] = V::load(context.peaks + v * E::kWidth);
+  }
+  for (int64_t group = block_key; group < block_key + E::kKeys; group += E::kGroupKeys) {
+    Scores<E, kActive> s;
+    auto* raw = context.raw + group * E::kLanes;
+    load_scores<E, kActive>(raw, s);
+    if constexpr (kind != TileKind::plain) {
+      finish_scores<E, kind, kActive>(context, s, group);
+      for (int r = 0; r < E::kGroupKeys; ++r) {
+        for (int v = 0; v < kActive; ++v) {
+          V::store(raw + r * E::kLanes + v * E::kWidth, s[r][v]);
+        }
+      }
+    }
+    find_peak<E, kActive>(s, peak);
+  }
+  for (int v = 0; v < kActive; ++v) {
+    V::store(context.peaks + v * E::kWidth, peak[v]);
+  }
+}
+
+// ... the second, under a shift that holds for the whole block, makes them probabilities.
+template <class E, bool kNatural, int kActive>
+FASTATTN_NOINLINE void exponentiate_tile(TileContext<E>& context, int64_t block_key) {
+  for (int64_t group = block_key; group < block_key + E::kKeys; group += E::kGroupKeys) {
+    Scores<E, kActive> s;
+    load_scores<E, kActive>(context.raw + group * E::kLanes, s);
+    exponentiate<E, kNatural, kActive>(context, s, group);
+  }
+}
+
+// Between the two.
+template <class E, bool kNatural>
+inline void follow_block_peak(TileContext<E>& context) {
+  typename E::Reg peak[E::kVectors];
+  for (int v = 0; v < E::kVectors; ++v) {
+    peak[v] = E::V::load(context.peaks + v * E::kWidth);
+  }
+  if (peak_rises<E, kNatural, E::kVectors>(context, peak)) {
+    for (int v = 0; v < E::kVectors; ++v) {
+      E::V::store(context.peaks + v * E::kWidth, peak[v]);
+    }
+    raise_shift<E>(context, context.peaks, context.written);
+  }
+}
+
+}  // namespace
+}  // namespace fastattn
