@@ -11,10 +11,12 @@
 namespace fastattn {
 namespace {
 
-// Panels a task may hold: they share each key block while it is in the L2 cache.
+// Panels a task may hold: they share each key block while it is in the L2 cache. 1, 4 and 8 could not be told apart on
+// a shared machine (float32, S2048); 4 keeps both threads busy on short sequences.
 constexpr int kMaxPanels = 4;
 
-// Rows from which keys and values that are not adjacent rows (the "bshd" layout) are worth copying first.
+// Rows from which keys and values that are not adjacent rows (the "bshd" layout) are worth copying first. At S2048
+// float32 read in place ran at 0.89 (D64) and 0.79 (D128) of the speed of adjacent rows, copied at 0.97 and 0.96.
 constexpr int64_t kCopyStridedRows = 256;
 
 // The score tiles of one call: where every row sees every key, and where some row does not see some key.
