@@ -21,6 +21,8 @@ constexpr int64_t kMaxValueDim = 512;
 // Up to this many queries, keys and values are read where they lie and each query pays for itself; above it, a panel's
 // lanes fill. Decided by the number of queries alone, so that a row's bits do not depend on how many heads share its
 // keys.
+// Up to 8 would gain 7% on ungrouped float32 heads (8 queries, 2048 keys, D64) and cost 2 to 4 times the time on
+// grouped ones.
 constexpr int64_t kFewQueries = 4;
 
 struct AttentionParams {

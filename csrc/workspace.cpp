@@ -12,7 +12,7 @@ namespace fastattn {
 namespace {
 
 constexpr size_t kPoolBytes = size_t{64} << 20;
-constexpr size_t kPoolBlocks = 16;
+constexpr size_t kPoolBlocks = 16;  // as many calls at once find theirs again; the search is linear
 
 struct Block {
   char* data;
