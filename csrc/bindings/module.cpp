@@ -1,4 +1,5 @@
 // Registers the extension's functions; nothing is computed here.
+#include <pthread.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -19,18 +20,46 @@ using namespace pybind11::literals;
 namespace fastattn {
 namespace {
 
+// The thread whose business signals are; in a forked child, the one that forked.
+unsigned long g_main_thread = 0;
+
+void watch_main_thread() {
+  g_main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
+  pthread_atfork(nullptr, nullptr, [] { g_main_thread = PyThread_get_thread_ident(); });
+}
+
+// Lets Python's signal handlers run; true if one raised, as that of Ctrl-C does.
+bool signal_raised(void* opaque) {
+  PyThreadState*& state = *static_cast<PyThreadState**>(opaque);
+  PyEval_RestoreThread(state);
+  const bool raised = PyErr_CheckSignals() != 0;
+  state = PyEval_SaveThread();
+  return raised;
+}
+
 // Runs `work` with the interpreter unlocked. No destructor locks it again: at exit the interpreter ends waiting threads
-// by unwinding them, which must not pass through one.
+// by unwinding them, which must not pass through one. Nor may it pass through a loop: only the main thread, which is
+// never ended so, stops to look for signals.
 template <class Work>
 void without_gil(Work work) {
   PyThreadState* state = PyEval_SaveThread();
   std::exception_ptr error;
+  bool raised = false;
   try {
-    work();
+    if (PyThread_get_thread_ident() == g_main_thread) {
+      const Interruptible interruptible(signal_raised, &state);
+      work();
+      raised = interruptible.stopped();
+    } else {
+      work();
+    }
   } catch (const std::exception&) {
     error = std::current_exception();
   }
   PyEval_RestoreThread(state);
+  if (raised) {
+    throw py::error_already_set();
+  }
   if (error) {
     std::rethrow_exception(error);
   }
@@ -109,6 +138,7 @@ py::dict scratch() {
 
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   watch_forks();
+  watch_main_thread();
   guard_scratch_pool();
   m.doc() = "Attention kernels for the CPU, chosen at run time for the machine they run on.";
   m.attr("__version__") = FASTATTN_VERSION;
