@@ -159,6 +159,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("build_info", build_info);
   m.def("openmp_info", openmp_info);
   m.def("available_cpus", available_cpus);
+  m.def("runs_alone", runs_alone);
   m.def("scratch_info", scratch);
   m.def("measure_peak", peak, "kind"_a, "num_threads"_a, "seconds"_a);
 }
