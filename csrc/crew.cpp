@@ -117,7 +117,7 @@ int Crew::enlarge(int wanted) noexcept {
     if (workers_ == nullptr) {
       workers_ = std::make_shared<std::atomic<int>>(0);
     }
-    const int there = workers_->load();
+    const int there = workers();
     const int missing = wanted - 1 - there;
     const int started = missing > 0 ? start_and_end(missing) : 0;
     if (started < missing) {

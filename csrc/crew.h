@@ -18,10 +18,9 @@ class Crew {
   static Crew& mine() noexcept;
 
   // The largest team, the caller included, up to `wanted` for which there are threads or can be.
-  int obtain(int wanted) noexcept {
-    const bool there = workers_ != nullptr && workers_->load(std::memory_order_relaxed) + 1 >= wanted;
-    return there && wanted <= limit_ ? wanted : enlarge(wanted);
-  }
+  int obtain(int wanted) noexcept { return workers() + 1 >= wanted && wanted <= limit_ ? wanted : enlarge(wanted); }
+
+  int workers() const noexcept { return workers_ == nullptr ? 0 : workers_->load(std::memory_order_relaxed); }
 
   // Within a region: the worker calls this on its caller's crew and is counted until it ends.
   void enlist() noexcept;

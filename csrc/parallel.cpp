@@ -48,6 +48,19 @@ int team_size(int members, int wanted) {
   return std::max(members, std::min(wanted, cpus));
 }
 
+// libgomp keeps a record of each thread that a region starts, some hundred bytes, on its caller's stack, which may be
+// as small as 128 KiB: larger teams grow in steps.
+constexpr int kThreadsAtOnce = 128;
+
+void grow_in_steps(Crew& crew, int team) {
+  for (int size = 1 + crew.workers() + kThreadsAtOnce; size < team; size += kThreadsAtOnce) {
+#pragma omp parallel num_threads(size)
+    if (omp_get_thread_num() != 0) {
+      crew.enlist();
+    }
+  }
+}
+
 }  // namespace
 
 bool runs_alone() noexcept { return t_forked || omp_in_parallel() != 0; }
@@ -72,6 +85,7 @@ void parallel_for(int64_t tasks, int num_threads, TaskFn run, void* context) noe
     take_tasks(loop, 0, interruptible);
     return;
   }
+  grow_in_steps(crew, team);
   int formed = 1;
 #pragma omp parallel num_threads(team)
   {
