@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -70,14 +71,13 @@ assert attend(16) == before + 15
     output_of(program)
 
 
-@pytest.mark.parametrize("mebibytes", [0, 1, 3, 9, 30, 70])
-def test_little_address_space_at_the_first_parallel_call(mebibytes: int) -> None:
-    """A stack is 8 MiB as a rule, and seven are wanted."""
+def attend_within(mebibytes: float) -> None:
+    """The first parallel call of a process with so much address space left: seven stacks are wanted."""
     program = (
         PROGRAM
         + f"""
 try:
-    address_space({mebibytes} << 20)
+    address_space(int({mebibytes} * 2**20))
     attend(8)
 except MemoryError:
     assert {mebibytes} < 9
@@ -87,6 +87,17 @@ assert attend(8) == before + 7
 """
     )
     output_of(program)
+
+
+@pytest.mark.parametrize("mebibytes", [0, 1, 9, 30])
+def test_little_address_space_at_the_first_parallel_call(mebibytes: int) -> None:
+    attend_within(mebibytes)
+
+
+@pytest.mark.slow
+def test_any_address_space_at_the_first_parallel_call() -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(attend_within, [step * 0.25 for step in range(300)]))
 
 
 needs_scratch = pytest.mark.skipif(

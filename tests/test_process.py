@@ -95,11 +95,10 @@ in_a_child(lambda: np.testing.assert_allclose(fa.attention(x, x, x), expected, r
     output_of(program)
 
 
-def test_forks_while_other_threads_attend() -> None:
-    """A child inherits neither a lock that another thread holds nor a loop that it is in."""
+def fork_while_others_attend(forks: int, timeout: float) -> None:
     program = (
         FORK.format(imports="", late_imports="")
-        + """
+        + f"""
 expected = fa.attention(x, x, x)
 done = threading.Event()
 
@@ -107,19 +106,29 @@ def spin():
     while not done.is_set():
         attend()
 
-with concurrent.futures.ThreadPoolExecutor(3) as pool:
+with concurrent.futures.ThreadPoolExecutor(4) as pool:
     spinning = [pool.submit(spin) for _ in range(3)]
     try:
-        for _ in range(20):
+        for _ in range({forks}):
             in_a_child(attend)
-        pool.submit(in_a_child, attend)
+        pool.submit(in_a_child, attend).result()
     finally:
         done.set()
     for thread in spinning:
         thread.result()
 """
     )
-    output_of(program)
+    output_of(program, timeout=timeout)
+
+
+def test_forks_while_other_threads_attend() -> None:
+    """A child inherits neither a lock that another thread holds nor a loop that it is in."""
+    fork_while_others_attend(forks=20, timeout=60)
+
+
+@pytest.mark.slow
+def test_many_forks_while_other_threads_attend() -> None:
+    fork_while_others_attend(forks=1000, timeout=600)
 
 
 def test_a_pool_of_forked_processes() -> None:
