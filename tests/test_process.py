@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import fastattn as fa
+from fastattn import _core
 from kernels import Kernel, assert_same_bits
 from processes import control_word, output_of
 from shapes import Case
@@ -211,6 +212,50 @@ def test_a_call_leaves_the_floating_point_environment(flags: int, kernel: Kernel
     finally:
         libm.fesetenv(own)
     assert after == 0x1F80 | flags
+
+
+@pytest.mark.skipif(not _core.cpu_features()["amx_bf16"], reason="no AMX on this machine")
+@pytest.mark.parametrize("isa, asked", [("avx2", False), ("amx_bf16", True)])
+def test_tile_registers_are_asked_for_by_tiers_that_use_them(isa: str, asked: bool) -> None:
+    """A permission of the whole process, and one that it cannot give back."""
+    program = """
+        import ctypes
+        import numpy as np
+        import fastattn as fa
+
+        def permitted():
+            mask = ctypes.c_uint64()
+            ARCH_GET_XCOMP_PERM = 0x1022
+            assert ctypes.CDLL(None).syscall(158, ARCH_GET_XCOMP_PERM, ctypes.byref(mask)) == 0
+            return bool(mask.value >> 18 & 1)
+
+        at_import = permitted()
+        x = np.ones((1, 1, 8, 8), np.float32)
+        fa.attention(x, x, x)
+        print(at_import, permitted())
+    """
+    assert output_of(program, FASTATTN_ISA=isa) == f"False {asked}"
+
+
+@pytest.mark.skipif(not _core.cpu_features()["amx_bf16"], reason="no AMX on this machine")
+def test_tiers_whose_registers_are_refused_are_not_there() -> None:
+    """Linux refuses them where a signal stack is too small to save them on."""
+    program = """
+        import ctypes
+        class Stack(ctypes.Structure):
+            _fields_ = [("base", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+        memory = ctypes.create_string_buffer(4096)
+        stack = Stack(ctypes.addressof(memory), 0, 4096)
+        assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0
+
+        import ml_dtypes, numpy
+        import fastattn as fa
+        from fastattn import _core
+        assert not any("amx" in isa for isa in [_core.selected_isa(), *_core.available_isas()])
+        x = numpy.ones((1, 1, 40, 64), ml_dtypes.bfloat16)
+        assert (fa.attention(x, x, x) == 1).all()
+    """
+    output_of(program)
 
 
 DAEMONS = """

@@ -55,7 +55,9 @@ def _extension() -> dict[str, str]:
         import fastattn._core as _core
     except ImportError as error:
         return {"extension": f"cannot be loaded: {error}"}
-    alone = {"fork": "this thread came out of fork(), its calls run on 1 thread"} if _core.runs_alone() else {}
+    alone = (
+        {"fork": "this thread came out of fork(), its calls run on 1 thread"} if _core.runs_alone() else {}
+    )
     features = [name for name, present in _core.cpu_features().items() if present]
     return {
         "build": _listed(_core.build_info()),

@@ -45,6 +45,7 @@ def get_num_threads() -> int:
 
     The first of these that is there: `set_num_threads`, ``FASTATTN_NUM_THREADS``, torch's own setting if
     torch is loaded, ``OMP_NUM_THREADS``, the CPUs that affinity and cgroup allow. Variables are read once.
+    Where threads are short a call uses fewer, and in a forked child its first thread uses one.
 
     Returns
     -------

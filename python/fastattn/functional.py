@@ -90,6 +90,8 @@ def attention(
         For tensors on other devices than the CPU, or that require grad.
     NotImplementedError
         If no backend can run the call; the message holds the reasons of each.
+    MemoryError
+        If there is no room for results or scratch. Nothing has been written to `out`.
 
     Notes
     -----
