@@ -60,7 +60,7 @@ std::string describe_path(int dtype, int64_t seqlen_q, int64_t /*head_dim*/, int
     throw std::invalid_argument("dtype code " + std::to_string(dtype) + " is not a floating-point type");
   }
   const ForwardEntry& entry = kernels().forward[dtype];
-  return std::string(entry.isa) + ": " + (seqlen_q <= kFewQueries ? entry.few : entry.path);
+  return std::string(entry.isa) + ": " + (seqlen_q <= few_queries(static_cast<DType>(dtype)) ? entry.few : entry.path);
 }
 
 py::dict features() {
