@@ -2,11 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <exception>
 #include <stdexcept>
 #include <string>
 
+#include "bindings/gil.h"
 #include "bindings/make_params.h"
+#include "bindings/plain_call.h"
 #include "cpu_features.h"
 #include "dispatch.h"
 #include "parallel.h"
@@ -18,23 +19,6 @@ using namespace pybind11::literals;
 
 namespace fastattn {
 namespace {
-
-// Runs `work` with the interpreter unlocked. No destructor locks it again: at exit the interpreter ends waiting threads
-// by unwinding them, which must not pass through one.
-template <class Work>
-void without_gil(Work work) {
-  PyThreadState* state = PyEval_SaveThread();
-  std::exception_ptr error;
-  try {
-    work();
-  } catch (const std::exception&) {
-    error = std::current_exception();
-  }
-  PyEval_RestoreThread(state);
-  if (error) {
-    std::rethrow_exception(error);
-  }
-}
 
 // Distances past this are the same as none; it keeps sums of positions within 64 bits.
 int64_t window_bound(int64_t distance) { return distance < 0 || distance > kUnbounded ? kUnbounded : distance; }
@@ -117,6 +101,11 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("attention_forward", attention_forward, "query"_a, "key"_a, "value"_a, "out"_a, "lse"_a, "weights"_a, "mask"_a,
         "bias"_a, "kv_lengths"_a, "query_offset"_a, "alibi_slopes"_a, "sinks"_a, "scale"_a, "softcap"_a,
         "window_left"_a, "window_right"_a, "num_threads"_a);
+  m.def("bind_torch", bind_torch, "tensor"_a, "strided"_a, "dtypes"_a, "empty_like"_a);
+  m.def("attention_plain_numpy", attention_plain_numpy, "query"_a, "key"_a, "value"_a, "causal"_a, "scale"_a, "bshd"_a,
+        "num_threads"_a);
+  m.def("attention_plain_torch", attention_plain_torch, "query"_a, "key"_a, "value"_a, "causal"_a, "scale"_a, "bshd"_a,
+        "num_threads"_a);
   m.def("describe_path", describe_path, "dtype"_a, "seqlen_q"_a, "head_dim"_a, "value_dim"_a);
   m.def("compiled_isas", compiled_isas);
   m.def("available_isas", available_isas);
