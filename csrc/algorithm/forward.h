@@ -131,7 +131,8 @@ void run_task(void* opaque, int64_t index, int thread) {
     } else {
       pack_query<E>(panel, task.p, batch, plan.query_factor);
     }
-    memset(panel.output, 0, sizeof(Scalar) * E::kLanes * static_cast<size_t>(plan.rules.output_stride));
+    const int64_t rows = E::kMethod == Method::tiles ? E::kLanes : round_up(panel.live, E::kRows);
+    memset(panel.output, 0, sizeof(Scalar) * static_cast<size_t>(rows * plan.rules.output_stride));
     if constexpr (E::kMethod == Method::broadcast) {  // the others know a block's maximum before they need it
       if (plan.rules.alibi) {
         TileContext<E> context{panel, plan.rules, {}, task.probs(), task.raw(), 0, {}};
