@@ -36,12 +36,14 @@ uint64_t enabled_state() {
   return (uint64_t{high} << 32) | low;
 }
 
-// Linux hands out the AMX tile registers only to a process that asks.
-bool request_amx_permission() {
+constexpr long kTileData = 18;  // the state component of the AMX tile registers
+
+// Whether Linux would hand out the AMX tile registers to a process that asks.
+bool system_has_tiles() {
 #if defined(__linux__)
-  constexpr long kArchReqXcompPerm = 0x1023;
-  constexpr long kTileData = 18;
-  return syscall(SYS_arch_prctl, kArchReqXcompPerm, kTileData) == 0;
+  constexpr long kArchGetXcompSupp = 0x1021;
+  uint64_t components = 0;
+  return syscall(SYS_arch_prctl, kArchGetXcompSupp, &components) == 0 && ((components >> kTileData) & 1U) != 0;
 #else
   return false;
 #endif
@@ -75,7 +77,7 @@ CpuFeatures detect() {
   f.avx512_bf16 = f.avx512 && bit(ext1.eax, 5);
   f.avx512_vnni = f.avx512 && bit(ext.ecx, 11);
   f.amx_bf16 =
-      f.avx512_bf16 && (state & kTiles) == kTiles && bit(ext.edx, 22) && bit(ext.edx, 24) && request_amx_permission();
+      f.avx512_bf16 && (state & kTiles) == kTiles && bit(ext.edx, 22) && bit(ext.edx, 24) && system_has_tiles();
   f.amx_fp16 = f.amx_bf16 && bit(ext1.eax, 21);
   const CpuidResult vendor = cpuid(0);
   f.fast_bf16_dot = f.avx512_bf16 && std::memcmp(&vendor.ebx, "Auth", 4) == 0;  // AuthenticAMD
@@ -93,6 +95,16 @@ CpuFeatures detect() { return CpuFeatures{}; }
 const CpuFeatures& cpu_features() {
   static const CpuFeatures features = detect();
   return features;
+}
+
+bool request_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kArchReqXcompPerm = 0x1023;
+  static const bool granted = syscall(SYS_arch_prctl, kArchReqXcompPerm, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
 }
 
 }  // namespace fastattn

@@ -9,12 +9,16 @@ struct CpuFeatures {
   bool avx512;       // F, BW, DQ, VL
   bool avx512_bf16;  // VDPBF16PS
   bool avx512_vnni;
-  bool amx_bf16;       // tiles, with the kernel's permission to use them
+  bool amx_bf16;       // tiles, which the system hands out to processes that ask: see request_tiles()
   bool amx_fp16;       // the same for float16
   bool fast_bf16_dot;  // VDPBF16PS does more work a cycle than FMA (AMD); on Intel it does half
   char brand[49];
 };
 
 const CpuFeatures& cpu_features();
+
+// Asks the operating system for the AMX tile registers, once. For the whole process that makes signal frames larger, so
+// it is left until a tier is chosen that uses them; Linux refuses where a thread's signal stack is too small for that.
+bool request_tiles();
 
 }  // namespace fastattn

@@ -15,28 +15,31 @@ struct Tier {
   bool (*present)(const CpuFeatures&);
   // Whether the automatic choice takes it. A tier that is present but slower than the one below is only taken by name.
   bool (*preferred)(const CpuFeatures&);
+  // Asks the operating system for registers that it hands out on request: not before the tier is chosen or listed.
+  bool (*granted)();
 };
 
 bool always(const CpuFeatures& /*unused*/) { return true; }
+bool freely() { return true; }
 
 // Weakest first; a tier stands on the preferred ones above it in this list that the CPU has.
 const Tier kTiers[] = {
-    {"scalar", register_scalar, always, always},
+    {"scalar", register_scalar, always, always, freely},
 #ifdef FASTATTN_HAVE_AVX2
-    {"avx2", register_avx2, [](const CpuFeatures& f) { return f.avx2; }, always},
+    {"avx2", register_avx2, [](const CpuFeatures& f) { return f.avx2; }, always, freely},
 #endif
 #ifdef FASTATTN_HAVE_AVX512
-    {"avx512", register_avx512, [](const CpuFeatures& f) { return f.avx512; }, always},
+    {"avx512", register_avx512, [](const CpuFeatures& f) { return f.avx512; }, always, freely},
 #endif
 #ifdef FASTATTN_HAVE_AVX512_BF16
     {"avx512_bf16", register_avx512_bf16, [](const CpuFeatures& f) { return f.avx512_bf16; },
-     [](const CpuFeatures& f) { return f.fast_bf16_dot; }},
+     [](const CpuFeatures& f) { return f.fast_bf16_dot; }, freely},
 #endif
 #ifdef FASTATTN_HAVE_AMX_BF16
-    {"amx_bf16", register_amx_bf16, [](const CpuFeatures& f) { return f.amx_bf16; }, always},
+    {"amx_bf16", register_amx_bf16, [](const CpuFeatures& f) { return f.amx_bf16; }, always, request_tiles},
 #endif
 #ifdef FASTATTN_HAVE_AMX_FP16
-    {"amx_fp16", register_amx_fp16, [](const CpuFeatures& f) { return f.amx_fp16; }, always},
+    {"amx_fp16", register_amx_fp16, [](const CpuFeatures& f) { return f.amx_fp16; }, always, request_tiles},
 #endif
 };
 constexpr int kTierCount = sizeof(kTiers) / sizeof(kTiers[0]);
@@ -45,21 +48,21 @@ constexpr int kTierCount = sizeof(kTiers) / sizeof(kTiers[0]);
 struct Tables {
   KernelTable table[kTierCount];
   bool present[kTierCount];
-  int best = 0;
+  bool preferred[kTierCount];
 
   Tables() {
     const CpuFeatures& cpu = cpu_features();
     KernelTable running{};
     for (int i = 0; i < kTierCount; ++i) {
       present[i] = kTiers[i].present(cpu);
+      preferred[i] = present[i] && kTiers[i].preferred(cpu);
       if (!present[i]) {
         continue;
       }
       table[i] = running;
       kTiers[i].fill(table[i]);
-      if (kTiers[i].preferred(cpu)) {
+      if (preferred[i]) {
         running = table[i];
-        best = i;
       }
     }
   }
@@ -78,9 +81,17 @@ std::string join(const std::vector<std::string>& names) {
   return text;
 }
 
+int best_tier() {
+  int tier = kTierCount - 1;
+  while (tier > 0 && !(tables().preferred[tier] && kTiers[tier].granted())) {
+    --tier;
+  }
+  return tier;
+}
+
 int find_tier(const std::string& name) {
   for (int i = 0; i < kTierCount; ++i) {
-    if (name == kTiers[i].name && tables().present[i]) {
+    if (name == kTiers[i].name && tables().present[i] && kTiers[i].granted()) {
       return i;
     }
   }
@@ -90,7 +101,7 @@ int find_tier(const std::string& name) {
 int default_tier() {
   const char* forced = std::getenv("FASTATTN_ISA");
   if (forced == nullptr || *forced == '\0') {
-    return tables().best;
+    return best_tier();
   }
   const int tier = find_tier(forced);
   if (tier < 0) {
@@ -129,7 +140,7 @@ std::vector<std::string> compiled_isas() {
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (int i = 0; i < kTierCount; ++i) {
-    if (tables().present[i]) {
+    if (tables().present[i] && kTiers[i].granted()) {
       names.emplace_back(kTiers[i].name);
     }
   }

@@ -3,10 +3,10 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <new>
-#include <vector>
 
 namespace fastattn {
 namespace {
@@ -21,8 +21,17 @@ struct Block {
 
 struct Pool {
   std::mutex mutex;
-  std::vector<Block> blocks;
+  Block blocks[kPoolBlocks];  // the one unused for longest first
+  size_t count = 0;
   size_t bytes = 0;
+
+  Block remove(size_t index) {
+    const Block block = blocks[index];
+    std::copy(blocks + index + 1, blocks + count, blocks + index);
+    --count;
+    bytes -= block.size;
+    return block;
+  }
 };
 
 // Never destroyed: a thread may still give a block back while the process exits.
@@ -35,21 +44,49 @@ Pool& pool() {
 bool take(size_t size, Block& block) {
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);
-  auto best = p.blocks.end();
-  for (auto it = p.blocks.begin(); it != p.blocks.end(); ++it) {
-    const bool fits = it->size >= size && it->size / 2 <= size;
-    if (fits && (best == p.blocks.end() || it->size < best->size)) {
-      best = it;
+  size_t best = p.count;
+  for (size_t i = 0; i < p.count; ++i) {
+    const bool fits = p.blocks[i].size >= size && p.blocks[i].size / 2 <= size;
+    if (fits && (best == p.count || p.blocks[i].size < p.blocks[best].size)) {
+      best = i;
     }
   }
-  if (best == p.blocks.end()) {
+  if (best == p.count) {
     return false;
   }
-  block = *best;
-  p.bytes -= block.size;
-  p.blocks.erase(best);
+  block = p.remove(best);
   return true;
 }
+
+// Makes room for `size` bytes, for the block `keep` if there is one: what was unused for longest goes, lest sizes that
+// nobody asks for any more fill the pool.
+void make_room(size_t size, const Block* keep) {
+  Block expelled[kPoolBlocks];
+  size_t count = 0;
+  Pool& p = pool();
+  {
+    const std::lock_guard<std::mutex> lock(p.mutex);
+    while (p.count > 0 && (p.count == kPoolBlocks || p.bytes + size > kPoolBytes)) {
+      expelled[count++] = p.remove(0);
+    }
+    if (keep != nullptr) {
+      p.blocks[p.count++] = *keep;
+      p.bytes += keep->size;
+    }
+  }
+  std::for_each(expelled, expelled + count, [](const Block& block) { std::free(block.data); });
+}
+
+class ScratchError : public std::bad_alloc {
+ public:
+  explicit ScratchError(size_t bytes) { std::snprintf(text_, sizeof text_, "cannot get %zu bytes of scratch", bytes); }
+  const char* what() const noexcept override { return text_; }
+
+ private:
+  char text_[64];
+};
+
+char* allocate(size_t bytes) { return static_cast<char*>(std::aligned_alloc(kScratchAlign, bytes)); }
 
 }  // namespace
 
@@ -61,27 +98,24 @@ Workspace::Workspace(size_t bytes) : data_(nullptr), size_(0) {
     size_ = block.size;
     return;
   }
-  data_ = static_cast<char*>(std::aligned_alloc(kScratchAlign, rounded));
+  data_ = allocate(rounded);
+  if (data_ == nullptr) {  // what is kept for later calls is better used now
+    make_room(kPoolBytes, nullptr);
+    data_ = allocate(rounded);
+  }
   if (data_ == nullptr) {
-    throw std::bad_alloc();
+    throw ScratchError(rounded);
   }
   size_ = rounded;
 }
 
 Workspace::~Workspace() {
-  Pool& p = pool();
-  {
-    const std::lock_guard<std::mutex> lock(p.mutex);
-    if (p.bytes + size_ <= kPoolBytes && p.blocks.size() < kPoolBlocks) {
-      try {
-        p.blocks.push_back({data_, size_});
-        p.bytes += size_;
-        return;
-      } catch (const std::bad_alloc&) {  // no room to remember it: let it go
-      }
-    }
+  if (size_ > kPoolBytes) {
+    std::free(data_);
+    return;
   }
-  std::free(data_);
+  const Block block{data_, size_};
+  make_room(size_, &block);
 }
 
 void guard_scratch_pool() {

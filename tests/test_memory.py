@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +12,7 @@ import pytest
 import fastattn as fa
 from fastattn import _core
 from kernels import KERNELS, Kernel
+from processes import output_of
 
 # What a call may take beyond its arguments and results, in MiB; the rest of the process is measured before.
 LIMIT = 150
@@ -23,8 +21,6 @@ LIMIT = 150
 def growth(isa: str, dtype: str, call: str, length: int) -> float:
     """MiB that `call` adds to the peak memory of a process that holds its tensors already."""
     code = f"""
-        import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
         import numpy as np
         import fastattn as fa
         from fastattn import _core
@@ -48,11 +44,7 @@ def growth(isa: str, dtype: str, call: str, length: int) -> float:
         {call}
         print(peak() - before)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return float(done.stdout)
+    return float(output_of(code, timeout=300))
 
 
 STRONGEST = {kernel.dtype: kernel for kernel in KERNELS}
@@ -99,6 +91,94 @@ def test_the_pool_gives_back_what_it_cannot_keep() -> None:
     assert 0 < info["pooled_bytes"] <= info["pool_limit"] <= 64 << 20
 
 
+def test_the_pool_forgets_sizes_that_nobody_asks_for() -> None:
+    """Blocks of many small sizes do not keep a large one out."""
+    program = """
+        import numpy as np
+        import fastattn as fa
+        from fastattn import _core
+        pooled = lambda: _core.scratch_info()["pooled_bytes"]
+        fa.set_num_threads(1)
+        dims = [16, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448, 480, 512]
+        for dim in dims:
+            inputs = [np.ones((1, 1, 8, dim), dtype) for dtype in (np.float32, np.float64)]
+            for x in inputs:
+                fa.attention(x, x, x)
+        small = pooled()
+        scattered = np.ones((1, 1, 64, 20_000), np.float32).swapaxes(2, 3)
+        query = np.ones((1, 1, 512, 64), np.float32)
+        fa.attention(query, scattered, scattered)
+        print(small, pooled())
+    """
+    small, large = map(int, output_of(program).split())
+    assert small < 16 << 20
+    assert large > 2 * 20_000 * 64 * 4 or _core.available_isas() == ["scalar"]
+
+
+def test_ten_thousand_calls_take_no_memory() -> None:
+    """Nor threads, nor files. Good calls of several kinds, and as many that fail, in Python and in C++."""
+    program = """
+        import gc, os
+        import ml_dtypes
+        import numpy as np
+        import torch
+        import fastattn as fa
+
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((1, 2, 24, 16), np.float32)
+        tensor = torch.from_numpy(x)
+        half = x.astype(ml_dtypes.bfloat16)
+        mask = np.ones((24, 24), bool)
+        read_only = np.empty_like(x)
+        read_only.flags.writeable = False
+
+        good = [
+            lambda: fa.attention(x, x, x),
+            lambda: fa.attention(x, x, x, causal=True, mask=mask, return_lse=True, return_weights=True),
+            lambda: fa.attention(tensor, tensor, tensor, window=(3, 0)),
+            lambda: fa.attention(half, half, half, kv_lengths=[7], sinks=np.zeros(2), softcap=2.0),
+            lambda: fa.explain(x, x, x).details,
+        ]
+        bad = [
+            lambda: fa.attention(x, x, x, mask=x),
+            lambda: fa.attention(x, x[:, :, :, :8], x),
+            lambda: fa.attention(x, x, x, out=x),
+            lambda: fa.attention(x, x, x, out=read_only),
+            lambda: fa.attention(x, tensor, x),
+            lambda: fa.attention(x, x, x, backend="none"),
+            lambda: fa._core.attention_forward(*[None] * 17),
+            lambda: fa._core.select_isa("none"),
+        ]
+
+        def turn():
+            for call in good:
+                call()
+            for call in bad:
+                try:
+                    call()
+                except (TypeError, ValueError, NotImplementedError):
+                    pass
+                else:
+                    raise SystemExit("no error")
+
+        def state():
+            gc.collect()
+            pages = int(open("/proc/self/statm").read().split()[1])
+            memory = pages * os.sysconf("SC_PAGESIZE") / 2**20
+            return memory, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+        for _ in range(150):
+            turn()
+        before = state()
+        for _ in range(770):
+            turn()
+        print(*(after - b for after, b in zip(state(), before)))
+    """
+    memory, files, threads = map(float, output_of(program).split())
+    assert memory < 1  # MiB; 100 bytes a call would be 1
+    assert files == threads == 0
+
+
 def test_other_threads_run_during_a_call() -> None:
     """The interpreter lock is released: a Python thread counts on while the kernel runs."""
     query = np.random.default_rng(0).standard_normal((1, 4, 2048, 64), np.float32)
@@ -129,30 +209,10 @@ def test_other_threads_run_during_a_call() -> None:
     assert max(seen) > 100
 
 
-def test_calls_from_many_threads_at_once() -> None:
-    """Each has scratch of its own."""
-    rng = np.random.default_rng(0)
-    inputs = [rng.standard_normal((1, 2, 150 + i, 32), np.float32) for i in range(8)]
-    expected = [fa.attention(x, x, x, causal=True) for x in inputs]
-    wrong: list[int] = []
-
-    def work(i: int) -> None:
-        for _ in range(10):
-            if not np.array_equal(fa.attention(inputs[i], inputs[i], inputs[i], causal=True), expected[i]):
-                wrong.append(i)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
 @pytest.mark.parametrize("threads", [1, 2])
 def test_set_num_threads_is_respected(threads: int) -> None:
     """By the number of threads that the process has come to."""
-    code = f"""
+    program = f"""
         import os
         import numpy as np
         import fastattn as fa
@@ -164,7 +224,4 @@ def test_set_num_threads_is_respected(threads: int) -> None:
         fa.attention(x, x, x)
         print(count() - before)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) == threads - 1
+    assert int(output_of(program)) == threads - 1

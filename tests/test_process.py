@@ -1,33 +1,217 @@
-"""Forks, threads that end with the interpreter, and tables that other threads push out of a cache."""
+"""Forks, threads, and what a process shares: the OpenMP runtime, the floating-point environment."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import ctypes
+import json
+import platform
+import struct
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 
 import fastattn as fa
+from kernels import Kernel, assert_same_bits
+from processes import control_word, output_of
+from shapes import Case
 
+# A child that hangs ends itself: an alarm kills it, and its status tells.
 FORK = """
-import os, signal, sys
+{imports}
+import concurrent.futures, os, signal, sys, threading
 import numpy as np
-import torch
 import fastattn as fa
-x = torch.randn(1, 4, 300, 32)
-if {first}:
-    fa.attention(x, x, x)
-else:
-    torch.mm(torch.randn(600, 600), torch.randn(600, 600))  # the OpenMP pool starts without fastattn
-child = os.fork()
-if child == 0:
-    signal.alarm(20)
-    fa.attention(x, x, x)
-    os._exit(0)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+{late_imports}
+from fastattn import _core
+
+fa.set_num_threads(2)
+x = np.random.default_rng(0).standard_normal((1, 4, 300, 32), np.float32)
+here = lambda: len(os.listdir("/proc/self/task"))
+
+def attend():
+    assert np.array_equal(fa.attention(x, x, x), expected)
+    return here()
+
+def in_a_child(work):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == 0, status
 """
+
+OPENMP_POOL_OF_TORCH = "torch.mm(torch.randn(600, 600), torch.randn(600, 600))"
+
+
+@pytest.mark.parametrize(
+    "imports, late_imports",
+    [("", ""), ("import torch", ""), ("", "import torch")],
+    ids=["alone", "torch first", "torch last"],
+)
+def test_a_forked_child_attends(imports: str, late_imports: str) -> None:
+    """Its first thread alone, its other threads in parallel, and a child of its own too."""
+    program = (
+        FORK.format(imports=imports, late_imports=late_imports)
+        + f"""
+expected = fa.attention(x, x, x)
+{OPENMP_POOL_OF_TORCH if imports or late_imports else ""}
+
+def child():
+    before = here()
+    assert attend() == before and _core.runs_alone()
+    assert "fork" in fa.explain(x, x, x).details["threads"]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(attend).result() == before + 2  # the thread, and its helper
+        assert not pool.submit(_core.runs_alone).result()
+    in_a_child(attend)
+
+in_a_child(child)
+attend()
+assert not _core.runs_alone()
+"""
+    )
+    output_of(program)
+
+
+def test_a_child_forked_before_the_first_call_attends() -> None:
+    """The pool that did not survive is torch's own."""
+    program = (
+        FORK.format(imports="import torch", late_imports="")
+        + f"""
+{OPENMP_POOL_OF_TORCH}
+expected = fa.attention(x, x, x, backend="reference")
+in_a_child(lambda: np.testing.assert_allclose(fa.attention(x, x, x), expected, rtol=1e-4, atol=1e-5))
+"""
+    )
+    output_of(program)
+
+
+def fork_while_others_attend(forks: int, timeout: float) -> None:
+    program = (
+        FORK.format(imports="", late_imports="")
+        + f"""
+expected = fa.attention(x, x, x)
+done = threading.Event()
+
+def spin():
+    while not done.is_set():
+        attend()
+
+with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    spinning = [pool.submit(spin) for _ in range(3)]
+    try:
+        for _ in range({forks}):
+            in_a_child(attend)
+        pool.submit(in_a_child, attend).result()
+    finally:
+        done.set()
+    for thread in spinning:
+        thread.result()
+"""
+    )
+    output_of(program, timeout=timeout)
+
+
+def test_forks_while_other_threads_attend() -> None:
+    """A child inherits neither a lock that another thread holds nor a loop that it is in."""
+    fork_while_others_attend(forks=20, timeout=60)
+
+
+@pytest.mark.slow
+def test_many_forks_while_other_threads_attend() -> None:
+    fork_while_others_attend(forks=1000, timeout=600)
+
+
+def test_a_pool_of_forked_processes() -> None:
+    """What `multiprocessing` does on Linux, with children that answer by pickling."""
+    program = (
+        FORK.format(imports="", late_imports="")
+        + """
+import multiprocessing
+expected = fa.attention(x, x, x)
+
+def work(rows):
+    return fa.attention(x[:, :, :rows], x, x)
+
+with multiprocessing.get_context("fork").Pool(3) as pool:
+    for rows, result in zip(range(100, 110), pool.map_async(work, range(100, 110)).get(timeout=30)):
+        assert np.array_equal(result, expected[:, :, :rows])
+"""
+    )
+    output_of(program)
+
+
+@pytest.mark.parametrize("modules", ["torch, fastattn", "fastattn, torch"])
+def test_one_openmp_runtime(modules: str) -> None:
+    """By the libraries in memory, whichever import came first, and by the threads of the pool."""
+    program = f"""
+        import json
+        import {modules}
+        import os
+        import numpy, threadpoolctl
+        here = lambda: len(os.listdir("/proc/self/task"))
+        fastattn.set_num_threads(2)
+        torch.set_num_threads(2)
+        x = torch.ones(1, 8, 300, 64)
+        fastattn.attention(x, x, x)
+        threads = here()
+        torch.exp(torch.ones(2_000_000))  # OpenMP by itself: torch.mm may have other threads
+        runtimes = [r for r in threadpoolctl.threadpool_info() if r["user_api"] == "openmp"]
+        mapped = {{line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.rpartition("/")[2]}}
+        print(json.dumps([runtimes, sorted(mapped), here() - threads]))
+    """
+    runtimes, mapped, more_threads = json.loads(output_of(program))
+    assert [runtime["internal_api"] for runtime in runtimes] == ["openmp"]
+    assert len(mapped) == 1
+    assert more_threads == 0
+
+
+on_x86 = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="MXCSR is a register of x86"
+)
+
+
+@on_x86
+def test_import_leaves_the_floating_point_environment() -> None:
+    """Shared libraries built with -ffast-math flush denormals to zero in the whole process."""
+    program = """
+        import sys
+        from processes import control_word
+        before = control_word()
+        import fastattn
+        assert "fastattn._core" in sys.modules
+        assert control_word() == before == 0x1F80, hex(control_word())
+    """
+    output_of(program)
+
+
+@on_x86
+@pytest.mark.parametrize("flags", [0x0000, 0x8040, 0x6000], ids=["default", "flush to zero", "toward zero"])
+def test_a_call_leaves_the_floating_point_environment(flags: int, kernel: Kernel) -> None:
+    """Neither reset nor changed, whatever the caller has set."""
+    libm = ctypes.CDLL("libm.so.6")
+    own = ctypes.create_string_buffer(64)
+    libm.fegetenv(own)
+    changed = ctypes.create_string_buffer(own.raw, 64)
+    struct.pack_into("<I", changed, 28, 0x1F80 | flags)
+    arguments = Case("environment", 40, 70, 32, query_heads=2).tensors(kernel.dtype)
+    try:
+        libm.fesetenv(changed)
+        fa.attention(*arguments, causal=True)
+        after = control_word()
+    finally:
+        libm.fesetenv(own)
+    assert after == 0x1F80 | flags
+
 
 DAEMONS = """
 import threading, time
@@ -43,19 +227,25 @@ time.sleep(0.5)
 """
 
 
-def run(source: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60)
-
-
-@pytest.mark.parametrize("first", [True, False], ids=["after a call", "before the first call"])
-def test_a_forked_child_attends(first: bool) -> None:
-    done = run(FORK.format(first=first))
-    assert done.returncode == 0, done.stderr
-
-
 def test_daemon_threads_end_with_the_interpreter() -> None:
-    done = run(DAEMONS)
-    assert done.returncode == 0, done.stderr
+    output_of(DAEMONS)
+
+
+def test_eight_threads_at_once(kernel: Kernel) -> None:
+    """Each call has scratch and threads of its own: the bits are those of a call alone."""
+    case = Case("eight", 150, 210, 48, query_heads=4, kv_heads=2, causal=True, arrays=("mask", "bias"))
+    arguments, options = case.tensors(kernel.dtype), case.options(kernel.dtype)
+    expected = fa.attention(*arguments, **options, return_lse=True)
+    together = threading.Barrier(8)
+
+    def work(_: int) -> list[Any]:
+        together.wait()
+        return [fa.attention(*arguments, **options, return_lse=True) for _ in range(4)]
+
+    with ThreadPoolExecutor(8) as pool:
+        for results in pool.map(work, range(8)):
+            for result in results:
+                assert_same_bits(result, expected)
 
 
 def test_offsets_outlive_the_cache() -> None:

@@ -198,9 +198,9 @@ void run_forward(const AttentionParams& p) {
     call.first_head = head;
     if (plan.head_bytes > 0) {
       const int64_t blocks = (p.seqlen_k + E::kBlockKeys - 1) / E::kBlockKeys;
-      parallel_for(wave * blocks, plan.threads, pack_task<E>, &call);
+      parallel_for(wave * blocks, plan.threads, pack_task<E>, &call, p.num_threads);
     }
-    parallel_for(wave * plan.head_tasks, plan.threads, run_task<E>, &call);
+    parallel_for(wave * plan.head_tasks, plan.threads, run_task<E>, &call, p.num_threads);
   }
 }
 

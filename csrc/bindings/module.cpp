@@ -93,6 +93,7 @@ py::dict scratch() {
 
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   watch_forks();
+  watch_main_thread();
   guard_scratch_pool();
   m.doc() = "Attention kernels for the CPU, chosen at run time for the machine they run on.";
   m.attr("__version__") = FASTATTN_VERSION;
@@ -118,6 +119,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("build_info", build_info);
   m.def("openmp_info", openmp_info);
   m.def("available_cpus", available_cpus);
+  m.def("runs_alone", runs_alone);
   m.def("scratch_info", scratch);
   m.def("measure_peak", peak, "kind"_a, "num_threads"_a, "seconds"_a);
 }

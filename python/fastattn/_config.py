@@ -55,6 +55,7 @@ def _extension() -> dict[str, str]:
         import fastattn._core as _core
     except ImportError as error:
         return {"extension": f"cannot be loaded: {error}"}
+    alone = {"fork": "this thread came out of fork(), its calls run on 1 thread"} if _core.runs_alone() else {}
     features = [name for name, present in _core.cpu_features().items() if present]
     return {
         "build": _listed(_core.build_info()),
@@ -63,6 +64,7 @@ def _extension() -> dict[str, str]:
         "ISAs": f"{_core.selected_isa()} selected; available: {', '.join(_core.available_isas())}; "
         f"compiled: {', '.join(_core.compiled_isas())}",
         "OpenMP": _listed(_core.openmp_info()),
+        **alone,
         "scratch": _listed({name: str(value) for name, value in _core.scratch_info().items()}),
     }
 

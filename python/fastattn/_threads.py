@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 from fastattn.arrays import type_name
 
@@ -96,5 +99,41 @@ def _available_cpus() -> int:
     try:
         import fastattn._core as _core
     except ImportError:
-        return os.cpu_count() or 1
-    return _core.available_cpus()
+        cpus = os.cpu_count() or 1
+    else:
+        cpus = _core.available_cpus()
+    return max(1, math.ceil(min([cpus, *_cgroup_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])))
+
+
+def _cgroup_limits(membership: Path, mount: Path) -> Iterator[float]:
+    """CPUs' worth of time that each control group around this process grants, if it has a limit.
+
+    A container that may use 2 of 64 CPUs (``docker run --cpus 2``) sees all 64, and 64 threads would stand
+    still for most of each period.
+    """
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return  # no Linux, or no control groups
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        root, files = mount, ["cpu.max"]  # version 2: one tree, "quota period" or "max period"
+        if controllers:  # version 1: a tree for each controller, a quota of -1 for no limit
+            if "cpu" not in controllers.split(","):
+                continue
+            root, files = mount / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        # In a container the path may be the host's; the groups that are mounted here are then at the root.
+        own = root / group.lstrip("/")
+        for folder in (own, *own.parents[: len(own.parents) - len(root.parents)]):
+            quota, period = _numbers(folder, files)
+            if quota > 0 and period > 0:
+                yield quota / period
+
+
+def _numbers(folder: Path, files: list[str]) -> tuple[float, float]:
+    """The quota and the period in `files`; zeros where there are none, and for a quota of "max"."""
+    try:
+        quota, period = " ".join((folder / name).read_text() for name in files).split()
+        return float(quota), float(period)
+    except (OSError, ValueError):
+        return 0.0, 0.0

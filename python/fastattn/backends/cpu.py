@@ -75,7 +75,7 @@ class CpuBackend:
         return {
             "isa": _core.selected_isa(),
             "path": _core.describe_path(dtype, seqlen_q, head_dim, problem.value.shape[3]),
-            "threads": str(resolve_num_threads()),
+            "threads": "1: this thread came out of fork()" if _core.runs_alone() else str(resolve_num_threads()),
         }
 
 
