@@ -21,7 +21,7 @@ struct ForwardEntry {
   ForwardFn run;
   const char* isa;   // the tier that filled the entry
   const char* path;  // what it does, for explain()
-  const char* few;   // the same for up to kFewQueries queries
+  const char* few;   // the same for up to few_queries() queries
 };
 
 struct KernelTable {

@@ -72,7 +72,7 @@ int effective_threads(int64_t tasks, int wanted) noexcept {
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(tasks, wanted)));
 }
 
-void parallel_for(int64_t tasks, int num_threads, TaskFn run, void* context) noexcept {
+void parallel_for(int64_t tasks, int num_threads, TaskFn run, void* context, int allowed) noexcept {
   Interruptible* const interruptible = t_interruptible;
   if (interruptible != nullptr && interruptible->stopped()) {
     return;
@@ -80,7 +80,7 @@ void parallel_for(int64_t tasks, int num_threads, TaskFn run, void* context) noe
   Loop loop{tasks, run, context};
   const int members = effective_threads(tasks, num_threads);
   Crew& crew = Crew::mine();
-  const int team = members > 1 ? crew.obtain(team_size(members, num_threads)) : 1;
+  const int team = members > 1 ? crew.obtain(team_size(members, std::max(num_threads, allowed))) : 1;
   if (team == 1) {
     take_tasks(loop, 0, interruptible);
     return;

@@ -131,7 +131,8 @@ void run_task(void* opaque, int64_t index, int thread) {
     } else {
       pack_query<E>(panel, task.p, batch, plan.query_factor);
     }
-    memset(panel.output, 0, sizeof(Scalar) * E::kLanes * static_cast<size_t>(plan.rules.output_stride));
+    const int64_t rows = E::kMethod == Method::tiles ? E::kLanes : round_up(panel.live, E::kRows);
+    memset(panel.output, 0, sizeof(Scalar) * static_cast<size_t>(rows * plan.rules.output_stride));
     if constexpr (E::kMethod == Method::broadcast) {  // the others know a block's maximum before they need it
       if (plan.rules.alibi) {
         TileContext<E> context{panel, plan.rules, {}, task.probs(), task.raw(), 0, {}};
@@ -197,15 +198,15 @@ void run_forward(const AttentionParams& p) {
     call.first_head = head;
     if (plan.head_bytes > 0) {
       const int64_t blocks = (p.seqlen_k + E::kBlockKeys - 1) / E::kBlockKeys;
-      parallel_for(wave * blocks, p.num_threads, pack_task<E>, &call);
+      parallel_for(wave * blocks, plan.threads, pack_task<E>, &call, p.num_threads);
     }
-    parallel_for(wave * plan.head_tasks, p.num_threads, run_task<E>, &call);
+    parallel_for(wave * plan.head_tasks, plan.threads, run_task<E>, &call, p.num_threads);
   }
 }
 
 template <class Few, class Many>
 void forward(const AttentionParams& p) {
-  (p.seqlen_q <= kFewQueries ? run_forward<Few> : run_forward<Many>)(p);
+  (p.seqlen_q <= few_queries(p.dtype) ? run_forward<Few> : run_forward<Many>)(p);
 }
 
 }  // namespace

@@ -12,13 +12,15 @@ FASTATTN_INLINE void multiply_keys(typename E::Reg (&s)[E::kGroupKeys][kActive],
                                    const typename E::Scalar* query, int64_t steps) {
   using V = typename E::V;
   using Scalar = typename E::Scalar;
+  typename E::Reg sum[E::kKeys][kActive];
 #pragma GCC unroll 8
   for (int r = 0; r < E::kKeys; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kActive; ++v) {
-      s[r][v] = V::zero();
+      sum[r][v] = V::zero();
     }
   }
+#pragma GCC unroll 4
   for (int64_t k = 0; k < steps; ++k) {
     typename E::Reg q[kActive];
 #pragma GCC unroll 4
@@ -32,8 +34,15 @@ FASTATTN_INLINE void multiply_keys(typename E::Reg (&s)[E::kGroupKeys][kActive],
       const auto broadcast = V::set1(lane);
 #pragma GCC unroll 4
       for (int v = 0; v < kActive; ++v) {
-        s[r][v] = E::Product::run(broadcast, q[v], s[r][v]);
+        sum[r][v] = E::Product::run(broadcast, q[v], sum[r][v]);
       }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < E::kKeys; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kActive; ++v) {
+      s[r][v] = sum[r][v];
     }
   }
 }

@@ -15,16 +15,17 @@ template <class Scalar, Precision precision>
 struct Exp2Terms;
 
 template <>
-struct Exp2Terms<float, Precision::full> {      // |x| <= 1/2, relative error 9.2e-8
-  static constexpr float kMagic = 12582912.0F;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  static constexpr float kLowest = -127.0F;     // 2^x is flushed to 0 from here on
+struct Exp2Terms<float, Precision::full> {  // |x| <= 1/2, relative error 9.2e-8
+  // 1.5 * 2^23 + 127: adding it rounds to an integer, which stands in the low bits as the exponent field of 2^n.
+  static constexpr float kMagic = 12583039.0F;
+  static constexpr float kLowest = -127.0F;  // 2^x is flushed to 0 from here on
   static constexpr int kDegree = 5;
   static constexpr float kTerms[] = {1.0F, 0.69314700F, 0.24022242F, 0.055507336F, 0.009671513F, 0.0013264724F};
 };
 
 template <>
 struct Exp2Terms<float, Precision::bfloat16> {  // relative error 7.5e-5, a fiftieth of a bfloat16 step
-  static constexpr float kMagic = 12582912.0F;
+  static constexpr float kMagic = 12583039.0F;
   static constexpr float kLowest = -127.0F;
   static constexpr int kDegree = 3;
   static constexpr float kTerms[] = {0.99992806F, 0.69326097F, 0.24261114F, 0.055171628F};
@@ -32,7 +33,7 @@ struct Exp2Terms<float, Precision::bfloat16> {  // relative error 7.5e-5, a fift
 
 template <>
 struct Exp2Terms<double, Precision::full> {             // relative error 3.6e-18
-  static constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kMagic = 6755399441056767.0;  // 1.5 * 2^52 + 1023
   static constexpr double kLowest = -1023.0;
   static constexpr int kDegree = 11;
   static constexpr double kTerms[] = {1.0,

@@ -74,10 +74,13 @@ FASTATTN_NOINLINE void place_rows(Panel<E>& panel, const AttentionParams& p, con
   panel.first_max = panel.last_max = 0;
   panel.mask_shared = panel.bias_shared = true;
   const int64_t bias_size = p.bias_dtype == DType::float64 ? 8 : p.bias_dtype == DType::float32 ? 4 : 2;
+  int64_t head = range.kv_head * group + begin / p.seqlen_q;
+  int64_t row = begin % p.seqlen_q;
   for (int lane = 0; lane < E::kLanes; ++lane) {
-    const int64_t index = begin + (lane < panel.live ? lane : panel.live - 1);
-    const int64_t head = range.kv_head * group + index / p.seqlen_q;
-    const int64_t row = index % p.seqlen_q;
+    if (lane > 0 && lane < panel.live && ++row == p.seqlen_q) {  // a division a lane was a tenth of a short call
+      row = 0;
+      ++head;
+    }
     panel.head[lane] = head;
     panel.row[lane] = row;
     panel.position[lane] = row + p.query_offset[b];
@@ -160,11 +163,20 @@ constexpr int64_t padded_head_dim(const AttentionParams& p) {
 // Packs the panel's queries for rows dotted with rows: [lane][padded D].
 template <class E>
 FASTATTN_NOINLINE void copy_query(Panel<E>& panel, const AttentionParams& p, int64_t batch, double factor) {
+  using V = typename E::V;
   using Scalar = typename E::Scalar;
   const int64_t stride = padded_head_dim<E>(p);
   for (int lane = 0; lane < panel.live; ++lane) {
     const auto* row = query_row<E>(panel, p, batch, lane);
     Scalar* out = panel.query + lane * stride;
+    if (p.query_strides[3] == 1) {
+      const auto scale = V::set1(static_cast<Scalar>(factor));
+      for (int64_t d = 0; d < stride; d += E::kWidth) {
+        const int count = static_cast<int>(min64(E::kWidth, p.head_dim - d));
+        V::store(out + d, V::mul(count == E::kWidth ? V::load(row + d) : V::load_partial(row + d, count), scale));
+      }
+      continue;
+    }
     for (int64_t d = 0; d < stride; ++d) {
       out[d] = d < p.head_dim ? to_scalar(row[d * p.query_strides[3]]) * static_cast<Scalar>(factor) : Scalar{0};
     }

@@ -19,6 +19,23 @@ constexpr int kMaxPanels = 4;
 // float32 read in place ran at 0.89 (D64) and 0.79 (D128) of the speed of adjacent rows, copied at 0.97 and 0.96.
 constexpr int64_t kCopyStridedRows = 256;
 
+// Work that a second thread has to find before it is woken, in nanoseconds: waking and waiting for it take a
+// microsecond or two, and calls of 4 microseconds (8 heads of one query and one key) lost a quarter by it, calls of 10
+// (32 such heads, or 12 heads of 16 rows) gained. A task takes about 250 by itself, a core 60 operations each.
+constexpr double kThreadWork = 4000;
+constexpr double kTaskTime = 250;
+constexpr double kOperationsPerTime = 60;
+
+// How many of the threads that may be used are worth waking.
+inline int worthwhile_threads(const AttentionParams& p, int64_t tasks) {
+  const double rows =
+      static_cast<double>(p.batch) * static_cast<double>(p.query_heads) * static_cast<double>(p.seqlen_q);
+  const double scores = rows * static_cast<double>(p.seqlen_k);
+  const double operations = 2.0 * scores * static_cast<double>(p.head_dim + p.value_dim);
+  const double time = static_cast<double>(tasks) * kTaskTime + operations / kOperationsPerTime;
+  return time < kThreadWork * p.num_threads ? static_cast<int>(1 + time / kThreadWork) : p.num_threads;
+}
+
 // The score tiles of one call: where every row sees every key, and where some row does not see some key.
 template <class E>
 struct TileFns {
@@ -144,7 +161,7 @@ inline ForwardPlan<E> plan_forward(const AttentionParams& p) {
   plan.head_bytes = plan.pack_in_task ? 0 : round_up(packed, kScratchAlign);
   const int64_t all_heads = p.batch * p.kv_heads;
   plan.wave = plan.head_bytes == 0 ? all_heads : clamp64(kPackedBudget / plan.head_bytes, 1, all_heads);
-  plan.threads = effective_threads(plan.wave * plan.head_tasks, p.num_threads);
+  plan.threads = effective_threads(plan.wave * plan.head_tasks, worthwhile_threads(p, all_heads * plan.head_tasks));
   plan_scratch<E>(plan, p);
   return plan;
 }

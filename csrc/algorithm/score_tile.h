@@ -129,7 +129,9 @@ FASTATTN_NOINLINE void raise_shift(TileContext<E>& context, const typename E::Sc
     rescales = true;
     panel.sum[lane] *= scales[lane];
     panel.block_sum[lane] *= scales[lane];
-    rescale_lane<E>(context, lane, scales[lane], block_key);
+    if (lane < panel.live) {
+      rescale_lane<E>(context, lane, scales[lane], block_key);
+    }
   }
   if (E::kMethod == Method::tiles && rescales) {
     rescale_columns<E>(context, scales);

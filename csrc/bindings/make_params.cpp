@@ -8,16 +8,6 @@ namespace py = pybind11;
 namespace fastattn {
 namespace {
 
-constexpr int kMaxRank = 4;
-
-struct TensorView {
-  void* data = nullptr;
-  int code = -1;
-  int rank = 0;
-  int64_t sizes[kMaxRank] = {};
-  int64_t strides[kMaxRank] = {};
-};
-
 [[noreturn]] void fail(const char* name, const std::string& what) {
   throw std::invalid_argument(std::string(name) + ": " + what);
 }
@@ -43,31 +33,7 @@ TensorView read_tensor(const char* name, const py::object& from, int rank) {
   view.rank = rank;
   read_numbers(name, parts[2], view.sizes, rank);
   read_numbers(name, parts[3], view.strides, rank);
-  bool empty = false;
-  for (int i = 0; i < rank; ++i) {
-    if (view.sizes[i] < 0 || view.strides[i] < 0) {
-      fail(name, "sizes and strides must not be negative");
-    }
-    empty |= view.sizes[i] == 0;
-  }
-  // Elements are counted even where a stride of 0 repeats them: kernels compute with such products.
-  int64_t count = 1;
-  for (int i = 0; i < rank && !empty; ++i) {
-    if (__builtin_mul_overflow(count, view.sizes[i], &count) || count > (int64_t{1} << 59)) {
-      fail(name, "has more elements than 64-bit sizes in bytes can count");
-    }
-  }
-  int64_t span = 0;
-  for (int i = 0; i < rank && !empty; ++i) {
-    int64_t reach = 0;
-    if (__builtin_mul_overflow(view.sizes[i] - 1, view.strides[i], &reach) ||
-        __builtin_add_overflow(span, reach, &span) || span > (int64_t{1} << 59)) {
-      fail(name, "its last element lies beyond the 64-bit address space");
-    }
-  }
-  if (!empty && view.data == nullptr) {
-    fail(name, "has elements but no address");
-  }
+  check_view(name, view);
   return view;
 }
 
@@ -95,46 +61,8 @@ void copy_strides(const TensorView& view, int64_t (&strides)[rank]) {
   }
 }
 
-void read_inputs(const TensorArguments& tensors, AttentionParams& p) {
-  const TensorView query = read_tensor("query", tensors.query, 4);
-  const TensorView key = read_tensor("key", tensors.key, 4);
-  const TensorView value = read_tensor("value", tensors.value, 4);
-  if (query.code < 0 || query.code > static_cast<int>(DType::float16)) {
-    fail("query", "dtype code " + std::to_string(query.code) + " is not one of float32, float64, bfloat16, float16");
-  }
-  expect_code("key", key, query.code);
-  expect_code("value", value, query.code);
-  p.dtype = static_cast<DType>(query.code);
-  p.batch = query.sizes[0];
-  p.query_heads = query.sizes[1];
-  p.seqlen_q = query.sizes[2];
-  p.head_dim = query.sizes[3];
-  p.kv_heads = key.sizes[1];
-  p.seqlen_k = key.sizes[2];
-  p.value_dim = value.sizes[3];
-  expect_sizes("key", key, {p.batch, p.kv_heads, p.seqlen_k, p.head_dim});
-  expect_sizes("value", value, {p.batch, p.kv_heads, p.seqlen_k, p.value_dim});
-  if (p.kv_heads < 1 || p.query_heads % p.kv_heads != 0) {
-    fail("key", "its heads must divide the query's");
-  }
-  if (p.head_dim < 1 || p.head_dim > kMaxHeadDim || p.value_dim < 1 || p.value_dim > kMaxValueDim) {
-    fail("query, value", "head_dim must be within 1.." + std::to_string(kMaxHeadDim) + ", value_dim within 1.." +
-                             std::to_string(kMaxValueDim));
-  }
-  p.query = query.data;
-  p.key = key.data;
-  p.value = value.data;
-  copy_strides(query, p.query_strides);
-  copy_strides(key, p.key_strides);
-  copy_strides(value, p.value_strides);
-}
-
 void read_outputs(const TensorArguments& tensors, AttentionParams& p) {
-  const TensorView out = read_tensor("out", tensors.out, 4);
-  expect_code("out", out, static_cast<int>(p.dtype));
-  expect_sizes("out", out, {p.batch, p.query_heads, p.seqlen_q, p.value_dim});
-  p.out = out.data;
-  copy_strides(out, p.out_strides);
+  set_out(read_tensor("out", tensors.out, 4), p);
   if (!tensors.lse.is_none()) {
     const TensorView lse = read_tensor("lse", tensors.lse, 3);
     const DType expected = p.dtype == DType::float64 ? DType::float64 : DType::float32;
@@ -204,9 +132,76 @@ void read_rules(const TensorArguments& tensors, AttentionParams& p) {
 
 }  // namespace
 
+void check_view(const char* name, const TensorView& view) {
+  bool empty = false;
+  for (int i = 0; i < view.rank; ++i) {
+    if (view.sizes[i] < 0 || view.strides[i] < 0) {
+      fail(name, "sizes and strides must not be negative");
+    }
+    empty |= view.sizes[i] == 0;
+  }
+  // Elements are counted even where a stride of 0 repeats them: kernels compute with such products.
+  int64_t count = 1;
+  for (int i = 0; i < view.rank && !empty; ++i) {
+    if (__builtin_mul_overflow(count, view.sizes[i], &count) || count > (int64_t{1} << 59)) {
+      fail(name, "has more elements than 64-bit sizes in bytes can count");
+    }
+  }
+  int64_t span = 0;
+  for (int i = 0; i < view.rank && !empty; ++i) {
+    int64_t reach = 0;
+    if (__builtin_mul_overflow(view.sizes[i] - 1, view.strides[i], &reach) ||
+        __builtin_add_overflow(span, reach, &span) || span > (int64_t{1} << 59)) {
+      fail(name, "its last element lies beyond the 64-bit address space");
+    }
+  }
+  if (!empty && view.data == nullptr) {
+    fail(name, "has elements but no address");
+  }
+}
+
+void set_inputs(const TensorView& query, const TensorView& key, const TensorView& value, AttentionParams& p) {
+  if (query.code < 0 || query.code > static_cast<int>(DType::float16)) {
+    fail("query", "dtype code " + std::to_string(query.code) + " is not one of float32, float64, bfloat16, float16");
+  }
+  expect_code("key", key, query.code);
+  expect_code("value", value, query.code);
+  p.dtype = static_cast<DType>(query.code);
+  p.batch = query.sizes[0];
+  p.query_heads = query.sizes[1];
+  p.seqlen_q = query.sizes[2];
+  p.head_dim = query.sizes[3];
+  p.kv_heads = key.sizes[1];
+  p.seqlen_k = key.sizes[2];
+  p.value_dim = value.sizes[3];
+  expect_sizes("key", key, {p.batch, p.kv_heads, p.seqlen_k, p.head_dim});
+  expect_sizes("value", value, {p.batch, p.kv_heads, p.seqlen_k, p.value_dim});
+  if (p.kv_heads < 1 || p.query_heads % p.kv_heads != 0) {
+    fail("key", "its heads must divide the query's");
+  }
+  if (p.head_dim < 1 || p.head_dim > kMaxHeadDim || p.value_dim < 1 || p.value_dim > kMaxValueDim) {
+    fail("query, value", "head_dim must be within 1.." + std::to_string(kMaxHeadDim) + ", value_dim within 1.." +
+                             std::to_string(kMaxValueDim));
+  }
+  p.query = query.data;
+  p.key = key.data;
+  p.value = value.data;
+  copy_strides(query, p.query_strides);
+  copy_strides(key, p.key_strides);
+  copy_strides(value, p.value_strides);
+}
+
+void set_out(const TensorView& out, AttentionParams& p) {
+  expect_code("out", out, static_cast<int>(p.dtype));
+  expect_sizes("out", out, {p.batch, p.query_heads, p.seqlen_q, p.value_dim});
+  p.out = out.data;
+  copy_strides(out, p.out_strides);
+}
+
 AttentionParams make_params(const TensorArguments& tensors) {
   AttentionParams p{};
-  read_inputs(tensors, p);
+  set_inputs(read_tensor("query", tensors.query, 4), read_tensor("key", tensors.key, 4),
+             read_tensor("value", tensors.value, 4), p);
   read_outputs(tensors, p);
   read_dense(tensors, p);
   read_rules(tensors, p);

@@ -13,6 +13,22 @@ struct TensorArguments {
   pybind11::object query, key, value, out, lse, weights, mask, bias, kv_lengths, query_offset, alibi_slopes, sinks;
 };
 
+// One of them, read: canonical axes, strides in elements.
+struct TensorView {
+  static constexpr int kMaxRank = 4;
+  void* data = nullptr;
+  int code = -1;
+  int rank = 0;
+  int64_t sizes[kMaxRank] = {};
+  int64_t strides[kMaxRank] = {};
+};
+
+// Throws std::invalid_argument where the view cannot be addressed.
+void check_view(const char* name, const TensorView& view);
+// Sets dtype, sizes, and the three tensors; throws std::invalid_argument where they do not fit each other.
+void set_inputs(const TensorView& query, const TensorView& key, const TensorView& value, AttentionParams& p);
+void set_out(const TensorView& out, AttentionParams& p);
+
 // Throws std::invalid_argument (ValueError) naming the argument. Scalars are left to the caller.
 AttentionParams make_params(const TensorArguments& tensors);
 

@@ -1,13 +1,13 @@
 // Registers the extension's functions; nothing is computed here.
-#include <pthread.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <exception>
 #include <stdexcept>
 #include <string>
 
+#include "bindings/gil.h"
 #include "bindings/make_params.h"
+#include "bindings/plain_call.h"
 #include "cpu_features.h"
 #include "dispatch.h"
 #include "parallel.h"
@@ -19,51 +19,6 @@ using namespace pybind11::literals;
 
 namespace fastattn {
 namespace {
-
-// The thread whose business signals are; in a forked child, the one that forked.
-unsigned long g_main_thread = 0;
-
-void watch_main_thread() {
-  g_main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
-  pthread_atfork(nullptr, nullptr, [] { g_main_thread = PyThread_get_thread_ident(); });
-}
-
-// Lets Python's signal handlers run; true if one raised, as that of Ctrl-C does.
-bool signal_raised(void* opaque) {
-  PyThreadState*& state = *static_cast<PyThreadState**>(opaque);
-  PyEval_RestoreThread(state);
-  const bool raised = PyErr_CheckSignals() != 0;
-  state = PyEval_SaveThread();
-  return raised;
-}
-
-// Runs `work` with the interpreter unlocked. No destructor locks it again: at exit the interpreter ends waiting threads
-// by unwinding them, which must not pass through one. Nor may it pass through a loop: only the main thread, which is
-// never ended so, stops to look for signals.
-template <class Work>
-void without_gil(Work work) {
-  PyThreadState* state = PyEval_SaveThread();
-  std::exception_ptr error;
-  bool raised = false;
-  try {
-    if (PyThread_get_thread_ident() == g_main_thread) {
-      const Interruptible interruptible(signal_raised, &state);
-      work();
-      raised = interruptible.stopped();
-    } else {
-      work();
-    }
-  } catch (const std::exception&) {
-    error = std::current_exception();
-  }
-  PyEval_RestoreThread(state);
-  if (raised) {
-    throw py::error_already_set();
-  }
-  if (error) {
-    std::rethrow_exception(error);
-  }
-}
 
 // Distances past this are the same as none; it keeps sums of positions within 64 bits.
 int64_t window_bound(int64_t distance) { return distance < 0 || distance > kUnbounded ? kUnbounded : distance; }
@@ -89,7 +44,7 @@ std::string describe_path(int dtype, int64_t seqlen_q, int64_t /*head_dim*/, int
     throw std::invalid_argument("dtype code " + std::to_string(dtype) + " is not a floating-point type");
   }
   const ForwardEntry& entry = kernels().forward[dtype];
-  return std::string(entry.isa) + ": " + (seqlen_q <= kFewQueries ? entry.few : entry.path);
+  return std::string(entry.isa) + ": " + (seqlen_q <= few_queries(static_cast<DType>(dtype)) ? entry.few : entry.path);
 }
 
 py::dict features() {
@@ -147,6 +102,11 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("attention_forward", attention_forward, "query"_a, "key"_a, "value"_a, "out"_a, "lse"_a, "weights"_a, "mask"_a,
         "bias"_a, "kv_lengths"_a, "query_offset"_a, "alibi_slopes"_a, "sinks"_a, "scale"_a, "softcap"_a,
         "window_left"_a, "window_right"_a, "num_threads"_a);
+  m.def("bind_torch", bind_torch, "tensor"_a, "strided"_a, "dtypes"_a, "empty_like"_a);
+  m.def("attention_plain_numpy", attention_plain_numpy, "query"_a, "key"_a, "value"_a, "causal"_a, "scale"_a, "bshd"_a,
+        "num_threads"_a);
+  m.def("attention_plain_torch", attention_plain_torch, "query"_a, "key"_a, "value"_a, "causal"_a, "scale"_a, "bshd"_a,
+        "num_threads"_a);
   m.def("describe_path", describe_path, "dtype"_a, "seqlen_q"_a, "head_dim"_a, "value_dim"_a);
   m.def("compiled_isas", compiled_isas);
   m.def("available_isas", available_isas);

@@ -1,6 +1,7 @@
 """The compiled extension: attention kernels for the CPU, chosen at run time for the machine they run on."""
 
-from typing import TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 # (address, dtype code, sizes, strides in elements). Codes: see DTYPE_CODES.
 Tensor: TypeAlias = tuple[int, int, tuple[int, ...], tuple[int, ...]]
@@ -29,6 +30,15 @@ def attention_forward(
     window_right: int,
     num_threads: int,
 ) -> None: ...
+def bind_torch(
+    tensor: type, strided: object, dtypes: tuple[object, ...], empty_like: Callable[..., Any]
+) -> None: ...
+def attention_plain_numpy(
+    query: Any, key: Any, value: Any, causal: bool, scale: float | None, bshd: bool, num_threads: int
+) -> Any: ...
+def attention_plain_torch(
+    query: Any, key: Any, value: Any, causal: bool, scale: float | None, bshd: bool, num_threads: int
+) -> Any: ...
 def describe_path(dtype: int, seqlen_q: int, head_dim: int, value_dim: int) -> str: ...
 def compiled_isas() -> list[str]: ...
 def available_isas() -> list[str]: ...

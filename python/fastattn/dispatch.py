@@ -6,7 +6,8 @@ import os
 from functools import cache
 from typing import Any, NamedTuple
 
-from fastattn.arrays import type_name
+from fastattn.arrays import Array, type_name
+from fastattn.backends import plain
 from fastattn.backends.base import Backend
 from fastattn.backends.cpu import CpuBackend
 from fastattn.backends.reference import ReferenceBackend
@@ -39,6 +40,15 @@ def candidates(name: Any) -> tuple[str, ...]:
     if not isinstance(name, str):
         raise TypeError(f"backend must be a name or None, got {type_name(name)}")
     return _named("backend", name)
+
+
+def run_plain(
+    query: Array, key: Array, value: Array, causal: bool, scale: float | None, bshd: bool
+) -> Array | None:
+    """Run a call without other arguments the short way; None where it has to go the long one."""
+    if _default_candidates() is not AUTOMATIC:
+        return None
+    return plain.attend(query, key, value, causal, scale, bshd)
 
 
 def choose(problem: AttentionProblem, names: tuple[str, ...]) -> Backend:

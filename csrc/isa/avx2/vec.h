@@ -52,10 +52,9 @@ struct VecF32 {
   }
   static Reg select(Mask m, Reg yes, Reg no) { return _mm256_blendv_ps(no, yes, m); }
 
-  // 2^n, given the bits of n + 1.5 * 2^23; 0 for n = -127.
+  // 2^n, given the bits of n + 127 + 1.5 * 2^23; 0 for n = -127.
   static Reg power_of_two(Reg shifted) {
-    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
-    return _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(127 << 23)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23));
   }
 
   static Reg load(const Bfloat16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
@@ -181,10 +180,9 @@ struct VecF64 {
   }
   static Reg select(Mask m, Reg yes, Reg no) { return _mm256_blendv_pd(no, yes, m); }
 
-  // 2^n, given the bits of n + 1.5 * 2^52; 0 for n = -1023.
+  // 2^n, given the bits of n + 1023 + 1.5 * 2^52; 0 for n = -1023.
   static Reg power_of_two(Reg shifted) {
-    const __m256i exponent = _mm256_slli_epi64(_mm256_castpd_si256(shifted), 52);
-    return _mm256_castsi256_pd(_mm256_add_epi64(exponent, _mm256_set1_epi64x(int64_t{1023} << 52)));
+    return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(shifted), 52));
   }
 
   template <int n>

@@ -49,10 +49,9 @@ struct VecF32 {
 
   static Reg fraction(Reg x) { return _mm512_reduce_ps(x, 0x01); }   // x - floor(x); 0 for infinities
   static Reg scale(Reg x, Reg n) { return _mm512_scalef_ps(x, n); }  // x * 2^floor(n)
-  // 2^n, given the bits of n + 1.5 * 2^23; 0 for n = -127.
+  // 2^n, given the bits of n + 127 + 1.5 * 2^23; 0 for n = -127.
   static Reg power_of_two(Reg shifted) {
-    const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
-    return _mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_set1_epi32(127 << 23)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(shifted), 23));
   }
 
   static Reg load(const Bfloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
@@ -184,10 +183,9 @@ struct VecF64 {
   static Mask from_bits(uint32_t bits) { return static_cast<Mask>(bits); }
   static Reg select(Mask m, Reg yes, Reg no) { return _mm512_mask_mov_pd(no, m, yes); }
 
-  // 2^n, given the bits of n + 1.5 * 2^52; 0 for n = -1023.
+  // 2^n, given the bits of n + 1023 + 1.5 * 2^52; 0 for n = -1023.
   static Reg power_of_two(Reg shifted) {
-    const __m512i exponent = _mm512_slli_epi64(_mm512_castpd_si512(shifted), 52);
-    return _mm512_castsi512_pd(_mm512_add_epi64(exponent, _mm512_set1_epi64(int64_t{1023} << 52)));
+    return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(shifted), 52));
   }
 
   template <int n>
