@@ -86,7 +86,7 @@ test: $(DONE)/test-extra
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-slow: $(DONE)/test-extra
-	@echo "==> testing what takes longer (about ten minutes)"
+	@echo "==> testing what takes longer (some minutes)"
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-asan: $(DONE)/test-extra

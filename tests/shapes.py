@@ -126,7 +126,7 @@ EMPTY = (
 # Around the widths of registers, register tiles and blocks.
 TAILS = tuple(
     Case(f"tail-{length}{'-causal' if causal else ''}", length, length, 16, causal=causal)
-    for length in (1, 7, 8, 9, 31, 33, 63, 65, 257)
+    for length in (1, 7, 8, 9, 17, 31, 33, 63, 65, 257)
     for causal in (False, True)
 )
 GROUPS = (
