@@ -16,21 +16,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-_POLICY = os.environ.get("OMP_WAIT_POLICY")
-# This process reads ceilings between the turns of others; its threads must not spin while those are timed.
-# libgomp looks at this once, while it is loaded; the peers get the user's own environment.
-os.environ["OMP_WAIT_POLICY"] = "passive"
-import fastattn  # noqa: E402, F401
-
-os.environ.pop("OMP_WAIT_POLICY") if _POLICY is None else os.environ.update(OMP_WAIT_POLICY=_POLICY)
-
-from bench import compare, report  # noqa: E402
-from bench.ceilings import Ceilings, Limit  # noqa: E402
-from bench.measure import measure  # noqa: E402
-from bench.peers import PEERS  # noqa: E402
-from bench.results import Run, find  # noqa: E402
-from bench.suites import SUITES, Job, select  # noqa: E402
-from bench.workers import PeerError, Workers  # noqa: E402
+from bench import compare, report
+from bench.ceilings import Ceilings, Limit
+from bench.measure import measure
+from bench.peers import PEERS
+from bench.results import Run, find
+from bench.suites import SUITES, Job, select
+from bench.workers import PeerError, Workers
 
 
 def parser() -> argparse.ArgumentParser:

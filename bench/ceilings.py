@@ -10,8 +10,9 @@ from fastattn import _core
 
 # Long beside the half millisecond in which one thread alone calibrates the run: CPU time would look missing.
 _SECONDS = 0.05
-# Threads of the process that was just timed spin before they sleep: in libgomp for 300000 pause instructions,
-# about 15 ms where one takes 140 cycles.
+# Threads that have nothing left to do spin before they sleep, those of the peer just timed as much as ours.
+# libgomp's do so for 300000 pause instructions, about 15 ms where one takes 140 cycles. Nobody is
+# measured meanwhile.
 _SETTLE = 0.02
 
 
@@ -39,6 +40,7 @@ class Ceilings:
         # One thread makes and fills the buffer before all read it: CPU time says nothing there.
         elapsed = limit.threads * (time.perf_counter() - wall)
         busy = 1.0 if limit.kind == "read" else (time.process_time() - cpu) / elapsed
+        time.sleep(_SETTLE)
         self.best[str(limit)] = max(rate, self.best.get(str(limit), 0.0))
         return Reading(rate, busy)
 
