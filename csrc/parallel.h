@@ -10,9 +10,9 @@ namespace fastattn {
 using TaskFn = void (*)(void* context, int64_t task, int thread);
 
 // Runs tasks 0 .. tasks-1, handed out in order to whichever thread is free. Tasks must not throw.
-// `allowed`, if larger than `num_threads`, is how many threads the call may use: with teams of one size libgomp keeps its
-// threads. Where they cannot be had, fewer do it, or the calling thread alone.
-// A function pointer and not a std::function: its instantiations would be weak symbols in every ISA object.
+// `allowed`, if larger than `num_threads`, is how many threads the call may use: with teams of one size libgomp keeps
+// its threads. Where they cannot be had, fewer do it, or the calling thread alone. A function pointer and not a
+// std::function: its instantiations would be weak symbols in every ISA object.
 void parallel_for(int64_t tasks, int num_threads, TaskFn run, void* context, int allowed = 0) noexcept;
 
 // How many threads a loop of `tasks` tasks has work for when `wanted` are asked for: scratch for as many is enough.
@@ -40,8 +40,8 @@ class Interruptible {
 
   AskFn ask_;
   void* context_;
-  Interruptible* outer_;  // of the call that a signal handler interrupted to make this one
-  Clock::time_point ask_at_{};
+  Interruptible* outer_;      // of the call that a signal handler interrupted to make this one
+  Clock::time_point ask_at_;  // the epoch: not yet
   bool stopped_ = false;
 };
 

@@ -89,7 +89,7 @@ assert attend(8) == before + 7
     output_of(program)
 
 
-@pytest.mark.parametrize("mebibytes", [0, 1, 9, 30])
+@pytest.mark.parametrize("mebibytes", [0, 9, 30])
 def test_little_address_space_at_the_first_parallel_call(mebibytes: int) -> None:
     attend_within(mebibytes)
 
@@ -215,7 +215,7 @@ def test_a_thousand_threads_from_a_small_stack() -> None:
     program = (
         PROGRAM
         + """
-x = np.ones((16, 64, 40, 8), np.float32)
+x = np.ones((16, 64, 128, 64), np.float32)  # a task for each, with work worth a thread
 expected = fa.attention(x, x, x)
 threading.stack_size(128 << 10)
 with ThreadPoolExecutor(1) as pool:
