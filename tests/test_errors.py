@@ -117,6 +117,7 @@ TYPES: dict[str, tuple[dict[str, Any], str]] = {
         "out must have query's dtype float32, got float64",
     ),
     "backend": ({"backend": 3}, "backend must be a name or None, got int"),
+    "layout": ({"layout": zeros(2)}, "layout must be 'bhsd' or 'bshd', got numpy.ndarray"),
 }
 
 VALUES: dict[str, tuple[dict[str, Any], str]] = {
@@ -179,6 +180,10 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "slopes-shape": (
         {"alibi_slopes": [1.0, 2.0]},
         r"alibi_slopes must have shape \(4,\) or \(2, 4\), got \(2,\)",
+    ),
+    "slopes-ragged": (
+        {"alibi_slopes": [1.0, [2.0]]},
+        "alibi_slopes must be a flat sequence of numbers: .*inhomogeneous",
     ),
     "slopes-nan": ({"alibi_slopes": [1.0, np.nan, 1.0, 1.0]}, "alibi_slopes must be finite, got nan"),
     "sinks-shape": ({"sinks": [1.0]}, r"sinks must have shape \(4,\), got \(1,\)"),

@@ -114,6 +114,18 @@ def test_expanded_axes(kernel: Kernel, case: Case) -> None:
         assert_same_bits(fa.attention(copies[0], views[1], copies[2], return_lse=True), expected)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 3, 8), (0, 2, 3, 8), (1, 2, 0, 8)], ids=str)
+def test_reversed_axes_of_no_length(shape: tuple[int, ...]) -> None:
+    """NumPy calls an array contiguous whatever the strides of axes without a second element."""
+    whole = np.ones((2, 2, 3, 8), np.float32)
+    cut = tuple(slice(size) for size in shape)
+    expected = fa.attention(*(whole[cut] for _ in range(3)))
+    for axis in range(4):
+        view = np.flip(whole, axis)[cut]
+        assert view.strides[axis] < 0
+        assert_same_bits(fa.attention(view, view, view), expected)
+
+
 def test_torch_views(kernel: Kernel) -> None:
     """A fused projection cut in three, heads still inside rows."""
     rows, heads, dim = 50, 3, 16

@@ -164,7 +164,8 @@ def _address(array: NDArray[Any]) -> int:
 def _with_plain_strides(array: NDArray[Any]) -> NDArray[Any]:
     """Copy an array; its broadcast axes stay broadcast, so the copy is never larger than what it shows."""
     once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides)
-    return np.broadcast_to(np.ascontiguousarray(array[once]), array.shape)
+    # Not ascontiguousarray: it keeps the strides of an axis that has no second element.
+    return np.broadcast_to(array[once].copy(), array.shape)
 
 
 class _TorchTensors:

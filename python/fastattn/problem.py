@@ -137,7 +137,9 @@ def _tensors(
 
 
 def check_layout(layout: Layout) -> None:
-    """Raise ValueError unless `layout` is one of the two."""
+    """Raise TypeError or ValueError unless `layout` is one of the two."""
+    if not isinstance(layout, str):
+        raise TypeError(f"layout must be 'bhsd' or 'bshd', got {type_name(layout)}")
     if layout not in ("bhsd", "bshd"):
         raise ValueError(f"layout must be 'bhsd' or 'bshd', got {layout!r}")
 
@@ -255,7 +257,7 @@ def _vector(
 ) -> NDArray[Any]:
     """Copy a short argument out of an array or a sequence: what is checked then is what a kernel reads."""
     if isinstance(value, (tuple, list)):
-        library, value = NUMPY, np.array(value) if value else np.empty(0, np.int64)
+        library, value = NUMPY, _listed(name, value)
     view = library.view(name, value)
     if view.dtype not in dtypes:
         expected = "integers" if dtypes is INTEGERS else "real numbers"
@@ -263,6 +265,13 @@ def _vector(
     if view.shape not in shapes:
         raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {view.shape}")
     return view.read()
+
+
+def _listed(name: str, values: Any) -> NDArray[Any]:
+    try:
+        return np.array(values) if values else np.empty(0, np.int64)
+    except ValueError as error:  # rows of unequal length
+        raise ValueError(f"{name} must be a flat sequence of numbers: {error}") from error
 
 
 def _softcap(softcap: Any) -> float:

@@ -33,6 +33,7 @@ struct VecF32 {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static Reg fms(Reg a, Reg b, Reg c) { return _mm256_fmsub_ps(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }  // b where either is NaN
+  static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }  // the same
   static Reg abs(Reg a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0F), a); }
   static Reg copysign(Reg magnitude, Reg sign) {
     const Reg bit = _mm256_set1_ps(-0.0F);
@@ -52,9 +53,14 @@ struct VecF32 {
   }
   static Reg select(Mask m, Reg yes, Reg no) { return _mm256_blendv_ps(no, yes, m); }
 
-  // 2^n, given the bits of n + 127 + 1.5 * 2^23; 0 for n = -127.
-  static Reg power_of_two(Reg shifted) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23));
+  // The floor of x, and 2 to that, which is 0 and infinity at these two.
+  static constexpr float kZeroPower = -127.0F;
+  static constexpr float kInfinitePower = 128.0F;
+  static void split(Reg x, Reg& floor, Reg& power) {
+    floor = _mm256_floor_ps(x);
+    // The sum's low bits are the exponent field of 2^floor(x).
+    const Reg shifted = _mm256_add_ps(floor, _mm256_set1_ps(12582912.0F + 127.0F));  // 1.5 * 2^23 + bias
+    power = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23));
   }
 
   static Reg load(const Bfloat16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
@@ -161,6 +167,7 @@ struct VecF64 {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_pd(a, b, c); }
   static Reg fms(Reg a, Reg b, Reg c) { return _mm256_fmsub_pd(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm256_max_pd(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm256_min_pd(a, b); }
   static Reg abs(Reg a) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), a); }
   static Reg copysign(Reg magnitude, Reg sign) {
     const Reg bit = _mm256_set1_pd(-0.0);
@@ -180,9 +187,12 @@ struct VecF64 {
   }
   static Reg select(Mask m, Reg yes, Reg no) { return _mm256_blendv_pd(no, yes, m); }
 
-  // 2^n, given the bits of n + 1023 + 1.5 * 2^52; 0 for n = -1023.
-  static Reg power_of_two(Reg shifted) {
-    return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(shifted), 52));
+  static constexpr double kZeroPower = -1023.0;
+  static constexpr double kInfinitePower = 1024.0;
+  static void split(Reg x, Reg& floor, Reg& power) {
+    floor = _mm256_floor_pd(x);
+    const Reg shifted = _mm256_add_pd(floor, _mm256_set1_pd(6755399441055744.0 + 1023.0));  // 1.5 * 2^52 + bias
+    power = _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(shifted), 52));
   }
 
   template <int n>

@@ -32,6 +32,7 @@ struct VecF32 {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static Reg fms(Reg a, Reg b, Reg c) { return _mm512_fmsub_ps(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+  static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }  // the same
   static Reg abs(Reg a) { return _mm512_abs_ps(a); }
   static Reg copysign(Reg magnitude, Reg sign) {
     const Reg bit = _mm512_set1_ps(-0.0F);
@@ -49,9 +50,15 @@ struct VecF32 {
 
   static Reg fraction(Reg x) { return _mm512_reduce_ps(x, 0x01); }   // x - floor(x); 0 for infinities
   static Reg scale(Reg x, Reg n) { return _mm512_scalef_ps(x, n); }  // x * 2^floor(n)
-  // 2^n, given the bits of n + 127 + 1.5 * 2^23; 0 for n = -127.
-  static Reg power_of_two(Reg shifted) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(shifted), 23));
+  // The floor of x, and 2 to that, which is 0 and infinity at these two.
+  static constexpr float kZeroPower = -127.0F;
+  static constexpr float kInfinitePower = 128.0F;
+  static void split(Reg x, Reg& floor, Reg& power) {
+    // The sum's low bits are the exponent field of 2^floor(x).
+    const Reg magic = _mm512_set1_ps(12582912.0F + 127.0F);  // 1.5 * 2^23 + bias
+    const Reg shifted = _mm512_add_round_ps(x, magic, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    floor = _mm512_sub_ps(shifted, magic);
+    power = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(shifted), 23));
   }
 
   static Reg load(const Bfloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
@@ -168,6 +175,7 @@ struct VecF64 {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
   static Reg fms(Reg a, Reg b, Reg c) { return _mm512_fmsub_pd(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm512_max_pd(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm512_min_pd(a, b); }
   static Reg abs(Reg a) { return _mm512_abs_pd(a); }
   static Reg copysign(Reg magnitude, Reg sign) {
     const Reg bit = _mm512_set1_pd(-0.0);
@@ -183,9 +191,13 @@ struct VecF64 {
   static Mask from_bits(uint32_t bits) { return static_cast<Mask>(bits); }
   static Reg select(Mask m, Reg yes, Reg no) { return _mm512_mask_mov_pd(no, m, yes); }
 
-  // 2^n, given the bits of n + 1023 + 1.5 * 2^52; 0 for n = -1023.
-  static Reg power_of_two(Reg shifted) {
-    return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(shifted), 52));
+  static constexpr double kZeroPower = -1023.0;
+  static constexpr double kInfinitePower = 1024.0;
+  static void split(Reg x, Reg& floor, Reg& power) {
+    const Reg magic = _mm512_set1_pd(6755399441055744.0 + 1023.0);  // 1.5 * 2^52 + bias
+    const Reg shifted = _mm512_add_round_pd(x, magic, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    floor = _mm512_sub_pd(shifted, magic);
+    power = _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(shifted), 52));
   }
 
   template <int n>

@@ -1,0 +1,84 @@
+"""What a call has to do: visible query-key pairs, and what they cost. Tiles that are visited do not count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from tests.shapes import Case
+
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def useful_flops(case: Case) -> int:
+    """Multiplications and additions of both products, over visible pairs only."""
+    return 2 * useful_pairs(case) * (case.head_dim + case.value_dim)
+
+
+def kv_bytes(case: Case, dtype: str) -> int:
+    """What one query of every head must read."""
+    rows = case.batch * case.kv_heads * case.seqlen_k
+    return rows * (case.head_dim + case.value_dim) * ITEM_BYTES[dtype]
+
+
+def all_bytes(case: Case, dtype: str) -> int:
+    """Query, key, value and output, each moved once: what a roofline counts."""
+    rows = case.batch * case.query_heads * case.seqlen_q
+    return kv_bytes(case, dtype) + rows * (case.head_dim + case.value_dim) * ITEM_BYTES[dtype]
+
+
+def useful_pairs(case: Case) -> int:
+    """(query, key) pairs that attend, over batch and query heads."""
+    heads, seqlen_k = case.query_heads, case.seqlen_k
+    options = case.options()
+    dense = _dense(options)
+    pairs = 0
+    for b, (first, end) in enumerate(_intervals(case, options)):
+        if dense is None:
+            pairs += heads * int(np.maximum(end - first, 0).sum())
+            continue
+        rows = np.broadcast_to(dense, (*dense.shape[:2], case.seqlen_q, seqlen_k))[min(b, len(dense) - 1)]
+        counts = np.zeros((len(rows), case.seqlen_q, seqlen_k + 1), np.int64)  # of attending keys before each
+        np.cumsum(rows, axis=-1, out=counts[..., 1:])
+        first, end = first[None, :, None], np.maximum(first, end)[None, :, None]
+        inside = np.take_along_axis(counts, end, -1) - np.take_along_axis(counts, first, -1)
+        pairs += int(inside.sum()) * (heads // len(rows))
+    return pairs
+
+
+def visible(case: Case) -> np.ndarray:
+    """(B or 1, Hq or 1, Lq, Lk) bool: every rule as one mask, for peers that take nothing else."""
+    options = case.options()
+    key_at = np.arange(case.seqlen_k)
+    rows = [(first[:, None] <= key_at) & (key_at < end[:, None]) for first, end in _intervals(case, options)]
+    if not any(name in options for name in ("kv_lengths", "query_offset")):
+        rows = rows[:1]  # all alike
+    mask, dense = np.stack(rows)[:, None], _dense(options)
+    return mask if dense is None else mask & dense
+
+
+def _intervals(case: Case, options: dict[str, Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For each batch, the keys [first, end) that causal rule, window and length leave to each query."""
+    for b in range(case.batch):
+        offset = 0 if case.causal == "top_left" else case.seqlen_k - case.seqlen_q
+        if "query_offset" in options:
+            offset = int(options["query_offset"][b])
+        length = int(options["kv_lengths"][b]) if "kv_lengths" in options else case.seqlen_k
+        at = np.arange(case.seqlen_q) + offset
+        left, right = case.window or (None, None)
+        first = np.zeros_like(at) if left is None else at - left
+        end = np.full_like(at, length) if right is None else at + right + 1
+        if case.causal:
+            end = np.minimum(end, at + 1)
+        yield first.clip(0, length), end.clip(0, length)
+
+
+def _dense(options: dict[str, Any]) -> np.ndarray | None:
+    """Mask and minus infinities of the bias, with four axes."""
+    dense = options.get("mask")
+    if "bias" in options:
+        finite = options["bias"] != -np.inf
+        dense = finite if dense is None else dense & finite
+    return None if dense is None else dense.reshape((1,) * (4 - dense.ndim) + dense.shape)

@@ -1,0 +1,353 @@
+"""Faults of the kind that a change might bring, each a small edit of one source file.
+
+plant_faults.py plants them. `old` must stand in the file exactly once: where the source has moved on,
+test_faults.py says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str  # the files of tests that are tried first: test_<name>.py
+    tier: str = "avx512"  # built and tried, beside scalar
+
+
+PANEL = "csrc/algorithm/panel.h"
+SCORES = "csrc/algorithm/score_tile.h"
+ROWS = "csrc/algorithm/row_softmax.h"
+VALUES = "csrc/algorithm/value_tile.h"
+FINISH = "csrc/algorithm/finish.h"
+FORWARD = "csrc/algorithm/forward.h"
+DENSE = "csrc/algorithm/dense_block.h"
+BLOCK = "csrc/algorithm/block.h"
+PLAN = "csrc/algorithm/plan.h"
+OPERANDS = "csrc/algorithm/operands.h"
+MATH = "csrc/algorithm/math.h"
+SCALAR = "csrc/scalar/kernels.cpp"
+PROBLEM = "python/fastattn/problem.py"
+OUTPUTS = "python/fastattn/outputs.py"
+
+FAULTS = (
+    # what a row sees
+    Fault(
+        "causal-trim",
+        "the causal rule hides the diagonal itself",
+        PANEL,
+        "position + p.window_right + 1",
+        "position + p.window_right",
+        "rules",
+    ),
+    Fault(
+        "window-edge",
+        "the window's left bound is one key short",
+        PANEL,
+        "position - p.window_left, 0",
+        "position - p.window_left + 1, 0",
+        "rules",
+    ),
+    Fault(
+        "kv-length",
+        "one key past a length is seen",
+        PANEL,
+        "min64(p.kv_lengths[batch], p.seqlen_k)",
+        "min64(p.kv_lengths[batch] + 1, p.seqlen_k)",
+        "rules",
+    ),
+    Fault(
+        "scalar-window",
+        "the scalar tier's right bound is one key short",
+        SCALAR,
+        "key > r.position + p.window_right",
+        "key >= r.position + p.window_right",
+        "rules",
+        "avx2",
+    ),
+    Fault(
+        "tail-mask",
+        "a tile's mask lets one key past the last through",
+        SCORES,
+        "V::less(key, last)",
+        "V::less_equal(key, last)",
+        "exactness",
+    ),
+    Fault(
+        "row-tail-mask",
+        "the same where there are few queries",
+        ROWS,
+        "V::less(keys, last)",
+        "V::less_equal(keys, last)",
+        "exactness",
+    ),
+    Fault(
+        "mask-transpose",
+        "squares of eight rows and keys of a mask are not transposed",
+        DENSE,
+        "bytes[group] = transpose_bits(square)",
+        "bytes[group] = square",
+        "rules",
+    ),
+    Fault(
+        "bias-hides-nothing",
+        "a bias of -inf is added, but hides no value",
+        DENSE,
+        "visible[key] &= ~hidden",
+        "visible[key] &= ~0U",
+        "poison",
+    ),
+    Fault(
+        "whole-tile",
+        "a tile counts as seen by all once it is seen by the row that sees most",
+        BLOCK,
+        "key + E::kKeys <= panel.last_min",
+        "key + E::kKeys <= panel.last_max",
+        "exactness",
+    ),
+    # where things lie
+    Fault(
+        "value-stride",
+        "value's batch and head strides are swapped",
+        OPERANDS,
+        "batch * p.value_strides[0] + head * p.value_strides[1]",
+        "batch * p.value_strides[1] + head * p.value_strides[0]",
+        "exactness",
+    ),
+    Fault(
+        "out-stride",
+        "the output's batch stride is the heads'",
+        FINISH,
+        "batch * p.out_strides[0]",
+        "batch * p.out_strides[1]",
+        "exactness",
+    ),
+    Fault(
+        "bias-stride",
+        "bias is read with the strides of heads and rows swapped",
+        PANEL,
+        "head * p.bias_strides[1] + row * p.bias_strides[2]",
+        "head * p.bias_strides[2] + row * p.bias_strides[1]",
+        "rules",
+    ),
+    Fault(
+        "bias-shared",
+        "a panel takes all rows' bias for one row's",
+        PANEL,
+        "panel.bias_row[lane] == panel.bias_row[0]",
+        "panel.bias_row[lane] != nullptr",
+        "rules",
+    ),
+    Fault(
+        "head-mapping",
+        "query heads are dealt out to key heads in turn",
+        PANEL,
+        "range.kv_head * group + index / p.seqlen_q",
+        "range.kv_head + index / p.seqlen_q * p.kv_heads",
+        "bitwise",
+    ),
+    Fault(
+        "reads-past-values",
+        "the last columns of values are read by whole vectors",
+        VALUES,
+        "kPartial && v == kVectors - 1",
+        "false && kPartial && v == kVectors - 1",
+        "views fences fuzz",
+    ),
+    Fault(
+        "writes-past-out",
+        "the last columns of the output are written by whole vectors",
+        FINISH,
+        "V::store_partial(out + d, V::mul(V::load(row + d), factor), static_cast<int>(count - d))",
+        "V::store(out + d, V::mul(V::load(row + d), factor))",
+        "views",
+    ),
+    Fault(
+        "shared-scratch",
+        "all threads have the first one's scratch",
+        FORWARD,
+        "call.scratch + thread * plan.thread_bytes",
+        "call.scratch + 0 * thread * plan.thread_bytes",
+        "bitwise",
+    ),
+    # the softmax
+    Fault(
+        "sum-not-rescaled",
+        "the sum keeps its scale when the maximum rises",
+        SCORES,
+        "panel.sum[lane] *= scales[lane];",
+        "",
+        "exactness",
+    ),
+    Fault(
+        "output-not-rescaled",
+        "the output keeps its scale when the maximum rises",
+        SCORES,
+        "output[d] *= scale;",
+        "output[d] *= 1;",
+        "exactness",
+    ),
+    Fault(
+        "block-not-rescaled",
+        "the probabilities of the running block keep theirs",
+        SCORES,
+        "prob = E::Product::scale_probability(prob, scale)",
+        "prob = E::Product::scale_probability(prob, 1)",
+        "exactness",
+    ),
+    Fault(
+        "maximum-not-followed",
+        "the maximum is followed only once it has risen by 4096, to base 2, not by 8",
+        SCORES,
+        "panel.limit[lane] = level + rise",
+        "panel.limit[lane] = level + 512 * rise",
+        "exactness",
+    ),
+    Fault(
+        "neighbours-move-together",
+        "a row whose maximum rose at all follows it when a neighbour does",
+        SCORES,
+        "if (!(peak[lane] > panel.limit[lane]))",
+        "if (!(peak[lane] > panel.limit[lane] - rise))",
+        "poison",
+    ),
+    Fault(
+        "hidden-nan",
+        "values are not searched for NaN",
+        BLOCK,
+        "if (extent.guard_end > 0) {",
+        "if (extent.guard_end > E::kBlockKeys) {",
+        "poison",
+    ),
+    Fault(
+        "nan-reaches-all",
+        "a value of NaN is added to the rows that do not see it, too",
+        VALUES,
+        "if (!sees(lane, key)) {",
+        "if (false && !sees(lane, key)) {",
+        "poison",
+    ),
+    Fault(
+        "lse-base",
+        "the maximum enters lse to base 2",
+        SCORES,
+        "natural ? 1.0 : kLn2",
+        "natural ? 1.0 : 1.0",
+        "exactness",
+    ),
+    Fault(
+        "sink-in-sum",
+        "the sink takes no share of the weight",
+        FINISH,
+        "1 / (sum + ::exp(sink - shift))",
+        "1 / sum",
+        "exactness",
+    ),
+    Fault(
+        "sink-in-lse",
+        "the sink does not enter lse",
+        FINISH,
+        "high + ::log(::exp(own - high) + ::exp(sink - high))",
+        "high == sink ? own : own",
+        "exactness",
+    ),
+    Fault(
+        "exp2-coefficient",
+        "a coefficient of exp2 is off by one in its sixth decimal",
+        MATH,
+        "0.055858385F",
+        "0.055859385F",
+        "exp2 exactness",
+    ),
+    Fault(
+        "exp2-floor",
+        "exp2 does not stop at the smallest power",
+        MATH,
+        "V::max(V::set1(V::kZeroPower), x)",
+        "x",
+        "exactness",
+    ),
+    # what is added to scores
+    Fault(
+        "softcap-skipped",
+        "tiles of scores are not capped",
+        SCORES,
+        "x = V::mul(tanh<V>(V::mul(x, inverse_cap)), cap)",
+        "x = V::mul(V::mul(x, inverse_cap), cap)",
+        "exactness",
+    ),
+    Fault(
+        "alibi-sign",
+        "ALiBi is added",
+        SCORES,
+        "x = V::sub(x, V::mul(V::load(panel.slope",
+        "x = V::add(x, V::mul(V::load(panel.slope",
+        "exactness",
+    ),
+    Fault(
+        "alibi-beyond",
+        "distances from positions past the keys count from the nearest key",
+        PANEL,
+        "panel.beyond[lane] = -slope * (distance < 0 ? -distance : distance);",
+        "",
+        "rules extremes",
+    ),
+    Fault(
+        "weights-left-over",
+        "hidden weights keep what the scratch held",
+        FORWARD,
+        "memset(context.probs, 0, sizeof(Scalar) * E::kPlanes * kPlaneSize<E>);",
+        "",
+        "rules exactness",
+    ),
+    # products of 16-bit numbers
+    Fault(
+        "negative-scale",
+        "a product that does not scale its query forgets the sign",
+        PLAN,
+        "(factor < 0 ? -1.0 : 1.0)",
+        "1.0",
+        "exactness",
+        "avx512_bf16",
+    ),
+    Fault(
+        "odd-key",
+        "the last of an odd number of keys has no pair and is dropped",
+        VALUES,
+        "(end - begin + E::kDepth - 1) / E::kDepth",
+        "(end - begin) / E::kDepth",
+        "exactness",
+        "avx512_bf16",
+    ),
+    Fault(
+        "seventeenth-row",
+        "a matrix unit's second tile of queries needs two rows to count",
+        BLOCK,
+        "context.panel.live > E::kWidth;",
+        "context.panel.live > E::kWidth + 1;",
+        "exactness",
+        "amx_bf16",
+    ),
+    # Python
+    Fault(
+        "default-offset",
+        "without an offset the diagonal starts at the first key",
+        PROBLEM,
+        "0 if top_left else seqlen_k - seqlen_q",
+        "0",
+        "problem rules",
+    ),
+    Fault(
+        "overlap-unseen",
+        "an output over the values is taken",
+        OUTPUTS,
+        '("query", "key", "value", "mask", "bias")',
+        '("query", "key", "mask", "bias")',
+        "errors",
+    ),
+)

@@ -1,0 +1,455 @@
+"""The benchmark's own judgement: what it selects, counts, drops, refuses and compares. Nothing is timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rich")
+
+from rich.console import Console
+
+from bench import compare, models, report, work
+from bench.accuracy import PRECISION, checked_rows, truth
+from bench.ceilings import Limit, limit_of
+from bench.measure import ROUNDS, measure
+from bench.peers import PEERS, features
+from bench.results import Row, Run, find
+from bench.samples import TRUSTED, Contestant, Reading, Sample, figures, keep
+from bench.suites import SUITES, Job, select
+from bench.worker import Worker, draw
+from bench.workers import PeerError, Workers
+from fastattn import reference
+from tests.shapes import ARRAYS, DECODE_ROWS, DENSE, FEW_QUERIES, OPTIONS, Case
+
+QUIET = Reading(100.0, 1.0)
+
+
+def test_every_suite_has_rows_of_distinct_names() -> None:
+    for name in SUITES:
+        jobs = select(name)
+        names = [(job.name, job.dtype) for job in jobs]
+        assert jobs and len(set(names)) == len(names), name
+
+
+def test_patterns_and_dtypes_choose() -> None:
+    chosen = select("prefill", ["*d64-s512*"], ["bfloat16"])
+    assert {str(job) for job in chosen} == {
+        "prefill-d64-s512 bfloat16",
+        "prefill-d64-s512-causal bfloat16",
+    }
+    assert {job.library for job in select("small", ["micro-1x1x1x64"])} == {"torch", "numpy"}
+    assert [job.library for job in select("small", ["micro-1x1x1x64 numpy"])] == ["numpy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "listed"),
+    [
+        (("nope",), "prefill, small, masks, threads, tiers, models"),
+        (("masks", ["nope"]), "causal-as-mask"),
+        (("prefill", [], ["int8"]), "float32, bfloat16, float16, float64"),
+        (("prefill", ["prefill-d64-dv128"], ["float64"]), "both a case and a dtype"),
+    ],
+)
+def test_a_wrong_name_lists_the_right_ones(arguments: tuple, listed: str) -> None:
+    with pytest.raises(ValueError, match=listed):
+        select(*arguments)
+
+
+def test_rows_of_the_speed_table_are_there() -> None:
+    rows = {str(job) for suite in SUITES for job in select(suite)}
+    for dtype in ("float32", "bfloat16"):
+        for case in (
+            "d64-s512",
+            "d128-s512-causal",
+            "d64-s2048",
+            "d128-s8192-causal",
+            "d96-s2048",
+            "d64-s1000",
+        ):
+            assert f"prefill-{case} {dtype}" in rows
+        for case in (
+            "bool-mask",
+            "float-bias",
+            "causal-as-mask",
+            "softcap",
+            "alibi",
+            "sinks",
+            "window-256-s8192",
+        ):
+            assert f"{case} {dtype}" in rows
+        assert f"decode-32x8-s8192 {dtype}" in rows
+    assert {"prefill-d64-s2048 float64", "prefill-d64-dv128 float32", "micro-1x1x1x64 numpy float32"} <= rows
+
+
+def counted(case: Case) -> int:
+    """Visible pairs by their definition, one by one."""
+    options, total = case.options(), 0
+    mask, bias = options.get("mask"), options.get("bias")
+    for b, h, i, j in np.ndindex(*case.scores_shape):
+        offset = 0 if case.causal == "top_left" else case.seqlen_k - case.seqlen_q
+        at = i + int(options["query_offset"][b] if "query_offset" in options else offset)
+        left, right = case.window or (None, None)
+        hidden = (
+            (case.causal and j > at)
+            or (left is not None and j < at - left)
+            or (right is not None and j > at + right)
+            or ("kv_lengths" in options and j >= options["kv_lengths"][b])
+            or (mask is not None and not np.broadcast_to(mask, case.scores_shape)[b, h, i, j])
+            or (bias is not None and np.broadcast_to(bias, case.scores_shape)[b, h, i, j] == -np.inf)
+        )
+        total += not hidden
+    return total
+
+
+COUNTED = [
+    Case(
+        f"count-{name}",
+        7,
+        11,
+        4,
+        batch=2,
+        query_heads=4,
+        kv_heads=2,
+        causal=causal,
+        window=window,
+        arrays=arrays,
+    )
+    for name, causal, window, arrays in (
+        ("plain", False, None, ()),
+        ("causal", True, None, ()),
+        ("top-left", "top_left", None, ()),
+        ("window", False, (3, 1), ()),
+        ("causal-window", True, (2, None), ()),
+        *((array, False, None, (array,)) for array in (*ARRAYS, *DENSE)),
+        ("all", True, (4, 0), ("mask", "bias", "kv_lengths", "query_offset")),
+    )
+] + [Case("count-more-queries", 11, 5, 4, causal=True)]
+
+
+@pytest.mark.parametrize("case", COUNTED, ids=str)
+def test_useful_pairs_are_those_that_attend(case: Case) -> None:
+    pairs = counted(case)
+    assert work.useful_pairs(case) == pairs
+    assert work.useful_flops(case) == 4 * pairs * case.head_dim
+    shown = np.broadcast_to(work.visible(case), case.scores_shape)
+    assert shown.sum() == pairs
+
+
+def test_work_is_in_the_unit_of_the_ceiling() -> None:
+    decode = Job(DECODE_ROWS[0], "bfloat16")
+    assert (decode.unit, decode.work) == ("GB/s", 32 * 8192 * 256 * 2 / 1e9)
+    assert Job(models.CASES[0], "float32").unit == "ktoken/s"
+    assert limit_of("float32", True, 2).kind == "read"
+    assert limit_of("float64", False, 2) == Limit("fma_f64", 2)
+    assert limit_of("bfloat16", False, 1, "scalar").kind == "fma_f32"  # it has no other product
+
+
+SMALL = Case("bench-small", 64, 64, 32, query_heads=4, kv_heads=2, causal=True)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["fastattn", "torch"])
+def test_right_answers_are_accepted(name: str, dtype: str) -> None:
+    pytest.importorskip("torch")
+    status, out = Worker(PEERS[name]).prepare(0, SMALL, dtype, "torch", False)
+    assert status == "ready"
+    assert truth(SMALL, dtype).judge(out, name).status == "right"
+
+
+@pytest.mark.parametrize(
+    "name", ["only-mask", "only-bias", "only-alibi_slopes", "only-kv_lengths", "window-left"]
+)
+def test_rules_reach_peers_as_one_mask(name: str) -> None:
+    pytest.importorskip("torch")
+    case = next(case for case in OPTIONS if case.name == name)
+    case = dataclasses.replace(
+        case, name=f"bench-{name}", arrays=tuple("padding" if a == "mask" else a for a in case.arrays)
+    )
+    if "kv_lengths" in case.arrays:  # torch answers NaN where nothing is visible
+        case = dataclasses.replace(case, name="bench-lengths-7")
+        assert case.options()["kv_lengths"].min() > 0
+    _, out = Worker(PEERS["torch"]).prepare(0, case, "float32", "torch", False)
+    verdict = truth(case, "float32").judge(out, "torch")
+    assert verdict.status == "right", verdict
+
+
+@pytest.mark.parametrize(
+    ("dtype", "computed"), [("float32", "bfloat16"), ("float32", "float16"), ("float16", "bfloat16")]
+)
+def test_a_lower_precision_is_marked(dtype: str, computed: str) -> None:
+    torch = pytest.importorskip("torch")
+    expected = truth(SMALL, dtype)
+    query, key, value = (torch.from_numpy(x.astype(np.float64)) for x in SMALL.tensors(dtype))
+    low = getattr(torch, computed)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query.to(low), key.to(low), value.to(low), is_causal=True, enable_gqa=True
+    )
+    verdict = expected.judge(out.double().numpy(), "torch")
+    assert verdict.status == "lower" and computed in verdict.why
+
+
+def test_a_wrong_answer_is_found() -> None:
+    expected = truth(SMALL, "bfloat16")
+    right = expected.out
+    assert expected.judge(right, "torch").status == "right"
+    assert expected.judge(right[:, :, :, :-1], "torch").status == "wrong"
+    for name in ("torch", "fastattn"):
+        assert expected.judge(np.where(np.arange(64)[:, None] == 63, np.nan, right), name).status == "wrong"
+        assert expected.judge(right + 0.1, name).status == "wrong"
+        full = truth(dataclasses.replace(SMALL, causal=False), "bfloat16").out  # other numbers, another rule
+        assert expected.judge(full, name).status == "wrong"
+    # A lower precision is no excuse for us.
+    assert expected.judge(right * (1 + 2 * PRECISION["bfloat16"]), "fastattn").status == "wrong"
+
+
+def test_long_calls_are_checked_in_strips() -> None:
+    rows = checked_rows(Case("long", 8192, 8192, 64, query_heads=8))
+    assert rows[0] == 0 and rows[-1] == 8191 and 500 < len(rows) < 600
+    assert len(checked_rows(Case("few", 63, 8192, 128, query_heads=32))) == 63
+    case = Case("strips", 600, 600, 16, window=(40, 3), causal=True, arrays=("mask",))
+    np.testing.assert_array_equal(truth(case, "float32").out[0, 0, 50:60], _rows(case, 50, 60))
+
+
+def _rows(case: Case, start: int, stop: int) -> np.ndarray:
+    return reference.attention(*case.tensors(), **case.options()).out[0, 0, start:stop]
+
+
+def test_oracle_and_peers_get_the_same_bits() -> None:
+    torch = pytest.importorskip("torch")
+    for dtype in ("bfloat16", "float16", "float32"):
+        (numbers,) = draw(SMALL, dtype, "numpy")
+        (tensors,) = draw(SMALL, dtype, "torch")
+        assert tensors.key.dtype == getattr(torch, dtype)
+        np.testing.assert_array_equal(tensors.key.double().numpy(), numbers.key.astype(np.float64))
+
+
+def test_every_file_registers_a_peer() -> None:
+    folder = Path(__file__).resolve().parent.parent / "bench" / "peers"
+    assert set(PEERS) == {path.stem for path in folder.glob("*.py")} - {"__init__", "base"}
+
+
+def test_refusals_say_what_is_missing() -> None:
+    grouped = dataclasses.replace(SMALL, softcap=2.0, arrays=("sinks",))
+    assert features(grouped) == {"causal", "softcap", "sinks", "grouped heads"}
+    assert PEERS["torch"].refuses(grouped, "float32") == "no sinks, softcap"
+    assert PEERS["onnxruntime"].refuses(SMALL, "bfloat16") == "no bfloat16"
+    assert PEERS["onnxruntime"].refuses(SMALL, "float32") == "no grouped heads"
+    assert PEERS["fastattn"].refuses(grouped, "float32") == ""
+    assert PEERS["torch"].refuses(FEW_QUERIES[0], "bfloat16") == ""
+
+
+def test_an_absent_peer_says_how_it_is_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("bench.workers.PEER_PYTHON", tmp_path / "python")
+    with Workers() as workers:
+        for _ in range(2):
+            with pytest.raises(PeerError, match="make bench-peers"):
+                workers.get("vllm", 1)
+
+
+def test_a_peer_that_dies_or_raises_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Workers() as workers:
+        worker = workers.get("fastattn", 1)
+        with pytest.raises(PeerError, match="AttributeError"):
+            worker.ask("prepare", 0, None, "float32", "numpy", False)
+        status, out = worker.ask("prepare", 0, SMALL, "float32", "numpy", False)
+        assert status == "ready" and out.shape == (1, 4, 64, 32)
+        seconds, cores = worker.ask("sample", 0, 0.001)
+        assert 0 < seconds < 1 and cores > 0
+        worker._process.kill()
+        with pytest.raises(PeerError, match="SIGKILL"):
+            worker.ask("sample", 0, 0.001)
+        workers.discard(worker)
+        assert workers.get("fastattn", 1) is not worker
+
+
+def sample(
+    seconds: float = 1.0, before: Reading = QUIET, after: Reading = QUIET, cores: float = 2.0
+) -> Sample:
+    return Sample(seconds, cores, before, after)
+
+
+class FakeWorkers:
+    """Peers that answer at once: torch with a wrong output, the others with what a case asks for."""
+
+    ended = False
+
+    def get(self, peer: str, threads: int, isa: str = "") -> FakeWorkers:
+        assert (threads, isa) == (2, "")
+        self.peer = peer
+        return self
+
+    def ask(self, what: str, *arguments: object) -> object:
+        if what == "sample":
+            return 1e-3, 2.0
+        out = truth(SMALL, "float32").out
+        return {
+            "fastattn": ("ready", out),
+            "torch": ("ready", out + 0.1),
+            "flex": ("refused", "no such thing"),
+        }[self.peer]
+
+    def forget(self) -> None:
+        pass
+
+
+class FakeCeilings:
+    """A machine that is busy at every other reading, or never."""
+
+    def __init__(self, busy: bool) -> None:
+        self.best = {"fma_f32, 2 threads": 100.0}
+        self.turn, self.busy = 0, busy
+
+    def read(self, limit: Limit) -> Reading:
+        self.turn += 1
+        return Reading(50.0, 1.0) if self.busy and self.turn % 2 else QUIET
+
+
+@pytest.mark.parametrize(("busy", "turns"), [(False, ROUNDS), (True, 2 * ROUNDS)])
+def test_only_right_outputs_are_timed(busy: bool, turns: int) -> None:
+    row = measure(
+        Job(SMALL, "float32"),
+        ["fastattn", "torch", "flex"],
+        workers=FakeWorkers(),
+        ceilings=FakeCeilings(busy),
+        seconds=0.5,
+        threads=2,
+    )
+    statuses = {name: (entry.status, len(entry.samples)) for name, entry in row.contestants.items()}
+    assert statuses == {"fastattn": ("right", turns), "torch": ("wrong", 0), "flex": ("refused", 0)}
+    assert row.contestants["flex"].why == "no such thing"
+    assert row.contestants["torch"].error == pytest.approx(0.1)
+
+
+def test_slow_samples_are_dropped() -> None:
+    good = [sample(1.0), sample(1.1), sample(1.2)]
+    bad = [
+        sample(5.0, before=Reading(95.0, 1.0)),
+        sample(5.0, after=Reading(95.0, 1.0)),
+        sample(5.0, after=Reading(100.0, 0.98)),
+        sample(5.0, cores=1.5),
+    ]
+    assert keep(good + bad, best=100.0) == good
+    assert keep([sample(before=Reading(97.0, 0.99))], best=100.0) != []
+    assert keep([sample(before=Reading(90.0, 1.0))], best=100.0, kind="read") != []
+    assert keep(good, best=110.0) == []  # the best of the run came later
+    found = figures(Contestant("right", samples=good + bad), work=150.0, best=100.0)
+    assert found is not None
+    assert (found.seconds, found.kept, found.dropped, found.trusted) == (1.1, 3, 4, True)
+    assert found.spread == pytest.approx(0.1 / 1.1)
+
+
+def test_few_good_samples_are_not_trusted() -> None:
+    samples = [sample(1.0)] * (TRUSTED - 1) + [sample(2.0, before=Reading(50.0, 1.0))] * 3
+    found = figures(Contestant("right", samples=samples), work=1.0, best=100.0)
+    assert found is not None
+    assert not found.trusted and found.seconds == 2.0 and found.kept == TRUSTED - 1
+    assert figures(Contestant("wrong"), 1.0, 100.0) is None
+
+
+def test_share_is_of_the_higher_reading() -> None:
+    samples = [sample(1.0, before=Reading(98.0, 1.0), after=QUIET)] * 3
+    found = figures(Contestant("right", samples=samples), work=50.0, best=100.0)
+    assert found is not None and found.share == 0.5
+
+
+def a_run(seconds: float = 1.0, peak: float = 100.0, status: str = "right", spread: float = 0.0) -> Run:
+    run = Run(
+        "prefill",
+        "2026-01-01T00:00:00+00:00",
+        {"cpu": "x", "isa": "y"},
+        {},
+        {"commit": "", "dirty": False},
+        2,
+        0.5,
+    )
+    job = Job(SMALL, "float32", base=Job(dataclasses.replace(SMALL, name="plain"), "float32"))
+    row = Row.of(job, Limit("fma_f32", 2), quotes_ceiling=True)
+    readings = Reading(peak, 1.0), Reading(peak, 1.0)
+    times = [seconds * (1 + spread * k) for k in (-1, 0, 1)] if status == "right" else []
+    samples = [Sample(time, 2.0, *readings) for time in times]
+    row.contestants = {
+        "fastattn": Contestant(status, "", 1e-7, 1e-7, samples),
+        "torch": Contestant("right", "", 1e-7, 1e-7, [Sample(2 * seconds, 2.0, *readings)] * 3),
+        "flex": Contestant("lower", "computes float32 no better than bfloat16", 1e-3, 2e-3),
+        "fastattn (base)": Contestant("right", "", 1e-7, 1e-7, [Sample(0.5 * seconds, 2.0, *readings)] * 3),
+    }
+    run.rows, run.ceilings, run.absent = (
+        [row],
+        {str(row.limit): peak},
+        {"jax": "not installed: `make bench-peers`"},
+    )
+    return run
+
+
+def test_results_survive_json(tmp_path: Path) -> None:
+    run = a_run(spread=0.1)
+    path = run.save(tmp_path / "run.json")
+    assert Run.load(path) == run
+    (tmp_path / "old.json").write_text('{"suite": "prefill"}')
+    (tmp_path / "broken.json").write_text("{")
+    for name in ("old", "broken", "missing"):
+        with pytest.raises(ValueError, match=name):
+            Run.load(tmp_path / f"{name}.json")
+    with pytest.raises(ValueError, match="there are:"):
+        find("no-such-result")
+
+
+def test_the_table_says_who_was_not_compared() -> None:
+    run = a_run()
+    console = Console(width=170, file=io.StringIO())
+    console.print(report.table(run))
+    report.notes(run, console)
+    text = console.file.getvalue()
+    assert "flex" not in text.split("best readings")[0]  # no time, so no column
+    assert "flex lower: computes float32 no better than bfloat16 (bench-small float32)" in text
+    assert "jax took no part: not installed: `make bench-peers`" in text
+    assert report.best_peer(run, run.rows[0], ["torch"]) == ("torch", 2.0)
+    assert run.of_base(run.rows[0], "fastattn") == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("after", "verdict"),
+    [
+        (a_run(), "same"),
+        (a_run(1.04), "same"),
+        (a_run(1.2), "REGRESSION"),
+        (a_run(0.8), "faster"),
+        (a_run(1.25, peak=80.0), "same"),  # the machine is slower, the share is what it was
+        (a_run(1.2, spread=0.5), "same"),  # nothing that the spread does not explain
+        (a_run(status="wrong"), "WRONG"),
+    ],
+)
+def test_compare(after: Run, verdict: str, tmp_path: Path) -> None:
+    (change,) = compare.compare(a_run(), after)
+    assert change.verdict == verdict
+    names = [str(run.save(tmp_path / name)) for run, name in ((a_run(), "a.json"), (after, "b.json"))]
+    status = compare.main(names, Console(file=io.StringIO()))
+    assert status == (verdict in ("REGRESSION", "WRONG"))
+
+
+def test_compare_tells_busy_gone_and_new_rows() -> None:
+    before, busy, other = a_run(), a_run(1.08), a_run()
+    busy.ceilings = {name: 2 * best for name, best in busy.ceilings.items()}  # no sample near the best
+    assert [change.verdict for change in compare.compare(before, busy)] == ["busy"]
+    other.rows[0].name = "another"
+    assert [change.verdict for change in compare.compare(before, other)] == ["gone", "new"]
+
+
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from bench.plot import draw
+
+    run = a_run()
+    run.ceilings["read, 2 threads"] = 10.0
+    short, long = run.rows[0], Row(**{**vars(a_run().rows[0])})
+    for row, length in ((short, 512), (long, 2048)):
+        row.name, row.case = f"prefill-d64-s{length}", {**row.case, "seqlen_q": length}
+    run.rows.append(long)
+    pictures = draw(run, tmp_path / "run")
+    assert [path.name for path in pictures] == ["run-bars.png", "run-roofline.png", "run-lengths.png"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in pictures)
