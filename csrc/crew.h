@@ -41,8 +41,8 @@ class Crew {
   // Counted by the workers themselves: libgomp does not tell, and ends those that a smaller team, torch's for one,
   // leaves over. Shared with them because they may outlive their caller.
   std::shared_ptr<std::atomic<int>> workers_;
-  int limit_ = INT_MAX;           // what the last attempt came to, where that was less than was wanted ...
-  Clock::time_point retry_at_{};  // ... until then
+  int limit_ = INT_MAX;         // what the last attempt came to, where that was less than was wanted ...
+  Clock::time_point retry_at_;  // ... until then
 };
 
 }  // namespace fastattn

@@ -40,8 +40,8 @@ class Interruptible {
 
   AskFn ask_;
   void* context_;
-  Interruptible* outer_;  // of the call that a signal handler interrupted to make this one
-  Clock::time_point ask_at_{};
+  Interruptible* outer_;      // of the call that a signal handler interrupted to make this one
+  Clock::time_point ask_at_;  // the epoch: not yet
   bool stopped_ = false;
 };
 

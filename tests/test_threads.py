@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,11 @@ print(fa.get_num_threads(), 1 + here() - before, hashlib.sha256(out.tobytes()).h
 """
 
 
+@cache
+def digest_of_two_threads() -> str:
+    return output_of(CALL, FASTATTN_NUM_THREADS="2").split()[-1]
+
+
 @pytest.mark.parametrize(
     "variables, number, threads",
     [
@@ -111,10 +117,10 @@ def test_a_call_under_these_variables(variables: dict[str, str], number: int, th
     told, came_to = map(int, numbers.split())
     assert told == number
     assert 1 < came_to <= number if threads == 32 else came_to == threads
-    assert digest == output_of(CALL, FASTATTN_NUM_THREADS="2").split()[-1]
+    assert digest == digest_of_two_threads()
 
 
-@pytest.mark.parametrize("text", ["many", "-3", "0", "", "1e9", "99999999999999999999", "2;3"])
+@pytest.mark.parametrize("text", ["many", "-3", "0", "", "99999999999999999999"])
 def test_garbage_in_openmp_variables(text: str) -> None:
     """libgomp itself complains about some; what cannot be used counts as unset."""
     done = run_python(CALL, OMP_NUM_THREADS=text, OMP_STACKSIZE=text, GOMP_STACKSIZE=text)
@@ -127,10 +133,9 @@ def test_garbage_reaches_a_call() -> None:
     assert "ValueError: FASTATTN_NUM_THREADS must be an integer from 1 to 1024, got 'many'" in done.stderr
 
 
-@pytest.mark.parametrize("binding", ["true", "close", "spread"])
-def test_bound_threads_count_all_cpus(binding: str) -> None:
+def test_bound_threads_count_all_cpus() -> None:
     """OMP_PROC_BIND ties even the first thread to one CPU, as soon as libgomp is loaded."""
-    assert in_a_new_process(OMP_PROC_BIND=binding) == in_a_new_process()
+    assert in_a_new_process(OMP_PROC_BIND="true") == in_a_new_process()
 
 
 def test_affinity_counts() -> None:

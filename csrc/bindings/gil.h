@@ -38,7 +38,7 @@ void without_gil(Work work) {
   bool raised = false;
   try {
     if (PyThread_get_thread_ident() == g_main_thread) {
-      const Interruptible interruptible(signal_raised, &state);
+      const Interruptible interruptible(signal_raised, static_cast<void*>(&state));
       work();
       raised = interruptible.stopped();
     } else {
