@@ -41,16 +41,9 @@ EXCEPTIONS = (
     ),
     Allowed(
         "avx2",
-        r"^row_values_panel<RowEngine<.*(float|double), 240, 1>, 4>",
-        11,
-        "four rows by four vectors are sixteen sums, all of AVX2's registers: four queries at once only, "
-        "whose speed is that of reading the values",
-    ),
-    Allowed(
-        "avx2",
         r"^row_values_panel<RowEngine<.*float16, 240, 1>, [14]>",
         45,
-        "the same, and AVX2 has no masked 16-bit load: the last columns are copied by a call in the loop",
+        "AVX2 has no masked 16-bit load: the last columns are copied by a call in the loop",
     ),
     Allowed(
         "avx2",
@@ -59,7 +52,6 @@ EXCEPTIONS = (
         "constants of the softcap, which is most of such a loop",
     ),
     Allowed("avx2", r"^find_nonfinite<", 1, "an address; the loop looks for NaN in values, not a product"),
-    Allowed("avx512", r"^score_tile<Engine<VecF64.*TileKind\)1, 1>", 1, "the loop's bound, in a comparison"),
     Allowed(
         "amx_fp16",
         r"^exponentiate_tile<",

@@ -20,23 +20,25 @@ FASTATTN_INLINE void multiply_keys(typename E::Reg (&s)[E::kGroupKeys][kActive],
       sum[r][v] = V::zero();
     }
   }
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < steps; ++k) {
+#pragma GCC unroll 2
+  for (int64_t left = steps; left > 0; --left) {  // pointers move and one count falls: general registers are short
     typename E::Reg q[kActive];
 #pragma GCC unroll 4
     for (int v = 0; v < kActive; ++v) {
-      q[v] = V::load(query + k * E::kLanes + v * E::kWidth);
+      q[v] = V::load(query + v * E::kWidth);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < E::kKeys; ++r) {
       Scalar lane;  // bfloat16 pairs may lie at odd addresses
-      memcpy(&lane, key + r * key_stride + k * static_cast<int64_t>(sizeof(Scalar)), sizeof lane);
+      memcpy(&lane, key + r * key_stride, sizeof lane);
       const auto broadcast = V::set1(lane);
 #pragma GCC unroll 4
       for (int v = 0; v < kActive; ++v) {
         sum[r][v] = E::Product::run(broadcast, q[v], sum[r][v]);
       }
     }
+    query += E::kLanes;
+    key += sizeof(Scalar);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < E::kKeys; ++r) {

@@ -101,10 +101,12 @@ template <class E, int kVectors>
 FASTATTN_NOINLINE void row_values_panel(Panel<E>& panel, const typename E::Scalar* probs, const char* value,
                                         int64_t value_stride, int64_t keys, typename E::Scalar* output,
                                         int64_t output_stride, int columns) {
+  // Four rows by four vectors are sixteen sums, too many for sixteen registers.
+  constexpr int kMost = 2 * E::kLanesAtOnce;
   int r = 0;
-  for (; r + 4 <= panel.live; r += 4) {
-    row_values<E, 4, kVectors>(probs + r * E::kBlockKeys, value, value_stride, keys, output + r * output_stride,
-                               output_stride, columns);
+  for (; r + kMost <= panel.live; r += kMost) {
+    row_values<E, kMost, kVectors>(probs + r * E::kBlockKeys, value, value_stride, keys, output + r * output_stride,
+                                   output_stride, columns);
   }
   for (; r + 2 <= panel.live; r += 2) {
     row_values<E, 2, kVectors>(probs + r * E::kBlockKeys, value, value_stride, keys, output + r * output_stride,
