@@ -53,12 +53,17 @@ inline KeyValueView block_view(const ForwardTask<E>& task, int64_t block) {
   return view;
 }
 
-// The kKeys key rows from `key` on; where they lie in the caller's tensor and reach past its end, a padded copy.
+// The kKeys key rows from `key` on; where they lie in the caller's tensor and reach past its end, a padded copy. A tile
+// that reaches past the end is masked, but numbers left over there may be such as take a hundred times as long to
+// multiply. The last row alone is its own padding.
 template <class E>
 inline TileRows tile_keys(const ForwardTask<E>& task, const KeyValueView& view, int64_t key) {
   const char* from = view.key + (key - view.start) * view.key_stride;
   if (task.plan.layout.pack_key || key + E::kKeys <= task.p.seqlen_k) {
     return {from, view.key_stride};
+  }
+  if (key + 1 == task.p.seqlen_k) {
+    return {from, 0};
   }
   const int64_t row_bytes = task.plan.layout.key_row_bytes;
   char* copy = task.scratch + task.plan.tail_at;
@@ -276,7 +281,7 @@ inline void run_block(const ForwardTask<E>& task, TileContext<E>& context, const
   if (extent.end > extent.begin) {
     add_values<E>(task, context, view, extent);
   }
-  for (int lane = 0; lane < E::kLanes; ++lane) {
+  for (int lane = 0; lane < panel.placed; ++lane) {
     panel.sum[lane] += panel.block_sum[lane];
   }
 }

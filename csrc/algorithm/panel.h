@@ -25,7 +25,8 @@ struct Panel {
   Scalar slope[kLanes];   // ALiBi
   double beyond[kLanes];  // what ALiBi adds for the distance between a position outside of the keys and the nearest key
 
-  int live;  // lanes in use; the others repeat the last of these, and their results are dropped
+  int live;    // lanes in use; the others repeat the last of these, and their results are dropped
+  int placed;  // lanes that are filled: all, but where nothing ever looks at the others
   int64_t head[kLanes];
   int64_t row[kLanes];
   int64_t position[kLanes];  // row + query offset
@@ -70,13 +71,15 @@ FASTATTN_NOINLINE void place_rows(Panel<E>& panel, const AttentionParams& p, con
   const int64_t group = p.query_heads / p.kv_heads;
   const int64_t b = range.batch;
   panel.live = static_cast<int>(min64(E::kLanes, range.end - begin));
+  const bool dense = p.mask != nullptr || p.bias != nullptr;
+  panel.placed = E::kMethod == Method::rows && !dense ? panel.live : E::kLanes;
   panel.first_min = panel.last_min = INT64_MAX;
   panel.first_max = panel.last_max = 0;
   panel.mask_shared = panel.bias_shared = true;
   const int64_t bias_size = p.bias_dtype == DType::float64 ? 8 : p.bias_dtype == DType::float32 ? 4 : 2;
   int64_t head = range.kv_head * group + begin / p.seqlen_q;
   int64_t row = begin % p.seqlen_q;
-  for (int lane = 0; lane < E::kLanes; ++lane) {
+  for (int lane = 0; lane < panel.placed; ++lane) {
     if (lane > 0 && lane < panel.live && ++row == p.seqlen_q) {  // a division a lane was a tenth of a short call
       row = 0;
       ++head;
@@ -121,7 +124,7 @@ FASTATTN_NOINLINE void place_rows(Panel<E>& panel, const AttentionParams& p, con
 template <class E>
 inline void enter_block(Panel<E>& panel, int64_t block) {
   using Scalar = typename E::Scalar;
-  for (int lane = 0; lane < E::kLanes; ++lane) {
+  for (int lane = 0; lane < panel.placed; ++lane) {
     panel.block_first[lane] = static_cast<Scalar>(clamp64(panel.first[lane] - block, 0, E::kBlockKeys));
     panel.block_last[lane] = static_cast<Scalar>(clamp64(panel.last[lane] - block, 0, E::kBlockKeys));
     panel.block_position[lane] = static_cast<Scalar>(panel.nearest[lane] - block);
