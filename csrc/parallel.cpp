@@ -24,6 +24,10 @@ thread_local Interruptible* t_interruptible = nullptr;
 // Soon enough for somebody who waits after Ctrl-C; seldom enough where another thread holds the interpreter, for 5 ms.
 constexpr auto kAskInterval = std::chrono::milliseconds(200);
 
+// Looking at the clock takes a tenth of the shortest tasks: while they are short, it is looked at every eighth.
+constexpr auto kShortTask = std::chrono::milliseconds(1);
+constexpr int kShortTasks = 8;
+
 struct Loop {
   int64_t tasks;
   TaskFn run;
@@ -31,13 +35,9 @@ struct Loop {
   std::atomic<int64_t> next{0};
 };
 
-// Looking at the clock takes a tenth of the shortest tasks; the longest take a hundredth of a second or two.
-constexpr int kAskEvery = 8;
-
 void take_tasks(Loop& loop, int thread, Interruptible* interruptible) {
-  int done = 0;
   for (int64_t task = loop.next.fetch_add(1); task < loop.tasks; task = loop.next.fetch_add(1)) {
-    if (interruptible != nullptr && ++done % kAskEvery == 0 && interruptible->asked_to_stop()) {
+    if (interruptible != nullptr && interruptible->asked_to_stop()) {
       loop.next.store(loop.tasks);
       return;
     }
@@ -107,17 +107,24 @@ void parallel_for(int64_t tasks, int num_threads, TaskFn run, void* context, int
 }
 
 Interruptible::Interruptible(AskFn ask, void* context) noexcept
-    : ask_(ask), context_(context), outer_(t_interruptible) {
+    : ask_(ask),
+      context_(context),
+      outer_(t_interruptible),
+      looked_at_(Clock::now()),
+      ask_at_(looked_at_ + kAskInterval) {
   t_interruptible = this;
 }
 
 Interruptible::~Interruptible() { t_interruptible = outer_; }
 
 bool Interruptible::asked_to_stop() noexcept {
+  if (--tasks_to_look_ > 0) {
+    return stopped_;
+  }
   const Clock::time_point now = Clock::now();
-  if (ask_at_ == Clock::time_point{}) {
-    ask_at_ = now + kAskInterval;
-  } else if (now >= ask_at_) {
+  tasks_to_look_ = now - looked_at_ < kShortTask ? kShortTasks : 1;
+  looked_at_ = now;
+  if (now >= ask_at_) {
     stopped_ = ask_(context_);
     ask_at_ = Clock::now() + kAskInterval;
   }

@@ -40,8 +40,10 @@ class Interruptible {
 
   AskFn ask_;
   void* context_;
-  Interruptible* outer_;      // of the call that a signal handler interrupted to make this one
-  Clock::time_point ask_at_;  // the epoch: not yet
+  Interruptible* outer_;  // of the call that a signal handler interrupted to make this one
+  Clock::time_point looked_at_;
+  Clock::time_point ask_at_;
+  int tasks_to_look_ = 2;  // not before the first task, which would pass for a short one
   bool stopped_ = false;
 };
 

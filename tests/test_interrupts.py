@@ -55,6 +55,23 @@ assert 0 < np.count_nonzero(row_means) < len(row_means)
     output_of(program)
 
 
+def test_ctrl_c_between_a_few_long_tasks() -> None:
+    """Eight tasks of half a second or more."""
+    program = (
+        PROGRAM.format(threads=1)
+        + """
+query, keys = np.ones((1, 1, 1024, 64), np.float32), np.ones((1, 1, 1, 64), np.float32)
+many = np.broadcast_to(keys, (1, 1, 3_000_000, 64))
+start = time.perf_counter()
+fa.attention(query[:, :, :128], many, many)
+one = time.perf_counter() - start
+elapsed = seconds_until(KeyboardInterrupt, 0.3, signal.SIGINT, lambda: fa.attention(query, many, many))
+assert elapsed < 3 * one + 1, (elapsed, one)
+"""
+    )
+    output_of(program)
+
+
 def test_whatever_a_handler_raises_leaves_the_call() -> None:
     """As a time limit does that rests on SIGALRM."""
     program = (

@@ -119,6 +119,12 @@ def test_an_unusual_scale_takes_the_long_way(scale: Any) -> None:
     assert plain.attend(*tensors(), False, scale, False) is None
 
 
+@pytest.mark.parametrize("layout", [np.array("bhsd"), np.array(["bhsd", "x"]), b"bhsd"], ids=str)
+def test_a_layout_of_another_type_is_refused_as_ever(layout: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"^layout must be"):
+        fastattn.attention(*tensors(), layout=layout)
+
+
 def test_modes_and_transforms_take_the_long_way() -> None:
     from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode

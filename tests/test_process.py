@@ -259,21 +259,36 @@ def test_tiers_whose_registers_are_refused_are_not_there() -> None:
 
 
 DAEMONS = """
-import threading, time
+import sys, threading, time
 import numpy as np
 import fastattn as fa
-x = np.ones((1, 4, 512, 64), np.float32)
+x = np.ones((1, 4, 8192, 64), np.float32)
+if "torch" in sys.argv:
+    import torch
+    x = torch.from_numpy(x)
+options = {} if "short" in sys.argv else {"return_lse": True}
+fa.set_num_threads(1)
+start = time.perf_counter()
+fa.attention(x, x, x, **options)
+once = time.perf_counter() - start
+class Slow:
+    sleep = time.sleep
+    def __del__(self):
+        self.sleep(3 * once)  # the interpreter is still ending when the calls come back
 def spin():
     while True:
-        fa.attention(x, x, x)
+        fa.attention(x, x, x, **options)
 for _ in range(2):
     threading.Thread(target=spin, daemon=True).start()
-time.sleep(0.5)
+slow = Slow()
+time.sleep(once / 2)  # within the calls: torch ends the process if it ends within one of its own
 """
 
 
-def test_daemon_threads_end_with_the_interpreter() -> None:
-    output_of(DAEMONS)
+@pytest.mark.parametrize("arrays", ["numpy", "torch"])
+@pytest.mark.parametrize("way", ["short", "long"])
+def test_daemon_threads_end_with_the_interpreter(arrays: str, way: str) -> None:
+    output_of(DAEMONS, arrays, way)
 
 
 def test_eight_threads_at_once(kernel: Kernel) -> None:

@@ -3,6 +3,8 @@
 #include <pybind11/numpy.h>
 
 #include <cmath>
+#include <exception>
+#include <mutex>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -233,15 +235,27 @@ py::object attention_plain(py::handle query, py::handle key, py::handle value, b
   check_view("out", out);
   set_out(out, p);
   const ForwardFn run = kernels().forward[static_cast<int>(p.dtype)].run;
-  without_gil([&] { run(p); });
-  return result;
+  // A thread that ends with the interpreter is unwound from here without its lock: nothing may then let go of an array.
+  PyObject* const kept = result.release().ptr();
+  try {
+    without_gil([&] { run(p); });
+  } catch (const std::exception&) {
+    Py_DECREF(kept);
+    throw;
+  }
+  return py::reinterpret_steal<py::object>(kept);
 }
 
 }  // namespace
 
 void bind_torch(const py::object& tensor, const py::object& strided, const py::tuple& dtypes,
                 const py::object& empty_like) {
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
   TorchNames& names = torch_names();
+  if (names.tensor != nullptr) {
+    return;
+  }
   if (dtypes.size() != kDTypes) {
     throw std::invalid_argument("dtypes: expected one for each element type");
   }

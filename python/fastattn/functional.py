@@ -114,6 +114,7 @@ def attention(
         and (alibi_slopes is None and sinks is None and out is None and backend is None)
         and (return_lse is False and return_weights is False and type(softcap) is float and softcap == 0)
         and (causal is False or causal is True)
+        and isinstance(layout, str)
         and (layout == "bhsd" or layout == "bshd")
     ):
         plain = run_plain(query, key, value, causal, scale, layout == "bshd")

@@ -47,11 +47,14 @@ def _bind_torch() -> bool:
     torch = sys.modules.get("torch")
     if torch is None or _numpy_call is None or not hasattr(torch, "compile"):  # None, or still loading
         return False
-    dtypes = sorted(_core.DTYPE_CODES, key=_core.DTYPE_CODES.__getitem__)[:4]
-    _core.bind_torch(
-        torch.Tensor, torch.strided, tuple(getattr(torch, name) for name in dtypes), torch.empty_like
-    )
-    _torch_is_plain = _plainness(torch)
+    names = sorted(_core.DTYPE_CODES, key=_core.DTYPE_CODES.__getitem__)[:4]
+    try:
+        dtypes = tuple(getattr(torch, name) for name in names)
+        is_plain = _plainness(torch)
+        _core.bind_torch(torch.Tensor, torch.strided, dtypes, torch.empty_like)
+    except AttributeError:  # a stand-in for torch
+        return False
+    _torch_is_plain = is_plain
     return True
 
 
@@ -60,8 +63,8 @@ def _plainness(torch: Any) -> Callable[[], bool]:
 
     Some of what it asks is torch's own affair and may move between versions; without it nothing is plain.
     """
-    inner, forward_ad = torch._C, torch.autograd.forward_ad
     try:
+        inner, forward_ad = torch._C, torch.autograd.forward_ad
         function_mode = inner._is_torch_function_mode_enabled
         dispatch_modes = inner._len_torch_dispatch_stack
         transform = inner._functorch.peek_interpreter_stack
