@@ -98,12 +98,13 @@ template <class E, int kActive>
 inline TileFns<E> choose_tiles(bool general) {
   TileFns<E> fns{};
   if constexpr (E::kMethod == Method::tiles) {
-    fns.scan_plain = general ? scan_tile<E, TileKind::general, kActive> : scan_tile<E, TileKind::plain, kActive>;
-    fns.scan_masked = general ? scan_tile<E, TileKind::general, kActive> : scan_tile<E, TileKind::masked, kActive>;
+    fns.scan_plain = general ? scan_tile<E, TileKind::adjusted, kActive> : scan_tile<E, TileKind::plain, kActive>;
+    fns.scan_masked =
+        general ? scan_tile<E, TileKind::adjusted_masked, kActive> : scan_tile<E, TileKind::masked, kActive>;
     fns.exponentiate = general ? exponentiate_tile<E, true, kActive> : exponentiate_tile<E, false, kActive>;
   } else if constexpr (E::kMethod == Method::broadcast) {
-    fns.plain = general ? score_tile<E, TileKind::general, kActive> : score_tile<E, TileKind::plain, kActive>;
-    fns.masked = general ? score_tile<E, TileKind::general, kActive> : score_tile<E, TileKind::masked, kActive>;
+    fns.plain = general ? score_tile<E, TileKind::adjusted, kActive> : score_tile<E, TileKind::plain, kActive>;
+    fns.masked = general ? score_tile<E, TileKind::adjusted_masked, kActive> : score_tile<E, TileKind::masked, kActive>;
   }
   return fns;
 }

@@ -9,10 +9,14 @@ namespace {
 
 // What a tile needs besides scores.
 enum class TileKind {
-  plain,    // every lane sees every key, nothing is added
-  masked,   // some lanes do not see some keys
-  general,  // bias, ALiBi, softcap, and masks
+  plain,            // every lane sees every key, nothing is added
+  masked,           // some lanes do not see some keys
+  adjusted,         // bias, ALiBi, softcap
+  adjusted_masked,  // these, and some lanes do not see some keys
 };
+
+constexpr bool adjusts(TileKind kind) { return kind == TileKind::adjusted || kind == TileKind::adjusted_masked; }
+constexpr bool hides(TileKind kind) { return kind == TileKind::masked || kind == TileKind::adjusted_masked; }
 
 // Terms of the dense arguments over one key block, transposed so that lanes are lanes.
 template <class E>
@@ -30,7 +34,7 @@ struct ScoreRules {
   Scalar softcap;  // 0 = none
   bool alibi;
   int64_t output_stride;  // padded Dv
-  bool natural;           // scores are natural logarithms (general tiles), else to base 2
+  bool natural;           // scores are natural logarithms (adjusted tiles), else to base 2
 
   double to_log2() const { return natural ? kLog2E : 1.0; }
   double to_natural() const { return natural ? 1.0 : kLn2; }
@@ -308,10 +312,10 @@ FASTATTN_INLINE void adjust_scores(const TileContext<E>& context, Scores<E, kAct
 // What the tile's kind adds and hides.
 template <class E, TileKind kind, int kActive>
 FASTATTN_INLINE void finish_scores(const TileContext<E>& context, Scores<E, kActive>& s, int64_t block_key) {
-  if constexpr (kind == TileKind::general) {
+  if constexpr (adjusts(kind)) {
     adjust_scores<E, kActive>(context, s, block_key);
   }
-  if constexpr (kind != TileKind::plain) {
+  if constexpr (hides(kind)) {
     hide_scores<E, kActive>(context, s, block_key);
   }
 }
@@ -339,7 +343,7 @@ FASTATTN_NOINLINE void score_tile(TileContext<E>& context, TileRows key, int64_t
     load_scores<E, kActive>(raw, s);
   }
   finish_scores<E, kind, kActive>(context, s, block_key);
-  constexpr bool kNatural = kind == TileKind::general;
+  constexpr bool kNatural = adjusts(kind);
   follow_peak<E, kNatural, kActive>(context, s, block_key);
   exponentiate<E, kNatural, kActive>(context, s, block_key);
 }
@@ -355,7 +359,7 @@ FASTATTN_NOINLINE void seed_shift(TileContext<E>& context, TileRows key, int64_t
   const auto lowest = -static_cast<Scalar>(__builtin_inf());
   Scores<E, E::kVectors> s;
   multiply_keys<E, E::kVectors>(s, key.rows, key.stride, context.panel.query, context.rules.steps);
-  finish_scores<E, TileKind::general, E::kVectors>(context, s, block_key);
+  finish_scores<E, TileKind::adjusted_masked, E::kVectors>(context, s, block_key);
   typename E::Reg peak[E::kVectors];
   for (auto& highest : peak) {
     highest = V::set1(lowest);
