@@ -143,7 +143,7 @@ void check_view(const char* name, const TensorView& view) {
   // Elements are counted even where a stride of 0 repeats them: kernels compute with such products.
   int64_t count = 1;
   for (int i = 0; i < view.rank && !empty; ++i) {
-    if (__builtin_mul_overflow(count, view.sizes[i], &count) || count > (int64_t{1} << 59)) {
+    if (__builtin_mul_overflow(count, view.sizes[i], &count) || count > kMaxElements) {
       fail(name, "has more elements than 64-bit sizes in bytes can count");
     }
   }
@@ -151,7 +151,7 @@ void check_view(const char* name, const TensorView& view) {
   for (int i = 0; i < view.rank && !empty; ++i) {
     int64_t reach = 0;
     if (__builtin_mul_overflow(view.sizes[i] - 1, view.strides[i], &reach) ||
-        __builtin_add_overflow(span, reach, &span) || span > (int64_t{1} << 59)) {
+        __builtin_add_overflow(span, reach, &span) || span > kMaxElements) {
       fail(name, "its last element lies beyond the 64-bit address space");
     }
   }

@@ -23,6 +23,9 @@ struct TensorView {
   int64_t strides[kMaxRank] = {};
 };
 
+// So many elements of the widest type, eight bytes, are still counted in 64-bit sizes.
+constexpr int64_t kMaxElements = int64_t{1} << 59;
+
 // Throws std::invalid_argument where the view cannot be addressed.
 void check_view(const char* name, const TensorView& view);
 // Sets dtype, sizes, and the three tensors; throws std::invalid_argument where they do not fit each other.

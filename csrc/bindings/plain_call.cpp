@@ -145,7 +145,7 @@ bool shape_result(const TensorView& query, int64_t value_dim, TensorView& out) {
   int64_t stride = 1;
   for (int i = TensorView::kMaxRank - 1; i >= 0; --i) {
     out.strides[i] = stride;
-    if (__builtin_mul_overflow(stride, out.sizes[i], &stride) || stride > (int64_t{1} << 59)) {
+    if (__builtin_mul_overflow(stride, out.sizes[i], &stride) || stride > kMaxElements) {
       return false;
     }
   }
