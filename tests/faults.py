@@ -26,6 +26,7 @@ ROWS = "csrc/algorithm/row_softmax.h"
 VALUES = "csrc/algorithm/value_tile.h"
 FINISH = "csrc/algorithm/finish.h"
 FORWARD = "csrc/algorithm/forward.h"
+MASKS = "csrc/isa/avx512/mask_bits.h"
 DENSE = "csrc/algorithm/dense_block.h"
 BLOCK = "csrc/algorithm/block.h"
 PLAN = "csrc/algorithm/plan.h"
@@ -89,10 +90,18 @@ FAULTS = (
     Fault(
         "mask-transpose",
         "squares of eight rows and keys of a mask are not transposed",
-        DENSE,
-        "bytes[group] = transpose_bits(square)",
-        "bytes[group] = square",
+        MASKS,
+        "transpose_bits(transpose_bytes(_mm512_load_si512(keys + 8 * group)))",
+        "transpose_bytes(_mm512_load_si512(keys + 8 * group))",
         "rules",
+    ),
+    Fault(
+        "shared-table",
+        "every batch reads the first one's transposed mask",
+        FORWARD,
+        "batch % plan.dense_batches * plan.dense_spans",
+        "0 * batch",
+        "bitwise",
     ),
     Fault(
         "bias-hides-nothing",
@@ -236,8 +245,8 @@ FAULTS = (
         "hidden-nan",
         "values are not searched for NaN",
         BLOCK,
-        "if (extent.guard_end > 0) {",
-        "if (extent.guard_end > E::kBlockKeys) {",
+        "extent.poisoned |= finite.tiles[tile] == Tile::nonfinite;",
+        "extent.poisoned |= finite.tiles[tile] == Tile::unknown;",
         "poison",
     ),
     Fault(
@@ -293,16 +302,16 @@ FAULTS = (
         "softcap-skipped",
         "tiles of scores are not capped",
         SCORES,
-        "x = V::mul(tanh<V>(V::mul(x, inverse_cap)), cap)",
-        "x = V::mul(V::mul(x, inverse_cap), cap)",
+        "s[r][v] = softcap_near<V>(scale_score<E>(rules, s[r][v]), inverse);",
+        "s[r][v] = scale_score<E>(rules, s[r][v]);",
         "exactness",
     ),
     Fault(
         "alibi-sign",
         "ALiBi is added",
         SCORES,
-        "x = V::sub(x, V::mul(V::load(panel.slope",
-        "x = V::add(x, V::mul(V::load(panel.slope",
+        "const auto falling = V::sub(V::zero(), V::load(panel.slope",
+        "const auto falling = V::add(V::zero(), V::load(panel.slope",
         "exactness",
     ),
     Fault(
@@ -335,8 +344,8 @@ FAULTS = (
         "odd-key",
         "the last of an odd number of keys has no pair and is dropped",
         VALUES,
-        "(end - begin + E::kDepth - 1) / E::kDepth",
-        "(end - begin) / E::kDepth",
+        "(seen.last - seen.first + E::kDepth - 1) / E::kDepth",
+        "(seen.last - seen.first) / E::kDepth",
         "exactness",
         "avx512_bf16",
     ),

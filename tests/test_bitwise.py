@@ -173,3 +173,37 @@ def test_rows_alone_are_equal_to_tolerance_only(kernel: Kernel) -> None:
         out = fa.attention(query[:, :, row : row + 1], key, value, causal=True, query_offset=offset)
         error = abs(as_float64(out) - expected.out[:, :, row : row + 1])
         assert (error <= bounds.allowed(kernel, expected)[:, :, row : row + 1]).all()
+
+
+SHARED = {
+    "one": (1, 1, 70, 300),
+    "a batch": (3, 1, 70, 300),
+    "a head": (1, 6, 70, 300),
+    "nobody": (3, 6, 70, 300),
+    "keys": (3, 1, 1, 300),
+    "rows": (1, 1, 70, 1),
+}
+
+
+@pytest.mark.parametrize("bias_shape", [None, "one", "a batch", "a head", "keys"])
+@pytest.mark.parametrize("mask_shape", [None, *SHARED])
+def test_dense_arguments_that_heads_share(
+    kernel: Kernel, mask_shape: str | None, bias_shape: str | None, rng: np.random.Generator
+) -> None:
+    """They are transposed once for all; written out for each head, every task reads its own."""
+    shared = {}
+    if mask_shape:
+        mask = rng.random(SHARED[mask_shape]) < 0.7
+        mask[..., 8:40, 64:128] = False  # whole tiles without a key
+        shared["mask"] = mask
+    if bias_shape:
+        bias = rng.standard_normal(SHARED[bias_shape]).astype(np.float32)
+        bias[bias < -1.5] = -np.inf
+        shared["bias"] = bias
+    written = {name: np.broadcast_to(array, (3, 6, 70, 300)).copy() for name, array in shared.items()}
+    tensors = bounds.draw(MANY, kernel.dtype)
+    for causal in (False, True):
+        options = {"causal": causal, "return_lse": True}
+        assert_same_bits(
+            fa.attention(*tensors, **options, **shared), fa.attention(*tensors, **options, **written)
+        )

@@ -45,13 +45,6 @@ EXCEPTIONS = (
         45,
         "AVX2 has no masked 16-bit load: the last columns are copied by a call in the loop",
     ),
-    Allowed(
-        "avx2",
-        r"^(score_tile<.*TileKind\)[23]|scan_rows<.*true>)",
-        6,
-        "constants and a result of the softcap, which is most of such a loop: two tanh side by side "
-        "in 16 registers",
-    ),
     Allowed("avx2", r"^find_nonfinite<", 1, "an address; the loop looks for NaN in values, not a product"),
     Allowed(
         "amx_fp16",

@@ -1,7 +1,6 @@
 // One panel over one key block: which tiles to visit, their probabilities, and the product with the values.
 #pragma once
 
-#include "algorithm/dense_block.h"
 #include "algorithm/plan.h"
 #include "algorithm/row_softmax.h"
 #include "algorithm/value_tile.h"
@@ -23,8 +22,8 @@ struct ForwardTask {
   Panel<E>* panel(int i) const { return reinterpret_cast<Panel<E>*>(scratch) + i; }
   Scalar* probs() const { return reinterpret_cast<Scalar*>(scratch + plan.probs_at); }
   Scalar* raw() const { return reinterpret_cast<Scalar*>(scratch + plan.raw_at); }
-  uint32_t* visible() const { return reinterpret_cast<uint32_t*>(scratch + plan.visible_at); }
-  Scalar* bias() const { return reinterpret_cast<Scalar*>(scratch + plan.bias_at); }
+  char* dense() const { return scratch + plan.dense_at; }
+  FiniteValues<E>& finite() const { return *reinterpret_cast<FiniteValues<E>*>(scratch + plan.finite_at); }
   int64_t block_end(int64_t block) const { return min64(block + E::kBlockKeys, p.seqlen_k); }
 };
 
@@ -77,29 +76,16 @@ inline TileRows tile_keys(const ForwardTask<E>& task, const KeyValueView& view, 
   return {copy, row_bytes};
 }
 
-enum class Sight { none, some, all };
-
 // How much of the tile at `key` the panel's rows see.
 template <class E>
-inline Sight tile_sight(const Panel<E>& panel, const uint32_t* visible, int64_t block, int64_t key) {
+inline Sight tile_sight(const TileContext<E>& context, int64_t block, int64_t key) {
+  const Panel<E>& panel = context.panel;
   if (key >= panel.last_max || key + E::kKeys <= panel.first_min) {
     return Sight::none;
   }
-  bool all = key >= panel.first_max && key + E::kKeys <= panel.last_min;
-  if (visible != nullptr) {
-    uint32_t any_bits = 0;
-    uint32_t all_bits = ~0U;
-    for (int r = 0; r < E::kKeys; ++r) {
-      any_bits |= visible[key - block + r];
-      all_bits &= visible[key - block + r];
-    }
-    constexpr uint32_t kAll = E::kLanes == 32 ? ~0U : (1U << E::kLanes) - 1U;
-    if ((any_bits & kAll) == 0) {
-      return Sight::none;
-    }
-    all &= (all_bits & kAll) == kAll;
-  }
-  return all ? Sight::all : Sight::some;
+  const Sight sight = context.dense.sights != nullptr ? context.dense.sights[(key - block) / E::kKeys] : Sight::all;
+  const bool inside = key >= panel.first_max && key + E::kKeys <= panel.last_min;
+  return inside || sight == Sight::none ? sight : Sight::edge;
 }
 
 // Probabilities 0 for the tile at `block_key`.
@@ -113,19 +99,32 @@ inline void clear_probs(typename E::Scalar* probs, int64_t block_key) {
   }
 }
 
-// Keys of a block, relative to it: [begin, end) hold probabilities; within them, those of [guard_begin, guard_end) are
-// hidden from some row.
+// What a panel sees of a block: keys [begin, end), relative to the block, hold probabilities.
+template <class E>
 struct BlockExtent {
   int64_t begin = 0;
   int64_t end = 0;
-  int64_t guard_begin = 0;
-  int64_t guard_end = 0;
-
-  void guard(int64_t from, int64_t to) {
-    guard_begin = guard_end == 0 ? from : guard_begin;
-    guard_end = to;
-  }
+  bool guarded[E::kBlockKeys / E::kKeys] = {};  // tiles of them that are hidden from some row
+  bool poisoned = false;                        // and have values that a probability of 0 does not silence
 };
+
+// Notes that some row does not see the tiles of [begin, end).
+template <class E>
+inline void guard_tiles(const ForwardTask<E>& task, BlockExtent<E>& extent, int64_t begin, int64_t end) {
+  using Tile = typename FiniteValues<E>::Tile;
+  FiniteValues<E>& finite = task.finite();
+  for (int64_t key = begin; key < end; key += E::kKeys) {
+    const int64_t tile = key / E::kKeys;
+    extent.guarded[tile] = true;
+    if (finite.tiles[tile] == Tile::unknown) {
+      const int64_t from = finite.block + key;
+      const bool found = find_nonfinite<E>(task.p, task.rows.batch, task.rows.kv_head, from,
+                                           min64(from + E::kKeys, task.p.seqlen_k), finite.bad + key);
+      finite.tiles[tile] = found ? Tile::nonfinite : Tile::finite;
+    }
+    extent.poisoned |= finite.tiles[tile] == Tile::nonfinite;
+  }
+}
 
 // A matrix unit takes a block's products in one go: it and the vector units get in each other's way when their
 // instructions mix tile by tile (a third of the speed, measured). The block's peak is then known before its first
@@ -137,7 +136,7 @@ inline void score_products(const ForwardTask<E>& task, TileContext<E>& context, 
   const bool wide = context.panel.live > E::kWidth;
   auto* multiply = wide ? multiply_keys_to<E, E::kVectors> : multiply_keys_to<E, 1>;
   for (int64_t key = begin; key < end; key += E::kKeys) {
-    if (tile_sight<E>(context.panel, context.dense.visible, block, key) != Sight::none) {
+    if (tile_sight<E>(context, block, key) != Sight::none) {
       const TileRows rows = tile_keys<E>(task, view, key);
       multiply(context.raw + (key - block) * E::kLanes, rows.rows, rows.stride, context.panel, context.rules.steps);
     }
@@ -146,8 +145,9 @@ inline void score_products(const ForwardTask<E>& task, TileContext<E>& context, 
     peak = -static_cast<typename E::Scalar>(__builtin_inf());
   }
   for (int64_t key = begin; key < end; key += E::kKeys) {
-    const Sight sight = tile_sight<E>(context.panel, context.dense.visible, block, key);
+    const Sight sight = tile_sight<E>(context, block, key);
     if (sight != Sight::none) {
+      context.edge = sight == Sight::edge;
       (sight == Sight::all ? fns.scan_plain : fns.scan_masked)(context, key - block);
     }
   }
@@ -157,36 +157,37 @@ inline void score_products(const ForwardTask<E>& task, TileContext<E>& context, 
 
 // The same for rows.
 template <class E>
-inline BlockExtent score_rows(const ForwardTask<E>& task, TileContext<E>& context, const KeyValueView& view,
-                              int64_t begin, int64_t end) {
+inline BlockExtent<E> score_rows(const ForwardTask<E>& task, TileContext<E>& context, const KeyValueView& view,
+                                 int64_t begin, int64_t end) {
   const int64_t block = view.start;
-  BlockExtent extent;
+  BlockExtent<E> extent;
   extent.begin = begin - block;
   extent.end = round_up(end - block, E::kKeys);
+  bool hides = false;
   for (int64_t key = begin; key < end; key += E::kKeys) {
-    const Sight sight = tile_sight<E>(context.panel, context.dense.visible, block, key);
+    const Sight sight = tile_sight<E>(context, block, key);
     if (sight != Sight::all) {
-      extent.guard(key - block, key - block + E::kKeys);
+      hides = true;
+      guard_tiles<E>(task, extent, key - block, key - block + E::kKeys);
     }
     if (sight != Sight::none) {
       const TileRows rows = tile_keys<E>(task, view, key);
       multiply_keys_to<E, 1>(context.probs + (key - block), rows.rows, rows.stride, context.panel, context.rules.steps);
     }
   }
-  row_softmax<E>(context, extent.begin, extent.end, extent.guard_end > 0);
+  row_softmax<E>(context, extent.begin, extent.end, hides);
   return extent;
 }
 
 // Probabilities of one panel over one key block.
 template <class E>
-inline BlockExtent score_block(const ForwardTask<E>& task, TileContext<E>& context, const KeyValueView& view,
-                               int64_t begin, int64_t end) {
+inline BlockExtent<E> score_block(const ForwardTask<E>& task, TileContext<E>& context, const KeyValueView& view,
+                                  int64_t begin, int64_t end) {
   if constexpr (E::kMethod == Method::rows) {
     return score_rows<E>(task, context, view, begin, end);
   }
-  BlockExtent extent;
+  BlockExtent<E> extent;
   bool started = false;
-  bool gap = false;
   const int64_t block = view.start;
   const TileFns<E>& fns = task.plan.tiles[(context.panel.live + E::kWidth - 1) / E::kWidth - 1];
   if constexpr (E::kMethod == Method::tiles) {
@@ -194,25 +195,23 @@ inline BlockExtent score_block(const ForwardTask<E>& task, TileContext<E>& conte
   }
   for (int64_t key = begin; key < end; key += E::kKeys) {
     const int64_t block_key = key - block;
-    const Sight sight = tile_sight<E>(context.panel, context.dense.visible, block, key);
+    const Sight sight = tile_sight<E>(context, block, key);
     if (sight == Sight::none) {
       if (started) {
         clear_probs<E>(context.probs, block_key);
-        gap = true;
       }
       continue;
     }
     if (!started) {
       started = true;
-      extent.begin = context.written = block_key;
+      extent.begin = extent.end = context.written = block_key;
     }
-    if (sight == Sight::some || gap) {
-      extent.guard(gap ? extent.end : block_key, block_key + E::kKeys);
-      gap = false;
-    }
+    // Tiles between two that are seen hold probabilities of 0.
+    guard_tiles<E>(task, extent, extent.end, sight == Sight::all ? block_key : block_key + E::kKeys);
     if constexpr (E::kMethod == Method::tiles) {
       fns.exponentiate(context, block_key);
     } else {
+      context.edge = sight == Sight::edge;
       (sight == Sight::all ? fns.plain : fns.masked)(context, tile_keys<E>(task, view, key), block_key);
     }
     extent.end = block_key + E::kKeys;
@@ -230,22 +229,22 @@ inline bool lane_sees(const Panel<E>& panel, const uint32_t* visible, int64_t bl
 
 template <class E>
 inline void add_values(const ForwardTask<E>& task, const TileContext<E>& context, const KeyValueView& view,
-                       const BlockExtent& extent) {
+                       const BlockExtent<E>& extent) {
   const int64_t stride = task.plan.rules.output_stride;
   const OperandLayout& layout = task.plan.layout;
   const int64_t keys = task.block_end(view.start) - view.start;
   const int64_t end = min64(extent.end, keys);
-  if (extent.guard_end > 0) {
+  if (FASTATTN_UNLIKELY(extent.poisoned)) {
     bool bad[E::kBlockKeys] = {};
-    if (find_nonfinite<E>(task.p, task.rows.batch, task.rows.kv_head, view.start + extent.guard_begin,
-                          view.start + min64(extent.guard_end, keys), bad + extent.guard_begin)) {
-      accumulate_guarded<E>(context.panel, context.probs, task.p, layout, task.rows.batch, task.rows.kv_head,
-                            view.start, extent.begin, end, stride, bad, task.scratch + task.plan.clean_at,
-                            [&](int lane, int64_t key) {
-                              return lane_sees<E>(context.panel, context.dense.visible, view.start, lane, key);
-                            });
-      return;
+    for (int64_t key = extent.begin; key < end; ++key) {
+      bad[key] = extent.guarded[key / E::kKeys] && task.finite().bad[key];
     }
+    accumulate_guarded<E>(context.panel, context.probs, task.p, layout, task.rows.batch, task.rows.kv_head, view.start,
+                          extent.begin, end, stride, bad, task.scratch + task.plan.clean_at,
+                          [&](int lane, int64_t key) {
+                            return lane_sees<E>(context.panel, context.dense.visible, view.start, lane, key);
+                          });
+    return;
   }
   accumulate_values<E>(context.panel, context.probs, view, extent.begin, end, task.p.value_dim, stride,
                        layout.pack_value);
@@ -263,9 +262,9 @@ inline bool prepare_block(const ForwardTask<E>& task, TileContext<E>& context, i
     return false;
   }
   enter_block<E>(panel, block);
-  context.dense =
-      read_dense<E>(panel, task.p, block, *begin, min64(block + round_up(*end - block, E::kKeys), block_end),
-                    task.visible(), task.bias());
+  task.finite().enter(block);
+  context.dense = dense_block<E>(panel, task.p, block, *begin,
+                                 min64(block + round_up(*end - block, E::kKeys), block_end), task.dense());
   return true;
 }
 
@@ -276,7 +275,7 @@ inline void run_block(const ForwardTask<E>& task, TileContext<E>& context, const
   if (!prepare_block<E>(task, context, view.start, &begin, &end)) {
     return;
   }
-  const BlockExtent extent = score_block<E>(task, context, view, begin, end);
+  const BlockExtent<E> extent = score_block<E>(task, context, view, begin, end);
   Panel<E>& panel = context.panel;
   if (extent.end > extent.begin) {
     add_values<E>(task, context, view, extent);

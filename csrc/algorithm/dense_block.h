@@ -8,62 +8,32 @@
 namespace fastattn {
 namespace {
 
-// Bit i of byte j <-> bit j of byte i.
-inline uint64_t transpose_bits(uint64_t x) {
-  uint64_t swap = (x ^ (x >> 7)) & 0x00aa00aa00aa00aaULL;
-  x ^= swap ^ (swap << 7);
-  swap = (x ^ (x >> 14)) & 0x0000cccc0000ccccULL;
-  x ^= swap ^ (swap << 14);
-  swap = (x ^ (x >> 28)) & 0x00000000f0f0f0f0ULL;
-  return x ^ swap ^ (swap << 28);
-}
-
-// Eight mask bytes as eight bits, the first lowest.
-inline uint64_t pack_bytes(uint64_t bytes) {
-  constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7fULL;
-  const uint64_t nonzero = ((((bytes & kLow) + kLow) | bytes) >> 7) & 0x0101010101010101ULL;
-  return (nonzero * 0x0102040810204080ULL) >> 56;
-}
-
-// visible[key - begin] bit `lane`, for keys [begin, end) of the head.
+// visible[key - block] bit `lane`, for keys [begin, end) of the head.
 template <class E>
-FASTATTN_NOINLINE void read_mask(const Panel<E>& panel, int64_t key_stride, int64_t begin, int64_t end,
+FASTATTN_NOINLINE void read_mask(const Panel<E>& panel, int64_t key_stride, int64_t block, int64_t begin, int64_t end,
                                  uint32_t* visible) {
-  constexpr uint32_t kAll = E::kLanes == 32 ? ~0U : (1U << E::kLanes) - 1U;
   if (panel.mask_shared) {
     for (int64_t key = begin; key < end; ++key) {
-      visible[key - begin] = panel.mask_row[0][key * key_stride] != 0 ? kAll : 0;
+      visible[key - block] = panel.mask_row[0][key * key_stride] != 0 ? kAllLanes<E> : 0;
     }
     return;
   }
-  int64_t key = begin;
-  if (E::kLanes % 8 == 0 && key_stride == 1) {
-    for (; key + 8 <= end; key += 8) {
-      uint64_t bytes[E::kLanes / 8];
-      for (int group = 0; group < E::kLanes / 8; ++group) {
-        uint64_t square = 0;
-        for (int i = 0; i < 8; ++i) {
-          uint64_t eight;
-          memcpy(&eight, panel.mask_row[group * 8 + i] + key, sizeof eight);
-          square |= pack_bytes(eight) << (8 * i);
-        }
-        bytes[group] = transpose_bits(square);
+  if constexpr (E::kLanes % 8 == 0) {
+    using Reader = typename E::V::MaskReader;
+    static_assert(E::kBlockKeys % Reader::kKeys == 0, "a step must not reach past the table");
+    if (key_stride == 1) {
+      for (int64_t key = block + round_down(begin - block, Reader::kKeys); key < end; key += Reader::kKeys) {
+        Reader::template read<E::kLanes>(panel.mask_row, key, min64(Reader::kKeys, end - key), visible + (key - block));
       }
-      for (int i = 0; i < 8; ++i) {
-        uint32_t bits = 0;
-        for (int group = 0; group < E::kLanes / 8; ++group) {
-          bits |= static_cast<uint32_t>((bytes[group] >> (8 * i)) & 0xffU) << (8 * group);
-        }
-        visible[key - begin + i] = bits;
-      }
+      return;
     }
   }
-  for (; key < end; ++key) {
+  for (int64_t key = begin; key < end; ++key) {
     uint32_t bits = 0;
     for (int lane = 0; lane < E::kLanes; ++lane) {
       bits |= static_cast<uint32_t>(panel.mask_row[lane][key * key_stride] != 0) << lane;
     }
-    visible[key - begin] = bits;
+    visible[key - block] = bits;
   }
 }
 
@@ -103,9 +73,16 @@ FASTATTN_NOINLINE void read_bias(const Panel<E>& panel, int64_t key_stride, int6
 
 // What a bias of -inf hides, merged into `visible`.
 template <class E>
-inline void hide_by_bias(const typename E::Scalar* bias, int64_t keys, uint32_t* visible) {
+FASTATTN_NOINLINE void hide_by_bias(const typename E::Scalar* bias, int64_t keys, uint32_t* visible) {
   using V = typename E::V;
   const auto lowest = V::set1(-static_cast<typename E::Scalar>(__builtin_inf()));
+  auto least = V::zero();
+  for (int64_t i = 0; i < keys * E::kLanes; i += E::kWidth) {
+    least = V::min(V::load(bias + i), least);  // a NaN is passed over
+  }
+  if (!V::any(V::less_equal(least, lowest))) {
+    return;
+  }
   for (int64_t key = 0; key < keys; ++key) {
     uint32_t hidden = 0;
     for (int v = 0; v < E::kVectors; ++v) {
@@ -116,39 +93,87 @@ inline void hide_by_bias(const typename E::Scalar* bias, int64_t keys, uint32_t*
   }
 }
 
-// Fills both tables, indexed by the key within the block, for keys [begin, end) of the head.
+// What the bits of the tiles of keys [begin, end) of a block let through.
 template <class E>
-inline DenseBlock<E> read_dense(const Panel<E>& panel, const AttentionParams& p, int64_t block, int64_t begin,
-                                int64_t end, uint32_t* visible, typename E::Scalar* bias) {
-  DenseBlock<E> dense{};
-  if (p.mask == nullptr && p.bias == nullptr) {
-    return dense;
+FASTATTN_NOINLINE void read_sights(const uint32_t* visible, int64_t begin, int64_t end, Sight* sights) {
+  for (int64_t key = begin; key < end; key += E::kKeys) {
+    uint32_t any = 0;
+    uint32_t all = ~0U;
+    for (int r = 0; r < E::kKeys; ++r) {
+      any |= visible[key + r];
+      all &= visible[key + r];
+    }
+    const bool none = (any & kAllLanes<E>) == 0;
+    const bool whole = (all & kAllLanes<E>) == kAllLanes<E>;
+    sights[key / E::kKeys] = none ? Sight::none : whole ? Sight::all : Sight::holes;
   }
-  uint32_t* seen = visible + (begin - block);
-  dense.visible = visible;
+}
+
+// Room for the dense arguments of one panel: those of a key block, or of all of them.
+template <class E>
+struct DenseRoom {
+  uint32_t* visible;
+  Sight* sights;
+  typename E::Scalar* bias;
+
+  // Bytes for `keys` keys, a multiple of kBlockKeys.
+  static constexpr int64_t bytes(const AttentionParams& p, int64_t keys) {
+    const int64_t bias = p.bias != nullptr ? keys * E::kLanes * static_cast<int64_t>(sizeof(typename E::Scalar)) : 0;
+    return p.mask == nullptr && p.bias == nullptr ? 0 : round_up(bias + keys * 4 + keys / E::kKeys, 64);
+  }
+
+  // The part for the key block that starts at `block`.
+  static DenseRoom at(char* room, const AttentionParams& p, int64_t keys, int64_t block) {
+    auto* bias = reinterpret_cast<typename E::Scalar*>(room);
+    auto* visible = reinterpret_cast<uint32_t*>(bias + (p.bias != nullptr ? keys * E::kLanes : 0));
+    auto* sights = reinterpret_cast<Sight*>(visible + keys);
+    return {visible + block, sights + block / E::kKeys, bias + block * E::kLanes};
+  }
+
+  DenseBlock<E> filled(const AttentionParams& p) const { return {visible, sights, p.bias != nullptr ? bias : nullptr}; }
+};
+
+// Reads the dense arguments for keys [begin, end) of the head, which lie in the block; `begin` starts a tile.
+template <class E>
+inline void read_dense(const Panel<E>& panel, const AttentionParams& p, int64_t block, int64_t begin, int64_t end,
+                       const DenseRoom<E>& room) {
+  const int64_t tiles_end = round_up(end - block, E::kKeys);  // the last tile may reach past the last key
+  uint32_t* seen = room.visible + (begin - block);
   if (p.mask != nullptr) {
-    read_mask<E>(panel, p.mask_strides[3], begin, end, seen);
+    read_mask<E>(panel, p.mask_strides[3], block, begin, end, room.visible);
   } else {
     memset(seen, 0xff, static_cast<size_t>(end - begin) * sizeof *seen);
   }
   if (p.bias != nullptr) {
-    auto* to = bias + (begin - block) * E::kLanes;
+    auto* to = room.bias + (begin - block) * E::kLanes;
     if (p.bias_dtype == DType::float32 && sizeof(typename E::Source) != sizeof(float)) {
       read_bias<E, float>(panel, p.bias_strides[3], begin, end, to);
     } else {
       read_bias<E, typename E::Source>(panel, p.bias_strides[3], begin, end, to);
     }
     hide_by_bias<E>(to, end - begin, seen);
-    dense.bias = bias;
+    memset(room.bias + (end - block) * E::kLanes, 0,
+           static_cast<size_t>((tiles_end - (end - block)) * E::kLanes) * sizeof(typename E::Scalar));
   }
-  // The last tile may reach past the last key.
-  for (int64_t key = end; key < round_up(end - block, E::kKeys) + block; ++key) {
-    visible[key - block] = 0;
-    for (int lane = 0; p.bias != nullptr && lane < E::kLanes; ++lane) {
-      bias[(key - block) * E::kLanes + lane] = 0;
-    }
+  for (int64_t key = end - block; key < tiles_end; ++key) {
+    room.visible[key] = 0;
   }
-  return dense;
+  read_sights<E>(room.visible, begin - block, tiles_end, room.sights);
+}
+
+// The dense arguments for such keys: from the table of the panel, or read now.
+template <class E>
+inline DenseBlock<E> dense_block(const Panel<E>& panel, const AttentionParams& p, int64_t block, int64_t begin,
+                                 int64_t end, char* scratch) {
+  if (p.mask == nullptr && p.bias == nullptr) {
+    return {};
+  }
+  if (panel.dense != nullptr) {
+    return DenseRoom<E>::at(panel.dense, p, round_up(p.seqlen_k, E::kBlockKeys), block).filled(p);
+  }
+  const auto room = DenseRoom<E>::at(scratch, p, E::kBlockKeys, 0);
+  read_dense<E>(panel, p, block, begin, end, room);
+  return room.filled(p);
 }
 
 }  // namespace

@@ -22,6 +22,7 @@ struct ForwardCall {
   const ForwardPlan<E>& plan;
   char* scratch;       // [threads][thread_bytes]
   char* packed;        // [wave][head_bytes]
+  char* dense;         // [dense_batches][dense_spans][span_panels][dense_bytes]
   int64_t first_head;  // of the wave, counted over batch and key/value heads
 };
 
@@ -62,7 +63,7 @@ FASTATTN_NOINLINE void seed_panel(const ForwardTask<E>& task, TileContext<E>& co
     const int64_t block = round_down(key, E::kBlockKeys);
     const int64_t end = min64(key + E::kKeys, task.block_end(block));
     enter_block<E>(panel, block);
-    context.dense = read_dense<E>(panel, task.p, block, key, end, task.visible(), task.bias());
+    context.dense = dense_block<E>(panel, task.p, block, key, end, task.dense());
     seed_shift<E>(context, seed_keys<E>(task, key), key - block, wanted);
   }
 }
@@ -111,6 +112,37 @@ inline ForwardTask<E> make_task(const ForwardCall<E>& call, int64_t index, int t
           panels};
 }
 
+// Where mask and bias of a panel of a span stand transposed; null where each task reads them for itself.
+template <class E>
+inline char* dense_table(const ForwardCall<E>& call, int64_t batch, int64_t span, int64_t panel) {
+  const ForwardPlan<E>& plan = call.plan;
+  if (plan.dense_bytes == 0) {
+    return nullptr;
+  }
+  const int64_t table = batch % plan.dense_batches * plan.dense_spans + span % plan.dense_spans;
+  return call.dense + (table * plan.span_panels + panel) * plan.dense_bytes;
+}
+
+// Fills the table of one panel.
+template <class E>
+void dense_task(void* opaque, int64_t index, int /*thread*/) {
+  const auto& call = *static_cast<const ForwardCall<E>*>(opaque);
+  const AttentionParams& p = call.p;
+  const ForwardPlan<E>& plan = call.plan;
+  const int64_t at = index % plan.span_panels;
+  const int64_t span = index / plan.span_panels % plan.dense_spans;
+  const int64_t batch = index / plan.span_panels / plan.dense_spans;
+  const int64_t first = span % plan.spans * plan.span_rows;
+  Panel<E> panel;
+  place_rows<E>(panel, p, {batch, span / plan.spans, first, first + plan.span_rows}, first + at * E::kLanes);
+  char* table = dense_table<E>(call, batch, span, at);
+  const int64_t keys = round_up(p.seqlen_k, E::kBlockKeys);
+  for (int64_t block = 0; block < p.seqlen_k; block += E::kBlockKeys) {
+    read_dense<E>(panel, p, block, block, min64(block + E::kBlockKeys, p.seqlen_k),
+                  DenseRoom<E>::at(table, p, keys, block));
+  }
+}
+
 template <class E>
 void run_task(void* opaque, int64_t index, int thread) {
   using Scalar = typename E::Scalar;
@@ -118,6 +150,8 @@ void run_task(void* opaque, int64_t index, int thread) {
   const ForwardPlan<E>& plan = call.plan;
   const ForwardTask<E> task = make_task<E>(call, index, thread);
   E::enter();
+  const typename E::V::FlushDenormals flush;
+  task.finite().block = -1;
   const int64_t batch = task.rows.batch;
   int64_t first = INT64_MAX;
   int64_t last = 0;
@@ -126,6 +160,8 @@ void run_task(void* opaque, int64_t index, int thread) {
     panel.query = reinterpret_cast<Scalar*>(task.scratch + plan.query_at + i * plan.query_bytes);
     panel.output = reinterpret_cast<Scalar*>(task.scratch + plan.output_at) + i * E::kLanes * plan.rules.output_stride;
     place_rows<E>(panel, task.p, task.rows, task.rows.begin + i * E::kLanes);
+    panel.dense = dense_table<E>(call, batch, task.rows.kv_head * plan.spans + task.rows.begin / plan.span_rows,
+                                 task.rows.begin % plan.span_rows / E::kLanes + i);
     if constexpr (E::kMethod == Method::rows) {
       copy_query<E>(panel, task.p, batch, plan.query_factor);
     } else {
@@ -135,7 +171,7 @@ void run_task(void* opaque, int64_t index, int thread) {
     memset(panel.output, 0, sizeof(Scalar) * static_cast<size_t>(rows * plan.rules.output_stride));
     if constexpr (E::kMethod == Method::broadcast) {  // the others know a block's maximum before they need it
       if (plan.rules.alibi) {
-        TileContext<E> context{panel, plan.rules, {}, task.probs(), task.raw(), 0, {}};
+        TileContext<E> context{panel, plan.rules, {}, task.probs(), task.raw(), true, 0, {}};
         seed_panel<E>(task, context);
       }
     }
@@ -145,7 +181,7 @@ void run_task(void* opaque, int64_t index, int thread) {
   for (int64_t block = round_down(first, E::kBlockKeys); block < last; block += E::kBlockKeys) {
     const KeyValueView view = block_view<E>(task, block);
     for (int i = 0; i < task.panels; ++i) {
-      TileContext<E> context{*task.panel(i), plan.rules, {}, task.probs(), task.raw(), 0, {}};
+      TileContext<E> context{*task.panel(i), plan.rules, {}, task.probs(), task.raw(), true, 0, {}};
       run_block<E>(task, context, view);
     }
   }
@@ -154,7 +190,7 @@ void run_task(void* opaque, int64_t index, int thread) {
     Panel<E>& panel = *task.panel(i);
     finish_rows<E>(panel, task.p, plan.rules, batch, normalisers);
     if (task.p.weights != nullptr) {
-      TileContext<E> context{panel, plan.rules, {}, task.probs(), task.raw(), 0, {}};
+      TileContext<E> context{panel, plan.rules, {}, task.probs(), task.raw(), true, 0, {}};
       write_weights<E>(task, context, normalisers);
     }
   }
@@ -191,8 +227,14 @@ void run_forward(const AttentionParams& p) {
   const ForwardPlan<E> plan = plan_forward<E>(p);
   const int64_t heads = p.batch * p.kv_heads;
   const int64_t thread_bytes = plan.threads * plan.thread_bytes;
-  const Workspace workspace(static_cast<size_t>(thread_bytes + plan.wave * plan.head_bytes));
-  ForwardCall<E> call{p, plan, workspace.data(), workspace.data() + thread_bytes, 0};
+  const int64_t packed_bytes = plan.wave * plan.head_bytes;
+  const int64_t tables = plan.dense_batches * plan.dense_spans * plan.span_panels;
+  const Workspace workspace(static_cast<size_t>(thread_bytes + packed_bytes + tables * plan.dense_bytes));
+  char* packed = workspace.data() + thread_bytes;
+  ForwardCall<E> call{p, plan, workspace.data(), packed, packed + packed_bytes, 0};
+  if (plan.dense_bytes > 0) {
+    parallel_for(tables, plan.threads, dense_task<E>, &call, p.num_threads);
+  }
   for (int64_t head = 0; head < heads; head += plan.wave) {
     const int64_t wave = min64(plan.wave, heads - head);
     call.first_head = head;

@@ -36,6 +36,7 @@ struct Panel {
   int64_t first_min, first_max, last_min, last_max;
   const uint8_t* mask_row[kLanes];
   const char* bias_row[kLanes];
+  char* dense;       // null, or a DenseRoom that holds mask and bias for all keys
   bool mask_shared;  // every lane reads the same mask row
   bool bias_shared;
 
@@ -75,6 +76,7 @@ FASTATTN_NOINLINE void place_rows(Panel<E>& panel, const AttentionParams& p, con
   panel.placed = E::kMethod == Method::rows && !dense ? panel.live : E::kLanes;
   panel.first_min = panel.last_min = INT64_MAX;
   panel.first_max = panel.last_max = 0;
+  panel.dense = nullptr;
   panel.mask_shared = panel.bias_shared = true;
   const int64_t bias_size = p.bias_dtype == DType::float64 ? 8 : p.bias_dtype == DType::float32 ? 4 : 2;
   int64_t head = range.kv_head * group + begin / p.seqlen_q;

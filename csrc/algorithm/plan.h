@@ -1,6 +1,7 @@
 // How one call is cut: tasks of a few panels, what they pack and when, and the scratch of a thread.
 #pragma once
 
+#include "algorithm/dense_block.h"
 #include "algorithm/operands.h"
 #include "algorithm/panel.h"
 #include "algorithm/score_tile.h"
@@ -14,6 +15,9 @@ namespace {
 // Panels a task may hold: they share each key block while it is in the L2 cache. 1, 4 and 8 could not be told apart on
 // a shared machine (float32, S2048); 4 keeps both threads busy on short sequences.
 constexpr int kMaxPanels = 4;
+
+// What mask and bias that heads share may take when they are transposed ahead of the tasks.
+constexpr int64_t kDenseBudget = int64_t{32} << 20;
 
 // Rows from which keys and values that are not adjacent rows (the "bshd" layout) are worth copying first. At S2048
 // float32 read in place ran at 0.89 (D64) and 0.79 (D128) of the speed of adjacent rows, copied at 0.97 and 0.96.
@@ -36,6 +40,24 @@ inline int worthwhile_threads(const AttentionParams& p, int64_t tasks) {
   return time < kThreadWork * p.num_threads ? static_cast<int>(1 + time / kThreadWork) : p.num_threads;
 }
 
+// Which tiles of a key block have values that are not all finite, each found out when first asked for: the panels of a
+// task share it.
+template <class E>
+struct FiniteValues {
+  enum class Tile : uint8_t { unknown, finite, nonfinite };
+
+  int64_t block;
+  Tile tiles[E::kBlockKeys / E::kKeys];
+  bool bad[E::kBlockKeys];  // of the tiles that are known
+
+  void enter(int64_t at) {
+    if (block != at) {
+      block = at;
+      memset(tiles, 0, sizeof tiles);
+    }
+  }
+};
+
 // The score tiles of one call: where every row sees every key, and where some row does not see some key.
 template <class E>
 struct TileFns {
@@ -53,20 +75,25 @@ struct ForwardPlan {
   ScoreRules<E> rules;
   TileFns<E> tiles[E::kVectors];  // for panels of 1, ... kVectors vectors of live lanes
   double query_factor;
-  int panels;          // of a task
-  int64_t spans;       // stretches of rows a key/value head falls into: one a query head, or one for all
-  int64_t span_rows;   // rows of a span
-  int64_t span_tasks;  // tasks of a span
-  int64_t head_tasks;  // tasks of a key/value head
+  int panels;           // of a task
+  int64_t spans;        // stretches of rows a key/value head falls into: one a query head, or one for all
+  int64_t span_rows;    // rows of a span
+  int64_t span_panels;  // panels of a span
+  int64_t span_tasks;   // tasks of a span
+  int64_t head_tasks;   // tasks of a key/value head
   // Each task packs block by block into its own scratch: where a key/value head has one task, or is too long to be
   // packed as a whole.
   bool pack_in_task;
   int64_t head_bytes;  // packed operands of a key/value head; 0 where nothing is packed ahead
   int64_t wave;        // key/value heads whose operands are packed at once
+  // Mask and bias that several heads share are transposed once, into tables for so many batches and spans of each.
+  int64_t dense_batches;
+  int64_t dense_spans;
+  int64_t dense_bytes;  // of a panel of them; 0: every task reads them for itself
   int threads;
   // byte offsets of a thread's scratch
   int64_t query_bytes;  // of a panel
-  int64_t query_at, output_at, probs_at, raw_at, visible_at, bias_at, tail_at, clean_at, packed_at, thread_bytes;
+  int64_t query_at, output_at, probs_at, raw_at, dense_at, finite_at, tail_at, clean_at, packed_at, thread_bytes;
 };
 
 template <class E>
@@ -85,8 +112,8 @@ inline void plan_scratch(ForwardPlan<E>& plan, const AttentionParams& p) {
   plan.output_at = take(plan.panels * E::kLanes * plan.rules.output_stride * kScalar);
   plan.probs_at = take(E::kPlanes * kPlaneSize<E> * kScalar);
   plan.raw_at = take(E::kMethod == Method::tiles ? int64_t{E::kBlockKeys} * E::kLanes * kScalar : 0);
-  plan.visible_at = take(p.mask != nullptr || p.bias != nullptr ? E::kBlockKeys * 4 : 0);
-  plan.bias_at = take(p.bias != nullptr ? int64_t{E::kLanes} * E::kBlockKeys * kScalar : 0);
+  plan.dense_at = take(plan.dense_bytes == 0 ? DenseRoom<E>::bytes(p, E::kBlockKeys) : 0);
+  plan.finite_at = take(sizeof(FiniteValues<E>));
   plan.tail_at = take(E::kKeys * plan.layout.key_row_bytes);
   plan.clean_at = take(E::kBlockKeys / E::kDepth * plan.layout.value_row_bytes);
   plan.packed_at = take(plan.pack_in_task ? plan.layout.head_bytes(E::kBlockKeys, E::kDepth) : 0);
@@ -121,6 +148,26 @@ inline Scalar finite_softcap(double softcap) {
   return static_cast<Scalar>(softcap < kSmallest ? kSmallest : softcap);
 }
 
+// Whether mask and bias are the same for several heads, and worth transposing ahead. A mask of 2048 by 2048 that each
+// of eight heads read for itself took a tenth of a causal call, a bias a fifth of a full one.
+template <class E>
+inline void plan_dense(ForwardPlan<E>& plan, const AttentionParams& p) {
+  const auto moves = [&](int axis) {
+    return (p.mask != nullptr && p.mask_strides[axis] != 0) || (p.bias != nullptr && p.bias_strides[axis] != 0);
+  };
+  const int64_t spans = p.kv_heads * plan.spans;
+  plan.dense_batches = moves(0) ? p.batch : 1;
+  plan.dense_spans = moves(1) ? spans : 1;
+  const bool shared = p.batch * spans >= 2 * plan.dense_batches * plan.dense_spans;
+  if (E::kMethod == Method::rows || !shared || !moves(2) || p.seqlen_k > kDenseBudget) {
+    return;
+  }
+  const int64_t bytes = DenseRoom<E>::bytes(p, round_up(p.seqlen_k, E::kBlockKeys));
+  if (kDenseBudget / bytes / plan.span_panels / plan.dense_spans >= plan.dense_batches) {
+    plan.dense_bytes = bytes;
+  }
+}
+
 template <class E>
 inline ForwardPlan<E> plan_forward(const AttentionParams& p) {
   using Scalar = typename E::Scalar;
@@ -147,12 +194,12 @@ inline ForwardPlan<E> plan_forward(const AttentionParams& p) {
   plan.spans = together ? 1 : group;
   plan.span_rows = together ? group * p.seqlen_q : p.seqlen_q;
   const int64_t heads = p.batch * p.kv_heads * plan.spans;
-  const int64_t span_panels = (plan.span_rows + E::kLanes - 1) / E::kLanes;
-  plan.panels = static_cast<int>(min64(kMaxPanels, span_panels));
-  while (plan.panels > 1 && heads * ((span_panels + plan.panels - 1) / plan.panels) < int64_t{2} * p.num_threads) {
+  plan.span_panels = (plan.span_rows + E::kLanes - 1) / E::kLanes;
+  plan.panels = static_cast<int>(min64(kMaxPanels, plan.span_panels));
+  while (plan.panels > 1 && heads * ((plan.span_panels + plan.panels - 1) / plan.panels) < int64_t{2} * p.num_threads) {
     plan.panels /= 2;
   }
-  plan.span_tasks = (span_panels + plan.panels - 1) / plan.panels;
+  plan.span_tasks = (plan.span_panels + plan.panels - 1) / plan.panels;
   plan.head_tasks = plan.spans * plan.span_tasks;
   const bool packs = plan.layout.pack_key || plan.layout.pack_value;
   // Lengths past the budget are not multiplied: with strides of 0 the product may exceed 64 bits.
@@ -163,6 +210,7 @@ inline ForwardPlan<E> plan_forward(const AttentionParams& p) {
   const int64_t all_heads = p.batch * p.kv_heads;
   plan.wave = plan.head_bytes == 0 ? all_heads : clamp64(kPackedBudget / plan.head_bytes, 1, all_heads);
   plan.threads = effective_threads(plan.wave * plan.head_tasks, worthwhile_threads(p, all_heads * plan.head_tasks));
+  plan_dense<E>(plan, p);
   plan_scratch<E>(plan, p);
   return plan;
 }

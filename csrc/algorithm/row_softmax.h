@@ -31,14 +31,14 @@ FASTATTN_INLINE typename E::Reg adjust_keys(const TileContext<E>& context, const
   using V = typename E::V;
   const ScoreRules<E>& rules = context.rules;
   if (rules.softcap > 0) {
-    x = V::mul(tanh<V>(V::mul(x, V::set1(1 / rules.softcap))), V::set1(rules.softcap));
+    x = softcap<V>(x, V::set1(rules.softcap), V::set1(1 / rules.softcap));
   }
   if (context.dense.bias != nullptr) {
     x = V::add(x, V::load(terms.bias + key));
   }
   if (rules.alibi) {
     const auto distance = V::abs(V::sub(V::set1(context.panel.block_position[lane]), keys));
-    x = V::sub(x, V::mul(V::set1(context.panel.slope[lane]), distance));
+    x = V::fma(V::set1(-context.panel.slope[lane]), distance, x);
   }
   return x;
 }

@@ -18,10 +18,19 @@ enum class TileKind {
 constexpr bool adjusts(TileKind kind) { return kind == TileKind::adjusted || kind == TileKind::adjusted_masked; }
 constexpr bool hides(TileKind kind) { return kind == TileKind::masked || kind == TileKind::adjusted_masked; }
 
+// Every lane's bit.
+template <class E>
+constexpr uint32_t kAllLanes = E::kLanes == 32 ? ~0U : (1U << E::kLanes) - 1U;
+
+// How much of a tile the rows of a panel see. A tile at the edge of what the rule, the window or the length lets some
+// row see is `edge`; within them, `holes` has keys that the dense arguments hide.
+enum class Sight : uint8_t { none, edge, holes, all };
+
 // Terms of the dense arguments over one key block, transposed so that lanes are lanes.
 template <class E>
 struct DenseBlock {
   const uint32_t* visible;         // null, or a bit for each lane, [kBlockKeys]
+  const Sight* sights;             // null, or what these bits let through, [kBlockKeys / kKeys]
   const typename E::Scalar* bias;  // null, or [kBlockKeys][kLanes]
 };
 
@@ -48,6 +57,7 @@ struct TileContext {
   DenseBlock<E> dense;
   typename E::Scalar* probs;                        // [strip][kBlockKeys / depth][kRows] lanes of operands
   typename E::Scalar* raw;                          // Method::tiles: the block's products, [key][lane]
+  bool edge;                                        // the tile reaches past what some lane may see by the rules
   int64_t written;                                  // first key of the block whose probabilities have been written
   alignas(64) typename E::Scalar peaks[E::kLanes];  // largest scores of the block
 };
@@ -173,6 +183,29 @@ FASTATTN_INLINE bool peak_rises(const TileContext<E>& context, typename E::Reg (
   return rises;
 }
 
+// Scores to memory and back.
+template <class E, int kActive>
+FASTATTN_INLINE void store_scores(typename E::Scalar* raw, const Scores<E, kActive>& s) {
+#pragma GCC unroll 8
+  for (int r = 0; r < E::kGroupKeys; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kActive; ++v) {
+      E::V::store(raw + r * E::kLanes + v * E::kWidth, s[r][v]);
+    }
+  }
+}
+
+template <class E, int kActive>
+FASTATTN_INLINE void load_scores(const typename E::Scalar* raw, Scores<E, kActive>& s) {
+#pragma GCC unroll 8
+  for (int r = 0; r < E::kGroupKeys; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kActive; ++v) {
+      s[r][v] = E::V::load(raw + r * E::kLanes + v * E::kWidth);
+    }
+  }
+}
+
 // Follows the maximum of a group of scores.
 template <class E, bool kNatural, int kActive>
 FASTATTN_INLINE void follow_peak(TileContext<E>& context, Scores<E, kActive>& s, int64_t block_key) {
@@ -186,25 +219,17 @@ FASTATTN_INLINE void follow_peak(TileContext<E>& context, Scores<E, kActive>& s,
   find_peak<E, kActive>(s, peak);
   if (FASTATTN_UNLIKELY((peak_rises<E, kNatural, kActive>(context, peak)))) {
     // The scores go to memory and back by hand, lest the compiler keep them there on the common path too.
-    alignas(64) Scalar kept[E::kGroupKeys][E::kLanes];
+    alignas(64) Scalar kept[E::kGroupKeys * E::kLanes];
     alignas(64) Scalar peaks[E::kLanes];
+    store_scores<E, kActive>(kept, s);
     for (int v = 0; v < kActive; ++v) {
       V::store(peaks + v * E::kWidth, peak[v]);
-      for (int r = 0; r < E::kGroupKeys; ++r) {
-        V::store(&kept[r][v * E::kWidth], s[r][v]);
-      }
     }
     for (int lane = kActive * E::kWidth; lane < E::kLanes; ++lane) {
       peaks[lane] = -static_cast<Scalar>(__builtin_inf());
     }
     raise_shift<E>(context, peaks, block_key);
-#pragma GCC unroll 4
-    for (int v = 0; v < kActive; ++v) {
-#pragma GCC unroll 8
-      for (int r = 0; r < E::kGroupKeys; ++r) {
-        s[r][v] = V::load(&kept[r][v * E::kWidth]);
-      }
-    }
+    load_scores<E, kActive>(kept, s);
   }
 }
 
@@ -261,6 +286,19 @@ FASTATTN_INLINE void hide_scores(const TileContext<E>& context, Scores<E, kActiv
   const Panel<E>& panel = context.panel;
   const auto hidden = V::set1(-static_cast<Scalar>(__builtin_inf()));
   const uint32_t* visible = context.dense.visible;
+  if (visible != nullptr) {
+#pragma GCC unroll 8
+    for (int r = 0; r < E::kGroupKeys; ++r) {
+      const uint32_t bits = visible[block_key + r];
+#pragma GCC unroll 4
+      for (int v = 0; v < kActive; ++v) {
+        s[r][v] = V::select(V::from_bits(bits >> (v * E::kWidth)), s[r][v], hidden);
+      }
+    }
+  }
+  if (!context.edge) {
+    return;
+  }
 #pragma GCC unroll 4
   for (int v = 0; v < kActive; ++v) {
     const auto first = V::load(panel.block_first + v * E::kWidth);
@@ -268,66 +306,123 @@ FASTATTN_INLINE void hide_scores(const TileContext<E>& context, Scores<E, kActiv
 #pragma GCC unroll 8
     for (int r = 0; r < E::kGroupKeys; ++r) {
       const auto key = V::set1(static_cast<Scalar>(block_key + r));
-      auto seen = V::both(V::less_equal(first, key), V::less(key, last));
-      if (visible != nullptr) {
-        seen = V::both(seen, V::from_bits(visible[block_key + r] >> (v * E::kWidth)));
-      }
-      s[r][v] = V::select(seen, s[r][v], hidden);
+      s[r][v] = V::select(V::both(V::less_equal(first, key), V::less(key, last)), s[r][v], hidden);
     }
   }
 }
 
-// Scale, softcap, bias and ALiBi, in this order.
+template <class E>
+FASTATTN_INLINE typename E::Reg scale_score(const ScoreRules<E>& rules, typename E::Reg x) {
+  return E::Product::kScaleQuery ? x : E::V::mul(x, E::V::set1(rules.factor));
+}
+
+// Scale and softcap of products that lie anywhere.
 template <class E, int kActive>
-FASTATTN_INLINE void adjust_scores(const TileContext<E>& context, Scores<E, kActive>& s, int64_t block_key) {
+FASTATTN_NOINLINE void cap_far_scores(const ScoreRules<E>& rules, typename E::Scalar* raw) {
+  using V = typename E::V;
+  const auto cap = V::set1(rules.softcap);
+  const auto inverse = V::set1(1 / rules.softcap);
+  for (int r = 0; r < E::kGroupKeys; ++r) {
+    for (int v = 0; v < kActive; ++v) {
+      auto* at = raw + r * E::kLanes + v * E::kWidth;
+      V::store(at, softcap<V>(scale_score<E>(rules, V::load(at)), cap, inverse));
+    }
+  }
+}
+
+// Scale and softcap of a group of products; `raw` is where they lie in memory, if they do. Where all are near 0, as
+// most are, a polynomial is enough.
+template <class E, int kActive>
+FASTATTN_INLINE void cap_scores(const ScoreRules<E>& rules, Scores<E, kActive>& s, typename E::Scalar* raw) {
   using V = typename E::V;
   using Scalar = typename E::Scalar;
-  const Panel<E>& panel = context.panel;
-  const ScoreRules<E>& rules = context.rules;
-  const auto factor = V::set1(rules.factor);
-  const auto cap = V::set1(rules.softcap);
-  const auto inverse_cap = V::set1(rules.softcap > 0 ? 1 / rules.softcap : 0);
-  for (int r = 0; r < E::kGroupKeys; ++r) {
-    const auto key = V::set1(static_cast<Scalar>(block_key + r));
-    for (int v = 0; v < kActive; ++v) {
-      auto x = s[r][v];
-      if constexpr (!E::Product::kScaleQuery) {
-        x = V::mul(x, factor);
-      }
-      if (rules.softcap > 0) {
-        x = V::mul(tanh<V>(V::mul(x, inverse_cap)), cap);
-      }
-      if (context.dense.bias != nullptr) {
-        x = V::add(x, V::load(context.dense.bias + (block_key + r) * E::kLanes + v * E::kWidth));
-      }
-      if (rules.alibi) {
-        const auto distance = V::abs(V::sub(V::load(panel.block_position + v * E::kWidth), key));
-        x = V::sub(x, V::mul(V::load(panel.slope + v * E::kWidth), distance));
-      }
-      s[r][v] = x;
-    }
-  }
-}
-
-// What the tile's kind adds and hides.
-template <class E, TileKind kind, int kActive>
-FASTATTN_INLINE void finish_scores(const TileContext<E>& context, Scores<E, kActive>& s, int64_t block_key) {
-  if constexpr (adjusts(kind)) {
-    adjust_scores<E, kActive>(context, s, block_key);
-  }
-  if constexpr (hides(kind)) {
-    hide_scores<E, kActive>(context, s, block_key);
-  }
-}
-
-template <class E, int kActive>
-FASTATTN_INLINE void load_scores(const typename E::Scalar* raw, Scores<E, kActive>& s) {
+  auto largest = V::zero();
 #pragma GCC unroll 8
   for (int r = 0; r < E::kGroupKeys; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kActive; ++v) {
-      s[r][v] = E::V::load(raw + r * E::kLanes + v * E::kWidth);
+      largest = V::max(V::abs(s[r][v]), largest);  // a NaN is passed over: either formula keeps it
     }
+  }
+  const auto inverse = V::set1(1 / rules.softcap);
+  const auto ratio = V::mul(scale_score<E>(rules, largest), inverse);
+  if (V::any(V::less_equal(V::set1(TanhTerms<Scalar>::kLimit), ratio))) {
+    if constexpr (E::kMethod == Method::tiles) {
+      cap_far_scores<E, kActive>(rules, raw);
+      load_scores<E, kActive>(raw, s);
+    } else {
+      alignas(64) Scalar kept[E::kGroupKeys * E::kLanes];
+      store_scores<E, kActive>(kept, s);
+      cap_far_scores<E, kActive>(rules, kept);
+      load_scores<E, kActive>(kept, s);
+    }
+    return;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < E::kGroupKeys; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kActive; ++v) {
+      s[r][v] = softcap_near<V>(scale_score<E>(rules, s[r][v]), inverse);
+    }
+  }
+}
+
+// Keys ahead of the bias that a tile adds, fetched.
+constexpr int64_t kBiasAhead = 32;
+
+// Scale, softcap, bias and ALiBi, in this order. `raw`: see cap_scores.
+template <class E, int kActive>
+FASTATTN_INLINE void adjust_scores(const TileContext<E>& context, Scores<E, kActive>& s, int64_t block_key,
+                                   typename E::Scalar* raw) {
+  using V = typename E::V;
+  using Scalar = typename E::Scalar;
+  const Panel<E>& panel = context.panel;
+  const ScoreRules<E>& rules = context.rules;
+  if (rules.softcap > 0) {
+    cap_scores<E, kActive>(rules, s, raw);
+  } else {
+#pragma GCC unroll 8
+    for (int r = 0; r < E::kGroupKeys; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kActive; ++v) {
+        s[r][v] = scale_score<E>(rules, s[r][v]);
+      }
+    }
+  }
+  if (context.dense.bias != nullptr) {
+#pragma GCC unroll 8
+    for (int r = 0; r < E::kGroupKeys; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kActive; ++v) {
+        const Scalar* bias = context.dense.bias + (block_key + r) * E::kLanes + v * E::kWidth;
+        __builtin_prefetch(bias + kBiasAhead * E::kLanes, 0, 3);
+        s[r][v] = V::add(s[r][v], V::load(bias));
+      }
+    }
+  }
+  if (rules.alibi) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kActive; ++v) {
+      const auto position = V::load(panel.block_position + v * E::kWidth);
+      const auto falling = V::sub(V::zero(), V::load(panel.slope + v * E::kWidth));
+#pragma GCC unroll 8
+      for (int r = 0; r < E::kGroupKeys; ++r) {
+        const auto distance = V::abs(V::sub(position, V::set1(static_cast<Scalar>(block_key + r))));
+        s[r][v] = V::fma(falling, distance, s[r][v]);
+      }
+    }
+  }
+}
+
+// What the tile's kind adds and hides. `raw`: see cap_scores.
+template <class E, TileKind kind, int kActive>
+FASTATTN_INLINE void finish_scores(const TileContext<E>& context, Scores<E, kActive>& s, int64_t block_key,
+                                   typename E::Scalar* raw) {
+  if constexpr (adjusts(kind)) {
+    adjust_scores<E, kActive>(context, s, block_key, raw);
+  }
+  if constexpr (hides(kind)) {
+    hide_scores<E, kActive>(context, s, block_key);
   }
 }
 
@@ -342,7 +437,7 @@ FASTATTN_NOINLINE void score_tile(TileContext<E>& context, TileRows key, int64_t
     multiply_keys_to<E, kActive>(raw, key.rows, key.stride, context.panel, context.rules.steps);
     load_scores<E, kActive>(raw, s);
   }
-  finish_scores<E, kind, kActive>(context, s, block_key);
+  finish_scores<E, kind, kActive>(context, s, block_key, nullptr);
   constexpr bool kNatural = adjusts(kind);
   follow_peak<E, kNatural, kActive>(context, s, block_key);
   exponentiate<E, kNatural, kActive>(context, s, block_key);
@@ -359,7 +454,7 @@ FASTATTN_NOINLINE void seed_shift(TileContext<E>& context, TileRows key, int64_t
   const auto lowest = -static_cast<Scalar>(__builtin_inf());
   Scores<E, E::kVectors> s;
   multiply_keys<E, E::kVectors>(s, key.rows, key.stride, context.panel.query, context.rules.steps);
-  finish_scores<E, TileKind::adjusted_masked, E::kVectors>(context, s, block_key);
+  finish_scores<E, TileKind::adjusted_masked, E::kVectors>(context, s, block_key, nullptr);
   typename E::Reg peak[E::kVectors];
   for (auto& highest : peak) {
     highest = V::set1(lowest);

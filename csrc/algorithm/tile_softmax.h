@@ -20,12 +20,8 @@ FASTATTN_NOINLINE void scan_tile(TileContext<E>& context, int64_t block_key) {
     auto* raw = context.raw + group * E::kLanes;
     load_scores<E, kActive>(raw, s);
     if constexpr (kind != TileKind::plain) {
-      finish_scores<E, kind, kActive>(context, s, group);
-      for (int r = 0; r < E::kGroupKeys; ++r) {
-        for (int v = 0; v < kActive; ++v) {
-          V::store(raw + r * E::kLanes + v * E::kWidth, s[r][v]);
-        }
-      }
+      finish_scores<E, kind, kActive>(context, s, group, raw);
+      store_scores<E, kActive>(raw, s);
     }
     find_peak<E, kActive>(s, peak);
   }

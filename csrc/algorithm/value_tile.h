@@ -135,24 +135,44 @@ inline void accumulate_rows(Panel<E>& panel, const typename E::Scalar* probs, co
   }
 }
 
+// The keys of [begin, end), counted in the block, that some row of the strip from `lane` on sees.
+template <class E>
+inline Interval strip_keys(const Panel<E>& panel, int lane, int64_t block, int64_t begin, int64_t end) {
+  if (panel.first_max <= block + begin && panel.last_min >= block + end) {
+    return {begin, end};
+  }
+  int64_t first = INT64_MAX;
+  int64_t last = 0;
+  for (int i = lane; i < lane + E::kRows; ++i) {
+    first = min64(first, panel.first[i]);
+    last = max64(last, panel.last[i]);
+  }
+  return {max64(begin, round_down(first - block, E::kKeys)), min64(end, last - block)};
+}
+
 // Method::broadcast: all columns, all strips that hold a live row.
 template <class E>
 inline void accumulate_strips(Panel<E>& panel, const typename E::Scalar* probs, const KeyValueView& view, int64_t begin,
                               int64_t end, int64_t value_dim, int64_t output_stride, bool padded) {
   constexpr int kTileColumns = 2 * E::kWidth;
-  const int64_t first_step = begin / E::kDepth;
-  const int64_t steps = (end - begin + E::kDepth - 1) / E::kDepth;
-  const char* value = view.value + first_step * view.value_stride;
+  Interval keys[E::kLanes / E::kRows];
+  for (int lane = 0; lane < panel.live; lane += E::kRows) {
+    keys[lane / E::kRows] = strip_keys<E>(panel, lane, view.start, begin, end);
+  }
   for (int64_t d = 0; d < value_dim; d += kTileColumns) {
-    const char* column = value + d * static_cast<int64_t>(sizeof(typename E::Scalar));
+    const char* column = view.value + d * static_cast<int64_t>(sizeof(typename E::Scalar));
     const int64_t rest = value_dim - d;
     const int tail = static_cast<int>(rest % E::kWidth);
     const bool partial = !padded && tail != 0 && rest < kTileColumns;
     auto* tile = rest > E::kWidth ? (partial ? value_tile<E, 2, true> : value_tile<E, 2, false>)
                                   : (partial ? value_tile<E, 1, true> : value_tile<E, 1, false>);
     for (int lane = 0; lane < panel.live; lane += E::kRows) {
-      tile(probs + prob_index<E>(lane, begin) / E::kDepth, column, view.value_stride, steps,
-           panel.output + lane * output_stride + d, output_stride, tail);
+      const Interval seen = keys[lane / E::kRows];
+      const int64_t steps = (seen.last - seen.first + E::kDepth - 1) / E::kDepth;
+      if (steps > 0) {
+        tile(probs + prob_index<E>(lane, seen.first) / E::kDepth, column + seen.first / E::kDepth * view.value_stride,
+             view.value_stride, steps, panel.output + lane * output_stride + d, output_stride, tail);
+      }
     }
   }
 }

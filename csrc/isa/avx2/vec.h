@@ -7,6 +7,8 @@
 #include <cstring>
 
 #include "algorithm/half.h"
+#include "algorithm/mask_bits.h"
+#include "isa/denormals.h"
 
 namespace fastattn {
 namespace {
@@ -16,6 +18,8 @@ struct VecF32 {
   using Scalar = float;
   using Reg = __m256;
   using Mask = __m256;
+  using MaskReader = MaskBits;
+  using FlushDenormals = DenormalsFlushed;
   static constexpr int kWidth = 8;
 
   static Reg iota() { return _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7); }
@@ -145,6 +149,8 @@ struct VecF64 {
   using Scalar = double;
   using Reg = __m256d;
   using Mask = __m256d;
+  using MaskReader = MaskBits;
+  using FlushDenormals = DenormalsFlushed;
   static constexpr int kWidth = 4;
 
   static Reg iota() { return _mm256_setr_pd(0, 1, 2, 3); }

@@ -7,6 +7,8 @@
 #include <cstring>
 
 #include "algorithm/half.h"
+#include "isa/avx512/mask_bits.h"
+#include "isa/denormals.h"
 
 namespace fastattn {
 namespace {
@@ -15,6 +17,8 @@ struct VecF32 {
   using Scalar = float;
   using Reg = __m512;
   using Mask = __mmask16;
+  using MaskReader = WideMaskBits;
+  using FlushDenormals = DenormalsFlushed;
   static constexpr int kWidth = 16;
 
   static Reg iota() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
@@ -156,6 +160,8 @@ struct VecF64 {
   using Scalar = double;
   using Reg = __m512d;
   using Mask = __mmask8;
+  using MaskReader = WideMaskBits;
+  using FlushDenormals = DenormalsFlushed;
   static constexpr int kWidth = 8;
 
   static Reg iota() { return _mm512_setr_pd(0, 1, 2, 3, 4, 5, 6, 7); }
