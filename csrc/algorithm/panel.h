@@ -26,7 +26,7 @@ struct Panel {
   double beyond[kLanes];  // what ALiBi adds for the distance between a position outside of the keys and the nearest key
 
   int live;    // lanes in use; the others repeat the last of these, and their results are dropped
-  int placed;  // lanes that are filled: all, but where nothing ever looks at the others
+  int placed;  // lanes that have a row: whole vectors of them, all where a row has more than a place
   int64_t head[kLanes];
   int64_t row[kLanes];
   int64_t position[kLanes];  // row + query offset
@@ -65,37 +65,14 @@ inline Interval visible_interval(const AttentionParams& p, int64_t batch, int64_
   return {first, max64(first, last)};
 }
 
-// Fills lanes with rows [begin, begin + live) of the range's key/value head.
+// Mask, bias and ALiBi of the lanes, once these have their rows.
 template <class E>
-FASTATTN_NOINLINE void place_rows(Panel<E>& panel, const AttentionParams& p, const RowRange& range, int64_t begin) {
+FASTATTN_NOINLINE void place_extras(Panel<E>& panel, const AttentionParams& p, int64_t b) {
   using Scalar = typename E::Scalar;
-  const int64_t group = p.query_heads / p.kv_heads;
-  const int64_t b = range.batch;
-  panel.live = static_cast<int>(min64(E::kLanes, range.end - begin));
-  const bool dense = p.mask != nullptr || p.bias != nullptr;
-  panel.placed = E::kMethod == Method::rows && !dense ? panel.live : E::kLanes;
-  panel.first_min = panel.last_min = INT64_MAX;
-  panel.first_max = panel.last_max = 0;
-  panel.dense = nullptr;
-  panel.mask_shared = panel.bias_shared = true;
   const int64_t bias_size = p.bias_dtype == DType::float64 ? 8 : p.bias_dtype == DType::float32 ? 4 : 2;
-  int64_t head = range.kv_head * group + begin / p.seqlen_q;
-  int64_t row = begin % p.seqlen_q;
   for (int lane = 0; lane < panel.placed; ++lane) {
-    if (lane > 0 && lane < panel.live && ++row == p.seqlen_q) {  // a division a lane was a tenth of a short call
-      row = 0;
-      ++head;
-    }
-    panel.head[lane] = head;
-    panel.row[lane] = row;
-    panel.position[lane] = row + p.query_offset[b];
-    const Interval seen = visible_interval(p, b, panel.position[lane]);
-    panel.first[lane] = seen.first;
-    panel.last[lane] = seen.last;
-    panel.first_min = min64(panel.first_min, seen.first);
-    panel.first_max = max64(panel.first_max, seen.first);
-    panel.last_min = min64(panel.last_min, seen.last);
-    panel.last_max = max64(panel.last_max, seen.last);
+    const int64_t head = panel.head[lane];
+    const int64_t row = panel.row[lane];
     if (p.mask != nullptr) {
       panel.mask_row[lane] = p.mask + b * p.mask_strides[0] + head * p.mask_strides[1] + row * p.mask_strides[2];
       panel.mask_shared &= panel.mask_row[lane] == panel.mask_row[0];
@@ -105,19 +82,59 @@ FASTATTN_NOINLINE void place_rows(Panel<E>& panel, const AttentionParams& p, con
       panel.bias_row[lane] = static_cast<const char*>(p.bias) + offset * bias_size;
       panel.bias_shared &= panel.bias_row[lane] == panel.bias_row[0];
     }
-    panel.nearest[lane] = clamp64(panel.position[lane], 0, max64(p.seqlen_k - 1, 0));
-    panel.slope[lane] = 0;
-    panel.beyond[lane] = 0;
     if (p.alibi_slopes != nullptr) {
       const double slope = p.alibi_slopes[b * p.alibi_strides[0] + head * p.alibi_strides[1]];
       const auto distance = static_cast<double>(panel.position[lane] - panel.nearest[lane]);
       panel.slope[lane] = static_cast<Scalar>(slope);
       panel.beyond[lane] = -slope * (distance < 0 ? -distance : distance);
     }
+  }
+}
+
+// Fills lanes with rows [begin, begin + live) of the range's key/value head.
+template <class E>
+FASTATTN_NOINLINE void place_rows(Panel<E>& panel, const AttentionParams& p, const RowRange& range, int64_t begin) {
+  using Scalar = typename E::Scalar;
+  const int64_t group = p.query_heads / p.kv_heads;
+  const int64_t b = range.batch;
+  panel.live = static_cast<int>(min64(E::kLanes, range.end - begin));
+  const bool extras = p.mask != nullptr || p.bias != nullptr || p.alibi_slopes != nullptr;
+  const int64_t needed = E::kMethod == Method::rows ? panel.live : round_up(panel.live, E::kWidth);
+  panel.placed = extras ? E::kLanes : static_cast<int>(needed);
+  panel.first_min = panel.last_min = INT64_MAX;
+  panel.first_max = panel.last_max = 0;
+  panel.dense = nullptr;
+  panel.mask_shared = panel.bias_shared = true;
+  int64_t head = range.kv_head * group + begin / p.seqlen_q;
+  int64_t row = begin % p.seqlen_q;
+  const int64_t last_key = max64(p.seqlen_k - 1, 0);
+  for (int lane = 0; lane < panel.placed; ++lane) {
+    if (lane > 0 && lane < panel.live && ++row == p.seqlen_q) {  // a division a lane was a tenth of a short call
+      row = 0;
+      ++head;
+    }
+    panel.head[lane] = head;
+    panel.row[lane] = row;
+    panel.position[lane] = row + p.query_offset[b];
+    panel.nearest[lane] = clamp64(panel.position[lane], 0, last_key);
+    const Interval seen = visible_interval(p, b, panel.position[lane]);
+    panel.first[lane] = seen.first;
+    panel.last[lane] = seen.last;
+    panel.first_min = min64(panel.first_min, seen.first);
+    panel.first_max = max64(panel.first_max, seen.first);
+    panel.last_min = min64(panel.last_min, seen.last);
+    panel.last_max = max64(panel.last_max, seen.last);
+  }
+  for (int lane = 0; lane < E::kLanes; ++lane) {
     panel.shift[lane] = 0;
     panel.limit[lane] = -static_cast<Scalar>(__builtin_inf());
     panel.sum[lane] = 0;
     panel.block_sum[lane] = 0;
+    panel.slope[lane] = 0;
+    panel.beyond[lane] = 0;
+  }
+  if (extras) {
+    place_extras<E>(panel, p, b);
   }
 }
 
@@ -195,7 +212,7 @@ FASTATTN_NOINLINE void pack_query(Panel<E>& panel, const AttentionParams& p, int
   using Source = typename E::Source;
   const int64_t columns = padded_head_dim<E>(p) / E::kDepth;
   const bool direct = p.query_strides[3] == 1 && p.head_dim % E::kDimMultiple == 0;
-  for (int vector = 0; vector < E::kVectors; ++vector) {
+  for (int vector = 0; vector * E::kWidth < panel.live; ++vector) {
     const Source* rows[E::kWidth];
     for (int i = 0; i < E::kWidth; ++i) {
       rows[i] = query_row<E>(panel, p, batch, vector * E::kWidth + i);

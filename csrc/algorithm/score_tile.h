@@ -121,9 +121,11 @@ FASTATTN_NOINLINE void raise_shift(TileContext<E>& context, const typename E::Sc
   const bool whole = !rules.natural && !kRoundsProbabilities<E>;
   alignas(64) Scalar scales[E::kLanes];
   bool rescales = false;
-  const int lanes = E::kMethod == Method::rows ? panel.live : E::kLanes;
+  for (auto& scale : scales) {
+    scale = 1;
+  }
+  const int lanes = E::kMethod == Method::rows ? panel.live : panel.placed;
   for (int lane = 0; lane < lanes; ++lane) {
-    scales[lane] = 1;
     if (!(peak[lane] > panel.limit[lane])) {
       continue;
     }
