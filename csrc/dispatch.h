@@ -14,6 +14,8 @@ constexpr int kDTypes = 4;
 
 // Attention forward for one element type. May throw std::bad_alloc, before anything is written.
 using ForwardFn = void (*)(const AttentionParams& params);
+// Attention backward for one element type. The same.
+using BackwardFn = void (*)(const BackwardParams& params);
 // Runs `rounds` rounds of independent multiply-adds and returns how many floating-point operations that was.
 using PeakFn = double (*)(int64_t rounds);
 
@@ -26,6 +28,7 @@ struct ForwardEntry {
 
 struct KernelTable {
   ForwardEntry forward[kDTypes];  // indexed by DType
+  BackwardFn backward[kDTypes];   // the same
   PeakFn peak_fma_f32;
   PeakFn peak_fma_f64;
   PeakFn peak_dot_bf16;  // null where the tier has no bfloat16 product
@@ -34,6 +37,7 @@ struct KernelTable {
                    const char* few = "rows of keys read where they lie, for few queries") {
     forward[static_cast<int>(dtype)] = {run, isa, path, few};
   }
+  void set_backward(DType dtype, BackwardFn run) { backward[static_cast<int>(dtype)] = run; }
 };
 
 // Each tier's entry point, defined in <tier>/kernels.cpp.

@@ -69,4 +69,27 @@ struct AttentionParams {
   int32_t num_threads;  // at most this many
 };
 
+// The arguments of one backward call. Gradients that are null are not computed.
+struct BackwardParams {
+  AttentionParams forward;  // out and lse are read
+
+  const void* grad_out;             // of forward.dtype
+  int64_t grad_out_strides[4];      // (B, Hq, Lq, Dv)
+  const void* grad_lse;             // null, or of lse's type
+  int64_t grad_lse_strides[3];      // (B, Hq, Lq)
+  const void* grad_weights;         // null, or of forward.dtype
+  int64_t grad_weights_strides[4];  // (B, Hq, Lq, Lk)
+
+  void* grad_query;  // of forward.dtype, and so are the next two
+  int64_t grad_query_strides[4];
+  void* grad_key;
+  int64_t grad_key_strides[4];
+  void* grad_value;
+  int64_t grad_value_strides[4];
+  void* grad_bias;  // of lse's type; a stride of 0 sums over the axis
+  int64_t grad_bias_strides[4];
+  double* grad_slopes;  // (B, Hq)
+  double* grad_sinks;   // (B, Hq)
+};
+
 }  // namespace fastattn

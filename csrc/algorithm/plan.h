@@ -148,6 +148,37 @@ inline Scalar finite_softcap(double softcap) {
   return static_cast<Scalar>(softcap < kSmallest ? kSmallest : softcap);
 }
 
+// Whether something is added to scores, or caps them: they are natural logarithms then.
+inline bool adjusts_scores(const AttentionParams& p) {
+  return p.bias != nullptr || p.alibi_slopes != nullptr || p.softcap > 0;
+}
+
+inline double score_factor(const AttentionParams& p) { return p.scale * (adjusts_scores(p) ? 1.0 : kLog2E); }
+
+// What multiplies queries when they are packed. The product that cannot take the scale into the query takes its sign,
+// since a maximum must stay one.
+template <class E>
+inline double query_factor(const AttentionParams& p) {
+  const double factor = score_factor(p);
+  return E::Product::kScaleQuery ? factor : (factor < 0 ? -1.0 : 1.0);
+}
+
+template <class E>
+inline ScoreRules<E> score_rules(const AttentionParams& p) {
+  using Scalar = typename E::Scalar;
+  ScoreRules<E> rules{};
+  const double factor = score_factor(p);
+  rules.natural = adjusts_scores(p);
+  // At least the smallest normal number: 0 would turn a hidden score, -inf, into NaN.
+  const double magnitude = factor < -0x1p-126 ? -factor : factor > 0x1p-126 ? factor : 0x1p-126;
+  rules.factor = static_cast<Scalar>(E::Product::kScaleQuery ? 1.0 : magnitude);
+  rules.steps = E::kMethod == Method::rows ? p.head_dim : padded_head_dim<E>(p) / E::kDepth;
+  rules.softcap = finite_softcap<Scalar>(p.softcap);
+  rules.alibi = p.alibi_slopes != nullptr;
+  rules.output_stride = padded_value_dim<E>(p);
+  return rules;
+}
+
 // Whether mask and bias are the same for several heads, and worth transposing ahead. A mask of 2048 by 2048 that each
 // of eight heads read for itself took a tenth of a causal call, a bias a fifth of a full one.
 template <class E>
@@ -170,22 +201,12 @@ inline void plan_dense(ForwardPlan<E>& plan, const AttentionParams& p) {
 
 template <class E>
 inline ForwardPlan<E> plan_forward(const AttentionParams& p) {
-  using Scalar = typename E::Scalar;
   ForwardPlan<E> plan{};
   const int64_t group = p.query_heads / p.kv_heads;
   plan.layout = operand_layout<E>(p, group * p.seqlen_q >= kCopyStridedRows);
-  const bool general = p.bias != nullptr || p.alibi_slopes != nullptr || p.softcap > 0;
-  plan.rules.natural = general;
-  const double factor = p.scale * (general ? 1.0 : kLog2E);
-  // The product that cannot take the scale into the query takes its sign, since a maximum must stay one.
-  plan.query_factor = E::Product::kScaleQuery ? factor : (factor < 0 ? -1.0 : 1.0);
-  // At least the smallest normal number: 0 would turn a hidden score, -inf, into NaN.
-  const double magnitude = factor < -0x1p-126 ? -factor : factor > 0x1p-126 ? factor : 0x1p-126;
-  plan.rules.factor = static_cast<Scalar>(E::Product::kScaleQuery ? 1.0 : magnitude);
-  plan.rules.steps = E::kMethod == Method::rows ? p.head_dim : padded_head_dim<E>(p) / E::kDepth;
-  plan.rules.softcap = finite_softcap<Scalar>(p.softcap);
-  plan.rules.alibi = p.alibi_slopes != nullptr;
-  plan.rules.output_stride = padded_value_dim<E>(p);
+  plan.rules = score_rules<E>(p);
+  plan.query_factor = query_factor<E>(p);
+  const bool general = plan.rules.natural;
   plan.tiles[0] = choose_tiles<E, 1>(general);
   plan.tiles[E::kVectors - 1] = choose_tiles<E, E::kVectors>(general);
 

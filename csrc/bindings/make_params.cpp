@@ -208,6 +208,60 @@ AttentionParams make_params(const TensorArguments& tensors) {
   return p;
 }
 
+BackwardParams make_backward_params(const GradientArguments& tensors) {
+  BackwardParams b{};
+  b.forward = make_params(tensors.forward);
+  const AttentionParams& p = b.forward;
+  if (p.lse == nullptr) {
+    fail("lse", "the backward needs it");
+  }
+  const int own = static_cast<int>(p.dtype);
+  const int wide = static_cast<int>(p.dtype == DType::float64 ? DType::float64 : DType::float32);
+  const auto read = [](const char* name, const py::object& from, int code, std::initializer_list<int64_t> sizes,
+                       auto& pointer, auto& strides) {
+    if (from.is_none()) {
+      return;
+    }
+    const TensorView view = read_tensor(name, from, static_cast<int>(sizes.size()));
+    expect_code(name, view, code);
+    expect_sizes(name, view, sizes);
+    pointer = view.data;
+    copy_strides(view, strides);
+  };
+  const int64_t rows = p.seqlen_q;
+  read("grad_out", tensors.grad_out, own, {p.batch, p.query_heads, rows, p.value_dim}, b.grad_out, b.grad_out_strides);
+  if (b.grad_out == nullptr) {
+    fail("grad_out", "the backward needs it");
+  }
+  read("grad_lse", tensors.grad_lse, wide, {p.batch, p.query_heads, rows}, b.grad_lse, b.grad_lse_strides);
+  read("grad_weights", tensors.grad_weights, own, {p.batch, p.query_heads, rows, p.seqlen_k}, b.grad_weights,
+       b.grad_weights_strides);
+  read("grad_query", tensors.grad_query, own, {p.batch, p.query_heads, rows, p.head_dim}, b.grad_query,
+       b.grad_query_strides);
+  read("grad_key", tensors.grad_key, own, {p.batch, p.kv_heads, p.seqlen_k, p.head_dim}, b.grad_key,
+       b.grad_key_strides);
+  read("grad_value", tensors.grad_value, own, {p.batch, p.kv_heads, p.seqlen_k, p.value_dim}, b.grad_value,
+       b.grad_value_strides);
+  const auto table = [&p](const char* name, const py::object& from) -> double* {
+    if (from.is_none()) {
+      return nullptr;
+    }
+    const TensorView view = read_tensor(name, from, 2);
+    expect_code(name, view, static_cast<int>(DType::float64));
+    expect_sizes(name, view, {p.batch, p.query_heads});
+    if (view.strides[1] != 1 || view.strides[0] != p.query_heads) {
+      fail(name, "must be contiguous");
+    }
+    return static_cast<double*>(view.data);
+  };
+  b.grad_slopes = table("grad_slopes", tensors.grad_slopes);
+  b.grad_sinks = table("grad_sinks", tensors.grad_sinks);
+  if ((b.grad_slopes != nullptr && p.alibi_slopes == nullptr) || (b.grad_sinks != nullptr && p.sinks == nullptr)) {
+    fail("grad_slopes, grad_sinks", "there is nothing that they would be a gradient of");
+  }
+  return b;
+}
+
 py::dict dtype_codes() {
   py::dict codes;
   codes["float32"] = static_cast<int>(DType::float32);

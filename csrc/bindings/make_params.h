@@ -35,6 +35,14 @@ void set_out(const TensorView& out, AttentionParams& p);
 // Throws std::invalid_argument (ValueError) naming the argument. Scalars are left to the caller.
 AttentionParams make_params(const TensorArguments& tensors);
 
+// What a backward call has besides: the same, or None. `forward` holds out and lse.
+struct GradientArguments {
+  TensorArguments forward;
+  pybind11::object grad_out, grad_lse, grad_weights, grad_query, grad_key, grad_value, grad_slopes, grad_sinks;
+};
+
+BackwardParams make_backward_params(const GradientArguments& tensors);
+
 // The codes of Tensor tuples: DType's, then bool and int64.
 enum TensorCode { kCodeBool = 4, kCodeInt64 = 5 };
 pybind11::dict dtype_codes();

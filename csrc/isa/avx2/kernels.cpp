@@ -1,4 +1,5 @@
 // The AVX2 tier (with FMA and F16C). 16-bit types are widened to float32 as they are packed.
+#include "algorithm/backward.h"
 #include "algorithm/forward.h"
 #include "algorithm/peak_loops.h"
 #include "algorithm/row_engine.h"
@@ -15,6 +16,9 @@ using EngineF32 = Engine<VecF32, Source, FmaProduct<VecF32>, 6, 2, 4, 240, false
 template <class Source>
 using RowsF32 = RowEngine<VecF32, Source, 240, 1>;
 using EngineF64 = Engine<VecF64, double, FmaProduct<VecF64>, 6, 2, 4, 240, false>;
+// The backward keeps P and dS of a block for eight panels in cache: shorter blocks.
+template <class V, class Source>
+using GradientEngine = Engine<V, Source, FmaProduct<V>, 6, 2, 4, 96, false>;
 using RowsF64 = RowEngine<VecF64, double, 240, 1>;
 
 double peak_fma_f32(int64_t rounds) {
@@ -39,6 +43,10 @@ void register_avx2(KernelTable& table) {
                     "widened to float32, FMA, 6x16 tiles");
   table.set_forward(DType::float16, forward<RowsF32<Float16>, EngineF32<Float16>>, kIsa,
                     "widened to float32, FMA, 6x16 tiles");
+  table.set_backward(DType::float32, backward<GradientEngine<VecF32, float>>);
+  table.set_backward(DType::float64, backward<GradientEngine<VecF64, double>>);
+  table.set_backward(DType::bfloat16, backward<GradientEngine<VecF32, Bfloat16>>);
+  table.set_backward(DType::float16, backward<GradientEngine<VecF32, Float16>>);
   table.peak_fma_f32 = peak_fma_f32;
   table.peak_fma_f64 = peak_fma_f64;
 }

@@ -1,4 +1,5 @@
 // The AVX-512 tier. 16-bit types are widened to float32 as they are packed.
+#include "algorithm/backward.h"
 #include "algorithm/forward.h"
 #include "algorithm/peak_loops.h"
 #include "algorithm/row_engine.h"
@@ -15,6 +16,9 @@ using EngineF32 = Engine<VecF32, Source, FmaProduct<VecF32>, 8, 2, 8, 256, true>
 template <class Source>
 using RowsF32 = RowEngine<VecF32, Source, 256, 2>;
 using EngineF64 = Engine<VecF64, double, FmaProduct<VecF64>, 8, 2, 8, 256, true>;
+// The backward keeps P and dS of a block for eight panels in cache: shorter blocks.
+template <class V, class Source>
+using GradientEngine = Engine<V, Source, FmaProduct<V>, 8, 2, 8, 64, true>;
 using RowsF64 = RowEngine<VecF64, double, 256, 2>;
 
 double peak_fma_f32(int64_t rounds) {
@@ -39,6 +43,10 @@ void register_avx512(KernelTable& table) {
                     "widened to float32, FMA, 8x32 tiles");
   table.set_forward(DType::float16, forward<RowsF32<Float16>, EngineF32<Float16>>, kIsa,
                     "widened to float32, FMA, 8x32 tiles");
+  table.set_backward(DType::float32, backward<GradientEngine<VecF32, float>>);
+  table.set_backward(DType::float64, backward<GradientEngine<VecF64, double>>);
+  table.set_backward(DType::bfloat16, backward<GradientEngine<VecF32, Bfloat16>>);
+  table.set_backward(DType::float16, backward<GradientEngine<VecF32, Float16>>);
   table.peak_fma_f32 = peak_fma_f32;
   table.peak_fma_f64 = peak_fma_f64;
 }

@@ -1,0 +1,135 @@
+// How one backward call is cut, and what its scratch holds.
+#pragma once
+
+#include "algorithm/dense_block.h"
+#include "algorithm/gradient_tile.h"
+#include "algorithm/plan.h"
+
+namespace fastattn {
+namespace {
+
+// Panels that share a block of keys while their P and dS are in cache: 8 KiB of P a strip of keys, 64 KiB of dS.
+constexpr int kGradientPanels = 8;
+
+// Keys from which a head's key blocks fall into two groups, and on in proportion: groups can run at once, each with a
+// dQ of its own to be added up. At 512 keys that addition is a hundredth of the work.
+constexpr int64_t kGroupKeys = 512;
+constexpr int64_t kMaxKeyGroups = 8;
+
+template <class E>
+struct BackwardPlan {
+  ScoreRules<E> rules;
+  double query_factor;
+  bool general;   // tiles have more to do than the fast one does: gradient_extras
+  int64_t spans;  // stretches of rows a key/value head falls into: one a query head, or one for all
+  int64_t span_rows;
+  int64_t span_panels;
+  int64_t head_panels;  // of all spans
+  int panels;           // of a query block
+  int64_t blocks;       // of keys
+  int64_t key_groups;
+  int64_t wave;  // key/value heads at once
+  int threads;
+  bool pack_query, pack_grad_out, pack_key, pack_value;  // rows are copied, as whole vectors of the scalar
+  bool clean_key;                                        // rows of keys without those that are not finite, for dQ
+  int64_t head_dim;                                      // padded to whole vectors, as the next
+  int64_t value_dim;
+  // byte offsets of a head's scratch
+  int64_t panels_at, query_at, grad_out_at, level_at, delta_at, query_rows_at, grad_out_rows_at, key_rows_at,
+      clean_key_at, value_rows_at, partial_at, slopes_at, head_bytes;
+  // and of a thread's
+  int64_t local_at, probs_at, grads_at, raw_at, extra_at, dense_at, lane_slopes_at, grad_key_at, grad_value_at,
+      dense_bytes, thread_bytes;
+};
+
+struct ScratchLayout {
+  int64_t bytes = 0;
+  int64_t take(int64_t size) {
+    const int64_t start = bytes;
+    bytes += round_up(size, kScratchAlign);
+    return start;
+  }
+};
+
+template <class E>
+inline void plan_head_scratch(BackwardPlan<E>& plan, const BackwardParams& b) {
+  const AttentionParams& p = b.forward;
+  constexpr auto kScalar = static_cast<int64_t>(sizeof(typename E::Scalar));
+  const int64_t lanes = plan.head_panels * E::kLanes;
+  const int64_t rows = plan.spans * plan.span_rows;
+  const int64_t keys = round_up(p.seqlen_k, E::kBlockKeys);
+  ScratchLayout head;
+  plan.panels_at = head.take(plan.head_panels * static_cast<int64_t>(sizeof(Panel<E>)));
+  plan.query_at = head.take(lanes * p.head_dim * kScalar);
+  plan.grad_out_at = head.take(lanes * p.value_dim * kScalar);
+  plan.level_at = head.take(lanes * kScalar);
+  plan.delta_at = head.take(lanes * kScalar);
+  plan.query_rows_at = head.take(plan.pack_query ? rows * plan.head_dim * kScalar : 0);
+  plan.grad_out_rows_at = head.take(plan.pack_grad_out ? rows * plan.value_dim * kScalar : 0);
+  plan.key_rows_at = head.take(plan.pack_key ? keys * plan.head_dim * kScalar : 0);
+  plan.clean_key_at = head.take(plan.clean_key ? keys * plan.head_dim * kScalar : 0);
+  plan.value_rows_at = head.take(plan.pack_value ? keys * plan.value_dim * kScalar : 0);
+  plan.partial_at = head.take(b.grad_query != nullptr ? plan.key_groups * lanes * plan.head_dim * kScalar : 0);
+  plan.slopes_at = head.take(plan.key_groups * (p.query_heads / p.kv_heads) * static_cast<int64_t>(sizeof(double)));
+  plan.head_bytes = head.bytes;
+}
+
+template <class E>
+inline void plan_thread_scratch(BackwardPlan<E>& plan, const BackwardParams& b) {
+  constexpr auto kScalar = static_cast<int64_t>(sizeof(typename E::Scalar));
+  constexpr int64_t kTile = int64_t{E::kKeys} * E::kLanes * kScalar;
+  ScratchLayout thread;
+  plan.local_at = thread.take(plan.panels * static_cast<int64_t>(sizeof(Panel<E>)));
+  plan.probs_at = thread.take(plan.panels * kTile);
+  plan.grads_at = thread.take(plan.panels * int64_t{E::kBlockKeys} * E::kLanes * kScalar);
+  plan.raw_at = thread.take(kTile);
+  plan.extra_at = thread.take(kTile);
+  plan.dense_bytes = round_up(DenseRoom<E>::bytes(b.forward, E::kBlockKeys), kScratchAlign);
+  plan.dense_at = thread.take(plan.panels * plan.dense_bytes);
+  plan.lane_slopes_at = thread.take(E::kLanes * static_cast<int64_t>(sizeof(double)));
+  plan.grad_key_at = thread.take(int64_t{E::kBlockKeys} * plan.head_dim * kScalar);
+  plan.grad_value_at = thread.take(int64_t{E::kBlockKeys} * plan.value_dim * kScalar);
+  plan.thread_bytes = round_up(thread.bytes, 4096);
+}
+
+// `clean`: some row of queries, keys or dO is not finite, and some pair of rows and keys is hidden.
+template <class E>
+inline BackwardPlan<E> plan_backward(const BackwardParams& b, bool clean) {
+  using Source = typename E::Source;
+  const AttentionParams& p = b.forward;
+  BackwardPlan<E> plan{};
+  plan.rules = score_rules<E>(p);
+  plan.query_factor = query_factor<E>(p);
+  plan.general = p.softcap > 0 || b.grad_weights != nullptr || b.grad_slopes != nullptr;
+  const int64_t group = p.query_heads / p.kv_heads;
+  const bool together = p.seqlen_q < E::kLanes;
+  plan.spans = together ? 1 : group;
+  plan.span_rows = together ? group * p.seqlen_q : p.seqlen_q;
+  plan.span_panels = (plan.span_rows + E::kLanes - 1) / E::kLanes;
+  plan.head_panels = plan.spans * plan.span_panels;
+  plan.panels = static_cast<int>(min64(kGradientPanels, plan.span_panels));
+  plan.blocks = (p.seqlen_k + E::kBlockKeys - 1) / E::kBlockKeys;
+  plan.key_groups = clamp64(p.seqlen_k / kGroupKeys, 1, kMaxKeyGroups);
+  plan.head_dim = round_up(p.head_dim, E::kWidth);
+  plan.value_dim = round_up(p.value_dim, E::kWidth);
+  const auto scattered = [&](const int64_t* strides, int64_t columns) {
+    return sizeof(Source) != sizeof(typename E::Scalar) || strides[3] != 1 || columns % E::kWidth != 0;
+  };
+  const bool mixed = together && group > 1;  // rows of several heads in one panel
+  plan.pack_query = clean || mixed || scattered(p.query_strides, p.head_dim);
+  plan.pack_grad_out = clean || mixed || scattered(b.grad_out_strides, p.value_dim);
+  const bool tail = p.seqlen_k % E::kKeys != 0;  // the last tile reaches past the tensor
+  plan.pack_key = tail || scattered(p.key_strides, p.head_dim);
+  plan.pack_value = tail || scattered(p.value_strides, p.value_dim);
+  plan.clean_key = clean;
+  plan_head_scratch<E>(plan, b);
+  plan_thread_scratch<E>(plan, b);
+  const int64_t heads = p.batch * p.kv_heads;
+  plan.wave = clamp64(kPackedBudget / plan.head_bytes, 1, heads);
+  plan.threads = effective_threads(plan.wave * max64(plan.key_groups, plan.head_panels),
+                                   worthwhile_threads(p, heads * plan.head_panels));
+  return plan;
+}
+
+}  // namespace
+}  // namespace fastattn

@@ -1,0 +1,190 @@
+// One tile of the backward: probabilities P and score gradients dS of kKeys keys by kLanes queries, and the products
+// that take them to dQ, dK and dV.
+#pragma once
+
+#include "algorithm/score_tile.h"
+
+namespace fastattn {
+namespace {
+
+// Where a tile of the backward finds its operands. P and dS are left in memory, [kKeys][kLanes].
+template <class E>
+struct GradientContext {
+  using Scalar = typename E::Scalar;
+  TileContext<E> scores;     // panel, rules and dense arguments of the score tile
+  const Scalar* grad_out;    // the panel's rows of dO as operands: [padded Dv][kLanes]
+  int64_t value_steps;       // Dv
+  const Scalar* level;       // lse of each lane, in the unit of the scores; +inf in lanes without a row
+  const Scalar* delta;       // of each lane: <dO, O> - dlse
+  const Scalar* probs_grad;  // null, or what is added to dP, [kKeys][kLanes] of this tile
+  double* slope_grad;        // null, or sums of -dS * distance of each lane
+  int64_t block_key;         // of the tile
+};
+
+// P of one tile. `raw`, if not null, keeps the products (softcap's derivative needs them).
+template <class E, TileKind kind, int kActive>
+FASTATTN_NOINLINE void probability_tile(GradientContext<E>& context, TileRows key, typename E::Scalar* probs,
+                                        typename E::Scalar* raw) {
+  using V = typename E::V;
+  using Scalar = typename E::Scalar;
+  TileContext<E>& tile = context.scores;
+  Scores<E, kActive> s;
+  multiply_keys<E, kActive>(s, key.rows, key.stride, tile.panel.query, tile.rules.steps);
+  if constexpr (!E::kFused) {  // few registers: the softmax reads from memory
+    store_scores<E, kActive>(probs, s);
+    load_scores<E, kActive>(probs, s);
+  }
+  if constexpr (adjusts(kind)) {
+    if (raw != nullptr) {
+      store_scores<E, kActive>(raw, s);
+    }
+  }
+  finish_scores<E, kind, kActive>(tile, s, context.block_key, nullptr);
+#pragma GCC unroll 4
+  for (int v = 0; v < kActive; ++v) {
+    const auto level = V::load(context.level + v * E::kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < E::kKeys; ++r) {
+      auto x = V::sub(s[r][v], level);
+      if constexpr (adjusts(kind)) {
+        x = V::mul(x, V::set1(static_cast<Scalar>(kLog2E)));
+      }
+      V::store(probs + r * E::kLanes + v * E::kWidth, exp2<V>(x));
+    }
+  }
+}
+
+// dS = P (dP - delta) of one tile, dP = V dO^T. A pair that is hidden has P = 0 and gets 0, whatever dP is.
+template <class E, bool kHides, int kActive>
+FASTATTN_NOINLINE void gradient_tile(const GradientContext<E>& context, TileRows value, const typename E::Scalar* probs,
+                                     typename E::Scalar* grads) {
+  using V = typename E::V;
+  Scores<E, kActive> s;
+  multiply_keys<E, kActive>(s, value.rows, value.stride, context.grad_out, context.value_steps);
+  if constexpr (!E::kFused) {
+    store_scores<E, kActive>(grads, s);
+    load_scores<E, kActive>(grads, s);
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kActive; ++v) {
+    const auto delta = V::load(context.delta + v * E::kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < E::kKeys; ++r) {
+      const int64_t at = r * E::kLanes + v * E::kWidth;
+      const auto prob = V::load(probs + at);
+      auto x = V::mul(prob, V::sub(s[r][v], delta));
+      if constexpr (kHides) {
+        x = V::select(V::less_equal(prob, V::zero()), V::zero(), x);
+      }
+      V::store(grads + at, x);
+    }
+  }
+}
+
+// What the fast tile leaves out: gradients of the weights that come in, of ALiBi's slopes, and through softcap. `grads`
+// holds dS without these and gets it with them.
+template <class E>
+FASTATTN_NOINLINE void gradient_extras(const GradientContext<E>& context, const typename E::Scalar* probs,
+                                       const typename E::Scalar* raw, typename E::Scalar* grads) {
+  using V = typename E::V;
+  using Scalar = typename E::Scalar;
+  const Panel<E>& panel = context.scores.panel;
+  const ScoreRules<E>& rules = context.scores.rules;
+  const auto cap = V::set1(rules.softcap);
+  const auto inverse = V::set1(rules.softcap > 0 ? 1 / rules.softcap : 0);
+  for (int r = 0; r < E::kKeys; ++r) {
+    const auto key = V::set1(static_cast<Scalar>(context.block_key + r));
+    for (int v = 0; v * E::kWidth < panel.live; ++v) {
+      const int64_t at = r * E::kLanes + v * E::kWidth;
+      const auto prob = V::load(probs + at);
+      const auto hidden = V::less_equal(prob, V::zero());
+      auto x = V::load(grads + at);
+      if (context.probs_grad != nullptr) {
+        x = V::add(x, V::select(hidden, V::zero(), V::mul(prob, V::load(context.probs_grad + at))));
+      }
+      if (context.slope_grad != nullptr) {
+        const auto distance = V::abs(V::sub(V::load(panel.block_position + v * E::kWidth), key));
+        alignas(64) Scalar lanes[E::kWidth];
+        V::store(lanes, V::mul(x, distance));
+        for (int lane = 0; lane < E::kWidth; ++lane) {
+          context.slope_grad[v * E::kWidth + lane] -= static_cast<double>(lanes[lane]);
+        }
+      }
+      if (rules.softcap > 0) {
+        const auto ratio = V::mul(softcap<V>(scale_score<E>(rules, V::load(raw + at)), cap, inverse), inverse);
+        const auto slope = V::sub(V::set1(1), V::mul(ratio, ratio));
+        x = V::select(hidden, V::zero(), V::mul(x, slope));
+      }
+      V::store(grads + at, x);
+    }
+  }
+}
+
+// Rows of a tensor as the second products read them: whole vectors side by side.
+struct RowBase {
+  const char* rows;
+  int64_t stride;  // bytes
+};
+
+// out[kRowCount][kVectors vectors] += sum over runs and their steps of coefficient[row][step] * rows[step]. Steps count
+// on through the rows from run to run; a run's coefficients start `run_stride` after those of the one before it.
+template <class E, int kRowCount, int kRowStride, int kStepStride, int kVectors>
+FASTATTN_NOINLINE void product_tile(const typename E::Scalar* coefficients, int64_t run_stride, int64_t runs,
+                                    int64_t run_steps, int64_t last_steps, RowBase base, typename E::Scalar* out,
+                                    int64_t out_stride) {
+  using V = typename E::V;
+  using Scalar = typename E::Scalar;
+  typename E::Reg sum[kRowCount][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRowCount; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = V::zero();
+    }
+  }
+  const char* row = base.rows;
+  for (int64_t run = 0; run < runs; ++run) {
+    const Scalar* at = coefficients + run * run_stride;
+#pragma GCC unroll 2
+    for (int64_t left = run + 1 < runs ? run_steps : last_steps; left > 0; --left) {
+      typename E::Reg x[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        x[v] = V::load(reinterpret_cast<const Scalar*>(row) + v * E::kWidth);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kRowCount; ++r) {
+        const auto coefficient = V::set1(at[r * kRowStride]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          sum[r][v] = V::fma(coefficient, x[v], sum[r][v]);
+        }
+      }
+      at += kStepStride;
+      row += base.stride;
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRowCount; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      Scalar* to = out + r * out_stride + v * E::kWidth;
+      V::store(to, V::add(V::load(to), sum[r][v]));
+    }
+  }
+}
+
+// The same for all `columns`, a multiple of the vector.
+template <class E, int kRowCount, int kRowStride, int kStepStride>
+inline void product_rows(const typename E::Scalar* coefficients, int64_t run_stride, int64_t runs, int64_t run_steps,
+                         int64_t last_steps, RowBase base, typename E::Scalar* out, int64_t columns) {
+  for (int64_t d = 0; d < columns; d += 2 * E::kWidth) {
+    auto* tile = columns - d > E::kWidth ? product_tile<E, kRowCount, kRowStride, kStepStride, 2>
+                                         : product_tile<E, kRowCount, kRowStride, kStepStride, 1>;
+    tile(coefficients, run_stride, runs, run_steps, last_steps,
+         {base.rows + d * static_cast<int64_t>(sizeof(typename E::Scalar)), base.stride}, out + d, columns);
+  }
+}
+
+}  // namespace
+}  // namespace fastattn
