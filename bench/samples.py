@@ -6,12 +6,11 @@ import statistics
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-# A sample counts if both readings of the ceiling beside it are within 4% of the best of the run and their
-# threads had the cores to themselves, by CPU time: readings are the best of runs of 2 ms, and can miss a
-# competitor. Reads of memory vary by more on any machine.
-SLOWEST = {"read": 0.85}
-_SLOWEST = 0.96
-BUSY = 0.985
+# A sample counts if both readings of the ceiling beside it are within 4% of the best of the run (15% where
+# they are of memory, which varies anywhere), and their threads had the cores to themselves, by CPU time:
+# readings are the best of runs of 2 ms, and can miss a competitor.
+_SLOWEST, _SLOWEST_OF_KIND = 0.96, {"read": 0.85}
+_LEAST_BUSY = 0.985
 # And if the call itself had as many cores as it usually has.
 _CORES = 0.95
 TRUSTED = 3  # samples that must be left
@@ -39,7 +38,7 @@ class Sample(NamedTuple):
 
 @dataclass
 class Contestant:
-    """A peer on one row: right, lower, wrong, or refused; samples if right."""
+    """A peer on one row: right, lower, wrong, refused, absent or failed; samples if right."""
 
     status: str
     why: str = ""
@@ -64,8 +63,8 @@ def slow(sample: Sample, best: float, usual_cores: float, kind: str = "") -> boo
     """Whether the machine was not itself; `best` is the best reading of the run."""
     readings = (sample.before, sample.after)
     return (
-        min(reading.rate for reading in readings) < SLOWEST.get(kind, _SLOWEST) * best
-        or min(reading.busy for reading in readings) < BUSY
+        min(reading.rate for reading in readings) < _SLOWEST_OF_KIND.get(kind, _SLOWEST) * best
+        or min(reading.busy for reading in readings) < _LEAST_BUSY
         or sample.cores < _CORES * usual_cores
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from tests.shapes import Case
 
+# Spelled out: the environment of the other peers, where this is imported too, has no fastattn.
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 

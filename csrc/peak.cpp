@@ -16,7 +16,7 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 1024;  // as many as a call may be given, see _threads.py
 
 struct PeakRun {
   PeakFn run;
@@ -69,7 +69,7 @@ double measure_fma(PeakFn run, int threads, double seconds) {
   }
   PeakRun peak{};
   peak.run = run;
-  constexpr int64_t kCalibration = 20000;
+  constexpr int64_t kCalibration = 20000;  // half a millisecond at most, long beside the clock
   const auto begin = Clock::now();
   run(kCalibration);
   const double once = std::max(seconds_since(begin), 1e-7);

@@ -11,8 +11,8 @@
 namespace fastattn {
 namespace {
 
-constexpr size_t kPoolBytes = size_t{64} << 20;
-constexpr size_t kPoolBlocks = 16;  // as many calls at once find theirs again; the search is linear
+constexpr size_t kPoolBytes = size_t{64} << 20;  // what one call packs at most, for a model's next layer to find
+constexpr size_t kPoolBlocks = 16;               // as many calls at once find theirs again; the search is linear
 
 struct Block {
   char* data;

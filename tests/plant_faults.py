@@ -18,9 +18,8 @@ import time
 from pathlib import Path
 
 from build_tree import ROOT, build_tree, check_imports, environment
-from faults import FAULTS, Fault
-
 from fastattn import _core
+from faults import FAULTS, Fault
 
 SCRATCH = ROOT / "build" / "faults"
 SOURCE = SCRATCH / "source"

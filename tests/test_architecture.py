@@ -35,8 +35,8 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "_config": {"_core", "_threads"},
     "nn": {"functional"},
     "integrations": {"functional"},
-    "viz": {"functional"},
-    "cli": {"__init__", "viz"},
+    "viz": set(),
+    "cli": {"__init__"},
 }
 
 

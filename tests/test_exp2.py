@@ -8,8 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from build_tree import ROOT, SEARCHED, run
 
+from build_tree import ROOT, SEARCHED, run
 from fastattn import _core
 
 BUILD = ROOT / "build" / "cpp"

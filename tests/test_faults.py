@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+
 from build_tree import ROOT
 from faults import FAULTS, Fault
 from plant_faults import planted

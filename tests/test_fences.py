@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fences import Place, extent, fenced
 
 import bounds
 import fastattn as fa
+from fences import Place, extent, fenced
 from kernels import Kernel, assert_same_bits
 from shapes import Case
 

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from fuzz import fuzz
 
 SEED = os.environ.get("FASTATTN_TEST_SEED", "20")

@@ -115,66 +115,72 @@ def test_the_pool_forgets_sizes_that_nobody_asks_for() -> None:
     assert large > 2 * 20_000 * 64 * 4 or _core.available_isas() == ["scalar"]
 
 
+# Good calls of several kinds, and as many that fail, in Python and in C++.
+CALLS = """
+import ml_dtypes
+import numpy as np
+import torch
+import fastattn as fa
+
+rng = np.random.default_rng(0)
+x = rng.standard_normal((1, 2, 24, 16), np.float32)
+tensor = torch.from_numpy(x)
+half = x.astype(ml_dtypes.bfloat16)
+mask = np.ones((24, 24), bool)
+read_only = np.empty_like(x)
+read_only.flags.writeable = False
+
+good = [
+    lambda: fa.attention(x, x, x),
+    lambda: fa.attention(x, x, x, causal=True, mask=mask, return_lse=True, return_weights=True),
+    lambda: fa.attention(tensor, tensor, tensor, window=(3, 0)),
+    lambda: fa.attention(half, half, half, kv_lengths=[7], sinks=np.zeros(2), softcap=2.0),
+    lambda: fa.explain(x, x, x).details,
+]
+bad = [
+    lambda: fa.attention(x, x, x, mask=x),
+    lambda: fa.attention(x, x[:, :, :, :8], x),
+    lambda: fa.attention(x, x, x, out=x),
+    lambda: fa.attention(x, x, x, out=read_only),
+    lambda: fa.attention(x, tensor, x),
+    lambda: fa.attention(x, x, x, backend="none"),
+    lambda: fa._core.attention_forward(*[None] * 17),
+    lambda: fa._core.select_isa("none"),
+]
+
+def turn():
+    for call in good:
+        call()
+    for call in bad:
+        try:
+            call()
+        except (TypeError, ValueError, NotImplementedError):
+            pass
+        else:
+            raise SystemExit("no error")
+"""
+# What they leave behind, once every kind has been called.
+LEAVINGS = """
+import gc, os
+
+def state():
+    gc.collect()
+    pages = int(open("/proc/self/statm").read().split()[1])
+    memory = pages * os.sysconf("SC_PAGESIZE") / 2**20
+    return memory, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+for _ in range(150):
+    turn()
+before = state()
+for _ in range(770):
+    turn()
+print(*(after - b for after, b in zip(state(), before)))
+"""
+
+
 def test_ten_thousand_calls_take_no_memory() -> None:
-    """Nor threads, nor files. Good calls of several kinds, and as many that fail, in Python and in C++."""
-    program = """
-        import gc, os
-        import ml_dtypes
-        import numpy as np
-        import torch
-        import fastattn as fa
-
-        rng = np.random.default_rng(0)
-        x = rng.standard_normal((1, 2, 24, 16), np.float32)
-        tensor = torch.from_numpy(x)
-        half = x.astype(ml_dtypes.bfloat16)
-        mask = np.ones((24, 24), bool)
-        read_only = np.empty_like(x)
-        read_only.flags.writeable = False
-
-        good = [
-            lambda: fa.attention(x, x, x),
-            lambda: fa.attention(x, x, x, causal=True, mask=mask, return_lse=True, return_weights=True),
-            lambda: fa.attention(tensor, tensor, tensor, window=(3, 0)),
-            lambda: fa.attention(half, half, half, kv_lengths=[7], sinks=np.zeros(2), softcap=2.0),
-            lambda: fa.explain(x, x, x).details,
-        ]
-        bad = [
-            lambda: fa.attention(x, x, x, mask=x),
-            lambda: fa.attention(x, x[:, :, :, :8], x),
-            lambda: fa.attention(x, x, x, out=x),
-            lambda: fa.attention(x, x, x, out=read_only),
-            lambda: fa.attention(x, tensor, x),
-            lambda: fa.attention(x, x, x, backend="none"),
-            lambda: fa._core.attention_forward(*[None] * 17),
-            lambda: fa._core.select_isa("none"),
-        ]
-
-        def turn():
-            for call in good:
-                call()
-            for call in bad:
-                try:
-                    call()
-                except (TypeError, ValueError, NotImplementedError):
-                    pass
-                else:
-                    raise SystemExit("no error")
-
-        def state():
-            gc.collect()
-            pages = int(open("/proc/self/statm").read().split()[1])
-            memory = pages * os.sysconf("SC_PAGESIZE") / 2**20
-            return memory, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
-
-        for _ in range(150):
-            turn()
-        before = state()
-        for _ in range(770):
-            turn()
-        print(*(after - b for after, b in zip(state(), before)))
-    """
-    memory, files, threads = map(float, output_of(program).split())
+    """Nor threads, nor files."""
+    memory, files, threads = map(float, output_of(CALLS + LEAVINGS).split())
     assert memory < 1  # MiB; 100 bytes a call would be 1
     assert files == threads == 0
 

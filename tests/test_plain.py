@@ -64,7 +64,7 @@ def test_views_and_layouts(numpy: bool, bshd: bool) -> None:
     if numpy:
         arguments = [tensor.numpy() for tensor in arguments]
     out = plain.attend(*arguments, True, None, bshd)
-    assert out is not None and out.shape == (2, 7, 6, 24) if bshd else (2, 6, 7, 24)
+    assert out is not None and out.shape == ((2, 7, 6, 24) if bshd else (2, 6, 7, 24))
     assert_same_bits(out, the_long_way(*arguments, causal=True, bshd=bshd))
 
 

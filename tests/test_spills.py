@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
 from test_build import CSRC, isa_objects, tool_output
 
 MULTIPLY = re.compile(r"vf[n]?m(?:add|sub)\w+|vdpbf16ps|tdp\w+")

@@ -41,6 +41,13 @@ class Call:
         mask = work.visible(self.case)
         return None if mask.all() else mask
 
+    def rules(self) -> tuple[bool, np.ndarray | None, np.ndarray | None]:
+        """(causal, mask, added), of which a peer needs one at most: the shortest way to say the same."""
+        if self.ruled_by_causal_alone:
+            return True, None, None
+        added = self.added()
+        return False, self.mask() if added is None else None, added
+
     def added(self) -> np.ndarray | None:
         """Bias and ALiBi as one float32 array, four axes, -inf where hidden; None without either."""
         options, case = self.case.options(), self.case
@@ -108,6 +115,8 @@ def features(case: Case) -> set[str]:
 
 
 OFFSET_CAUSAL = "causal rule with fewer queries than keys"
+# What a peer does that takes a mask to add, or one of bools.
+MASKED = frozenset({"causal", OFFSET_CAUSAL, "masks", "biases", "lengths", "offsets", "ALiBi", "windows"})
 PEERS: dict[str, Peer] = {}
 
 

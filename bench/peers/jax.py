@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.peers.base import OFFSET_CAUSAL, Call, Peer, Run, register
+from bench.peers.base import MASKED, Call, Peer, Run, register
 from tests.shapes import Case
 
 
@@ -15,19 +15,7 @@ from tests.shapes import Case
 class Jax(Peer):
     name = "jax"
     library = "numpy"
-    does = frozenset(
-        {
-            "causal",
-            OFFSET_CAUSAL,
-            "masks",
-            "biases",
-            "lengths",
-            "offsets",
-            "ALiBi",
-            "windows",
-            "grouped heads",
-        }
-    )
+    does = MASKED | {"grouped heads"}
 
     def load(self, threads: int) -> str:
         # XLA makes as many threads as the process may use CPUs; no setting of its own is honoured everywhere.
@@ -41,8 +29,7 @@ class Jax(Peer):
         import jax
 
         tensors = [jax.numpy.asarray(x.swapaxes(1, 2)) for x in (call.query, call.key, call.value)]
-        causal, added = call.ruled_by_causal_alone, call.added()
-        mask = None if causal or added is not None else call.mask()
+        causal, mask, added = call.rules()
 
         def attention(query: Any, key: Any, value: Any) -> Any:
             return jax.nn.dot_product_attention(query, key, value, bias=added, mask=mask, is_causal=causal)

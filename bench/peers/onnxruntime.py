@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.peers.base import Call, Peer, Run, register
+from bench.peers.base import MASKED, OFFSET_CAUSAL, Call, Peer, Run, register
 from tests.shapes import Case
 
 
@@ -15,9 +15,7 @@ class OnnxRuntime(Peer):
     name = "onnxruntime"
     library = "numpy"
     dtypes = ("float32", "float16")
-    does = frozenset(
-        {"causal", "masks", "biases", "lengths", "offsets", "ALiBi", "windows", "values of another size"}
-    )
+    does = MASKED - {OFFSET_CAUSAL} | {"values of another size"}
 
     def load(self, threads: int) -> str:
         import onnx  # noqa: F401  # builds the model
@@ -31,8 +29,7 @@ class OnnxRuntime(Peer):
         import onnxruntime
 
         inputs = {name: _packed(getattr(call, name)) for name in ("query", "key", "value")}
-        causal, added = call.ruled_by_causal_alone, call.added()
-        mask = None if causal or added is not None else call.mask()
+        causal, mask, added = call.rules()
         if mask is not None:
             added = np.where(mask, 0, -np.inf)
         if added is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.peers.base import Call, Peer, Run, register
+from bench.peers.base import MASKED, OFFSET_CAUSAL, Call, Peer, Run, register
 from tests.shapes import Case
 
 HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -16,9 +16,7 @@ HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 class OpenVino(Peer):
     name = "openvino"
     library = "numpy"
-    does = frozenset(
-        {"causal", "masks", "biases", "lengths", "offsets", "ALiBi", "windows", "values of another size"}
-    )
+    does = MASKED - {OFFSET_CAUSAL} | {"values of another size"}
 
     def load(self, threads: int) -> str:
         import openvino
@@ -32,8 +30,7 @@ class OpenVino(Peer):
         from openvino import opset13
 
         inputs = [call.query, call.key, call.value]
-        causal, added = call.ruled_by_causal_alone, call.added()
-        mask = None if causal or added is not None else call.mask()
+        causal, mask, added = call.rules()
         if added is not None:
             mask = added.astype(call.query.dtype)
         if mask is not None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.peers.base import OFFSET_CAUSAL, Call, Peer, Run, register
-
-MASKED = frozenset({"causal", OFFSET_CAUSAL, "masks", "biases", "lengths", "offsets", "ALiBi", "windows"})
+from bench.peers.base import MASKED, Call, Peer, Run, register
 
 
 @register

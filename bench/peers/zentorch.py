@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.peers.base import Call, Peer, Run, register
-from bench.peers.torch import MASKED, attn_mask
+from bench.peers.base import MASKED, Call, Peer, Run, register
+from bench.peers.torch import attn_mask
 from tests.shapes import Case
 
 

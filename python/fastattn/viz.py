@@ -70,8 +70,8 @@ def plot_attention(
         height = max(3.4, 1.4 + _INCHES_PER_TOKEN * len(tokens_q))
         _, ax = plt.subplots(figsize=(width, height), dpi=160, layout="constrained")
     image = _draw(ax, matrix)
-    ax.set_xticks(range(len(tokens_k)), [_label(token) for token in tokens_k], rotation=90)
-    ax.set_yticks(range(len(tokens_q)), [_label(token) for token in tokens_q])
+    _name_queries(ax, tokens_q)
+    _name_keys(ax, tokens_k)
     ax.tick_params(length=0, labelsize=_FONT_POINTS, labeltop=True, labelbottom=False, pad=2)
     ax.set_ylabel("query")
     ax.set_xlabel("key")
@@ -117,36 +117,27 @@ def plot_heads(
     ValueError
         Where the shapes do not fit, or there is no head.
     """
-    plt = _pyplot()
     tokens_k = tokens_q if tokens_k is None else tokens_k
     heads = _matrix(weights, 3, tokens_q, tokens_k)
     if not len(heads):
         raise ValueError("weights: expected at least one head, got 0")
-    columns = columns or math.ceil(math.sqrt(len(heads)))
-    rows = math.ceil(len(heads) / columns)
-    inches = 0.6 * _INCHES_PER_TOKEN  # half the size of a single picture, and a smaller font
-    size = (0.9 + columns * (0.2 + inches * len(tokens_k)), 0.9 + rows * (0.3 + inches * len(tokens_q)))
-    figure, grid = plt.subplots(
-        rows, columns, figsize=size, dpi=160, layout="constrained", squeeze=False, sharex=True, sharey=True
-    )
-    for axes in grid.flat[len(heads) :]:
-        axes.set_visible(False)
+    figure, grid = _grid(len(heads), columns, len(tokens_q), len(tokens_k))
     top = float(heads.max(initial=0.0))
     for head, (axes, matrix) in enumerate(zip(grid.flat, heads, strict=False)):
         image = _draw(axes, matrix, top)
         axes.set_title(f"head {head}", fontsize=_FONT_POINTS, pad=3)
         axes.tick_params(length=0, labelsize=0.6 * _FONT_POINTS, pad=1, labelbottom=False)
     for axes in grid[:, 0]:
-        axes.set_yticks(range(len(tokens_q)), [_label(token) for token in tokens_q])
+        _name_queries(axes, tokens_q)
+    columns = grid.shape[1]
     for column in range(columns):
         lowest = grid[(len(heads) - 1 - column) // columns, column]
-        lowest.set_xticks(range(len(tokens_k)), [_label(token) for token in tokens_k], rotation=90)
+        _name_keys(lowest, tokens_k)
         lowest.tick_params(labelbottom=True)
     if title is not None:
         figure.suptitle(title, fontweight="bold")
     _colour_bar(image, grid.ravel().tolist())
-    result: Figure = figure
-    return result
+    return figure
 
 
 def _pyplot() -> Any:
@@ -173,6 +164,21 @@ def _matrix(weights: Weights, ndim: int, tokens_q: Sequence[str], tokens_k: Sequ
     return matrix
 
 
+def _grid(heads: int, columns: int | None, queries: int, keys: int) -> tuple[Figure, NDArray[Any]]:
+    """Return a figure with room for `heads` small pictures, and its axes by row and column."""
+    plt = _pyplot()
+    columns = columns or math.ceil(math.sqrt(heads))
+    rows = math.ceil(heads / columns)
+    inches = 0.6 * _INCHES_PER_TOKEN  # of a single picture's, as is the font
+    size = (0.9 + columns * (0.2 + inches * keys), 0.9 + rows * (0.3 + inches * queries))
+    figure, grid = plt.subplots(
+        rows, columns, figsize=size, dpi=160, layout="constrained", squeeze=False, sharex=True, sharey=True
+    )
+    for axes in grid.flat[heads:]:
+        axes.set_visible(False)
+    return figure, grid
+
+
 def _draw(ax: Axes, matrix: FloatArray, top: float | None = None) -> AxesImage:
     """Colour the cells of `matrix`, from 0 to `top`, with a hairline of paper between them."""
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
@@ -187,6 +193,14 @@ def _draw(ax: Axes, matrix: FloatArray, top: float | None = None) -> AxesImage:
     for spine in ax.spines.values():
         spine.set_visible(False)
     return image
+
+
+def _name_queries(ax: Axes, tokens: Sequence[str]) -> None:
+    ax.set_yticks(range(len(tokens)), [_label(token) for token in tokens])
+
+
+def _name_keys(ax: Axes, tokens: Sequence[str]) -> None:
+    ax.set_xticks(range(len(tokens)), [_label(token) for token in tokens], rotation=90)
 
 
 def _colour_bar(image: AxesImage, where: Any) -> None:
