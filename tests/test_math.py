@@ -36,8 +36,9 @@ def as_kernel(dtype: str) -> Kernel:
 @pytest.mark.parametrize("case", (*shapes.SMALL, *shapes.DECODE), ids=str)
 def test_against_the_oracle(case: Case, dtype: str) -> None:
     returns = {"return_lse": True, "return_weights": True}
-    results = attention(*case.tensors(dtype, "torch"), **case.options(dtype, "torch"), **returns)
-    kernel, expected = as_kernel(dtype), bounds.expect_case(case, dtype)
+    tensors, options = case.tensors(dtype, "torch"), case.options(dtype, "torch")
+    results = attention(*tensors, **options, **returns)
+    kernel, expected = as_kernel(dtype), bounds.expect(*tensors, **options)
     out, lse, weights = (as_float64(result) for result in results)
     assert results[0].dtype == results[2].dtype == getattr(torch, dtype)
     bounds.assert_within(abs(out - expected.out), bounds.allowed(kernel, expected))
@@ -72,11 +73,13 @@ def test_layout_and_memory() -> None:
     returned, lse = attention(*tensors, causal=True, out=out[..., ::2], return_lse=True)
     assert returned.data_ptr() == out.data_ptr() and returned.equal(expected) and lse.isfinite().all()
     assert (out[..., 1::2] == 7).all()
+    shared = torch.zeros(2, 4, 12, 6)
     with pytest.raises(ValueError, match="out must not overlap value"):
-        attention(*[tensors[0]] * 2, tensors[0], out=tensors[0])
+        attention(*tensors[:2], shared[:, :2, 4:11], out=shared[:, :, :5])
+    attention(*tensors[:2], shared[:, :2, 5:], out=shared[:, :, :5])
 
 
-# --- gradients -----------------------------------------------------------------------------------------------
+# --- gradients ---------------------------------------------------------------------------------------------
 
 SMALL: dict[str, Any] = {"batch": 2, "query_heads": 3, "kv_heads": 1}
 FEATURES: dict[str, tuple[Case, dict[str, Any]]] = {
@@ -125,7 +128,7 @@ def leaves_of(feature: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if extra.get("layout") == "bshd":
         leaves = {name: tensor.transpose(1, 2).contiguous() for name, tensor in leaves.items()}
     options = case.options("float64", "torch") | extra
-    for name in {"bias", "sinks", "alibi_slopes"} & extra.keys():
+    for name in [name for name in NAMES if name in extra]:
         leaves[name] = torch.from_numpy(np.asarray(rng.standard_normal(options.pop(name))))
     return {name: tensor.requires_grad_() for name, tensor in leaves.items()}, options
 
@@ -173,12 +176,11 @@ def test_any_argument_alone(alone: str) -> None:
 
 def test_forward_mode_and_transforms() -> None:
     leaves, options = leaves_of("everything")
-    tensors = [tensor.detach() for tensor in leaves.values()][:4]
-    rest = {name: leaves[name].detach() for name in ("sinks", "alibi_slopes")}
-    function = function_of(("query", "key", "value", "bias"), options | rest)
+    tensors = [tensor.detach() for tensor in leaves.values()]
+    function = function_of(tuple(leaves), options)
     by_hand = torch.autograd.grad(function(*[t.requires_grad_() for t in tensors])[0].sum(), tensors)
     tensors = [tensor.detach() for tensor in tensors]
-    by_func = torch.func.grad(lambda *args: function(*args)[0].sum(), argnums=(0, 1, 2, 3))(*tensors)
+    by_func = torch.func.grad(lambda *args: function(*args)[0].sum(), argnums=tuple(range(6)))(*tensors)
     for one, other in zip(by_func, by_hand, strict=True):
         torch.testing.assert_close(one, other)
     directions = tuple(torch.ones_like(tensor) for tensor in tensors)
@@ -188,19 +190,19 @@ def test_forward_mode_and_transforms() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_gradients_accumulate_in_float32(dtype: str) -> None:
-    """Those of lower precision are the float64 ones of the same inputs, rounded; a broadcast bias sums 130 rows."""
+    """They are the float64 ones of the same inputs, rounded once; that of a broadcast bias sums 130 rows."""
     case = Case("half", 130, 150, 16, query_heads=6, kv_heads=2, causal=True, softcap=5.0, arrays=("sinks",))
     tensors = case.tensors(dtype, "torch")
     options = case.options(dtype, "torch")
     bias = shapes.convert(np.random.default_rng(0).standard_normal((6, 1, 150)), dtype, "torch")
-    direction = torch.from_numpy(np.random.default_rng(1).standard_normal(case.scores_shape[:3] + (16,)))
+    direction = torch.from_numpy(np.random.default_rng(1).standard_normal((*case.scores_shape[:3], 16)))
 
     def gradients(wide: bool) -> Any:
         leaves = [(t.double() if wide else t).detach().clone().requires_grad_() for t in (*tensors, bias)]
         out = attention(*leaves[:3], bias=leaves[3], **options)
-        return torch.autograd.grad(out, leaves, direction.to(out.dtype).to(out.dtype))
+        return torch.autograd.grad(out, leaves, direction.to(out.dtype))
 
-    direction = direction.to(tensors[0].dtype).double()
+    direction = direction.to(tensors[0].dtype)
     unit = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]
     for narrow, wide in zip(gradients(False), gradients(True), strict=True):
         assert narrow.dtype == tensors[0].dtype
@@ -230,7 +232,7 @@ def test_other_devices_are_not_refused() -> None:
     assert fa.explain(query, query, query, backend="math").backend == "math"
 
 
-# --- what is hidden ------------------------------------------------------------------------------------------
+# --- what is hidden ----------------------------------------------------------------------------------------
 
 HIDING: dict[str, tuple[dict[str, Any], np.ndarray]] = {
     "mask": ({"mask": torch.arange(12) % 3 != 0}, np.arange(12) % 3 == 0),

@@ -261,7 +261,11 @@ class _TorchOperands(_TorchTensors):
         self._check_kind(name, array)
         if self._forward_ad._current_level >= 0:
             array = self._forward_ad.unpack_dual(array).primal
-        return super().view(name, array.detach().cpu())
+        array, functorch = array.detach().cpu(), self._torch._C._functorch
+        while functorch.is_gradtrackingtensor(array):  # inside torch.func.grad, jvp and their like
+            array = functorch.get_unwrapped(array)
+        with self._torch.no_grad():
+            return super().view(name, array)
 
 
 @lru_cache

@@ -30,4 +30,4 @@ class ComposingBackend(Backend, Protocol):
     def compose(
         self, problem: AttentionProblem, return_lse: bool, return_weights: bool
     ) -> tuple[Array, Array | None, Array | None]:
-        """Return out in the caller's layout, lse and weights; called in place of `run` if the caller has no out."""
+        """Return out in the caller's layout, lse and weights; called in place of `run` if there is no out."""

@@ -3,11 +3,11 @@
 The whole matrix of scores exists, in float32 (float64 for float64 inputs), for every head at once. Read
 `attend` from top to bottom; it shares nothing with the kernels, and with the oracle the random numbers alone.
 
-Gradients are those of query, key, value, bias, sinks and alibi_slopes. What is hidden from a row, by mask, bias,
-window, causal rule or length, reaches neither its output nor its gradient, whatever key, value and bias hold
-there. Keys and values hidden from every row, and the query of a row that sees nothing, have a gradient of 0.
-NaN and Inf in a place that a row does see reach its output and its gradient, and with a gradient that is not
-finite those of all keys and values.
+Gradients are those of query, key, value, bias, sinks and alibi_slopes. What is hidden from a row, by mask,
+bias, window, causal rule or length, reaches neither its output nor its gradient, whatever key, value and bias
+hold there. Keys and values hidden from every row, and the query of a row that sees nothing, have a gradient
+of 0. NaN and Inf where a row does see them reach its output and its gradient, and if the gradient that comes
+in for that row is not finite either, those of all keys and values.
 """
 
 from __future__ import annotations
