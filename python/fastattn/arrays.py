@@ -191,7 +191,8 @@ class _TorchTensors:
         if not array.is_cpu:
             got = f"{name} is on device '{array.device}'"
             raise RuntimeError(f"{got}, expected 'cpu': the GPU backend is not there yet")
-        self._check_no_graph(name, array, to_write)
+        if array.requires_grad or self._forward_ad._current_level >= 0:
+            self._check_no_graph(name, array, to_write)
         if array.is_neg():  # lazily negated, as the imaginary part of a conjugate: memory has the other sign
             if to_write:
                 raise ValueError(f"{name} must be writable, got a lazily negated view: see resolve_neg")

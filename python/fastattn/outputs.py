@@ -24,7 +24,10 @@ class Outputs(NamedTuple):
 
     def returned(self) -> Any:
         """What the caller gets."""
-        return returned(*(None if view is None else view.array for view in self))
+        out, lse, weights = self
+        return returned(
+            out.array, None if lse is None else lse.array, None if weights is None else weights.array
+        )
 
 
 def returned(out: Array, lse: Array | None, weights: Array | None) -> Any:
