@@ -108,6 +108,12 @@ TYPES: dict[str, tuple[dict[str, Any], str]] = {
     "sinks-complex": ({"sinks": [1j] * 4}, "sinks must hold real numbers, got complex128"),
     "scale-bool": ({"scale": True}, "scale must be a real number, got bool"),
     "scale-str": ({"scale": "1"}, "scale must be a real number, got str"),
+    "dropout-bool": ({"dropout_p": True}, "dropout_p must be a real number, got bool"),
+    "dropout-str": ({"dropout_p": "0.1"}, "dropout_p must be a real number, got str"),
+    "dropout-array": ({"dropout_p": zeros(2)}, "dropout_p must be a real number, got numpy.ndarray"),
+    "seed-float": ({"dropout_seed": 1.0}, "dropout_seed must be an integer, got float"),
+    "seed-bool": ({"dropout_seed": True}, "dropout_seed must be an integer, got bool"),
+    "offset-none": ({"dropout_offset": None}, "dropout_offset must be an integer, got NoneType"),
     "softcap-none": ({"softcap": None}, "softcap must be a real number, got NoneType"),
     "lse-flag": ({"return_lse": 1}, "return_lse must be a bool, got int"),
     "weights-flag": ({"return_weights": "yes"}, "return_weights must be a bool, got str"),
@@ -197,6 +203,18 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "scale-nan": ({"scale": float("nan")}, "scale must be finite, got nan"),
     "scale-inf": ({"scale": np.float32("inf")}, "scale must be finite, got inf"),
+    "dropout-negative": ({"dropout_p": -0.1}, "dropout_p must be from 0 to 1, got -0.1"),
+    "dropout-above": ({"dropout_p": 1.5}, "dropout_p must be from 0 to 1, got 1.5"),
+    "dropout-nan": ({"dropout_p": float("nan")}, "dropout_p must be finite, got nan"),
+    "seed-negative": ({"dropout_seed": -1}, r"dropout_seed must be from 0 to 2\*\*64 - 1, got -1"),
+    "seed-huge": (
+        {"dropout_seed": 2**64},
+        r"dropout_seed must be from 0 to 2\*\*64 - 1, got 18446744073709551616",
+    ),
+    "offset-high": (
+        {"dropout_offset": 2**32},
+        r"dropout_offset must be from 0 to 2\*\*32 - 1, got 4294967296",
+    ),
     "softcap-negative": ({"softcap": -1}, r"softcap must be at least 0 \(0: none\), got -1.0"),
     "softcap-nan": ({"softcap": float("nan")}, "softcap must be finite, got nan"),
     "out-shape": ({"out": zeros(2, 4, 5, 8)}, r"out must have shape \(2, 4, 5, 6\), got \(2, 4, 5, 8\)"),
@@ -219,6 +237,20 @@ def test_type_error(changes: dict[str, Any], message: str) -> None:
 def test_value_error(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(**changes)
+
+
+DROPOUT = {
+    name: row for name, row in {**TYPES, **VALUES}.items() if next(iter(row[0])).startswith("dropout_")
+}
+
+
+@pytest.mark.parametrize("changes, message", DROPOUT.values(), ids=DROPOUT)
+def test_arguments_of_dropout_are_checked_where_nothing_is_dropped(
+    changes: dict[str, Any], message: str
+) -> None:
+    """By the short way of plain calls too."""
+    with pytest.raises((TypeError, ValueError), match=message):
+        fa.attention(QUERY, KEY, VALUE, **changes)
 
 
 @pytest.mark.parametrize(
@@ -282,12 +314,57 @@ def test_out_overlaps_itself() -> None:
 def test_gradients_are_not_there_yet(name: str) -> None:
     shapes = {"query": QUERY.shape, "key": KEY.shape, "value": VALUE.shape, "bias": (5, 7), "out": OUT_SHAPE}
     tensor = torch.zeros(shapes.get(name, (4,)), requires_grad=True)
-    message = f"{name} requires grad, and fastattn computes no gradients yet: call it under torch.no_grad"
+    message = rf"{name} requires grad, and only attention\(..., backend='math'\) computes gradients yet: call"
+    if name == "out":
+        message = r"out requires grad, and would be overwritten: pass out.detach\(\)"
     with pytest.raises(RuntimeError, match=message):
         call("torch", **{name: tensor})
     with torch.no_grad():
         assert not call("torch", **{name: tensor}).isnan().any()
     call("torch", **{name: tensor.detach()})
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "bias", "sinks", "alibi_slopes"])
+def test_nothing_is_written_to_out_in_a_graph(name: str) -> None:
+    shapes = {"query": QUERY.shape, "key": KEY.shape, "value": VALUE.shape, "bias": (5, 7)}
+    tensor, out = torch.zeros(shapes.get(name, (4,)), requires_grad=True), torch.ones(OUT_SHAPE)
+    with pytest.raises(RuntimeError, match="out cannot be written where another argument requires grad"):
+        call("torch", backend="math", **{name: tensor}, out=out)
+    assert (out == 1).all()
+    with torch.no_grad():
+        assert call("torch", backend="math", **{name: tensor}, out=out) is out
+    assert (out == 0).all()
+    with pytest.raises(RuntimeError, match=r"out requires grad, and would be overwritten: pass out.detach"):
+        call("torch", backend="math", out=torch.zeros(OUT_SHAPE, requires_grad=True))
+
+
+def test_math_asks_for_tensors() -> None:
+    with pytest.raises(NotImplementedError, match="math: it composes operations of torch: pass tensors"):
+        call(backend="math")
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"query": QUERY}, TypeError, "key must be a NumPy array like the first argument, got torch.Tensor"),
+        ({"key": KEY}, TypeError, "key must be a torch tensor like the first argument, got numpy.ndarray"),
+        ({"sinks": np.zeros(4)}, TypeError, "sinks must be a torch tensor like the first argument"),
+        ({"sinks": torch.full((4,), torch.nan)}, ValueError, "sinks must be finite, or -inf for a head"),
+        ({"query": torch.zeros(QUERY.shape).to_sparse()}, TypeError, "query must be a dense tensor"),
+        ({"return_lse": 1}, TypeError, "return_lse must be a bool, got int"),
+        ({"out": torch.zeros(1)}, ValueError, r"out must have shape \(2, 4, 5, 6\), got \(1,\)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_math_validates_alike(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call("torch", backend="math", **changes)
+
+
+def test_compiled_kernels_say_that_they_have_no_dropout() -> None:
+    for backend in ("cpu", None):
+        with pytest.raises(NotImplementedError, match="cpu: dropout is not in the compiled kernels yet"):
+            call(backend=backend, dropout_p=0.5)
 
 
 def test_forward_mode_gradients_are_not_there_yet() -> None:
@@ -341,11 +418,10 @@ def test_tensors_that_can_be_read() -> None:
 
 
 def test_planned_backends_say_so() -> None:
-    for name in ("triton", "math"):
-        with pytest.raises(
-            NotImplementedError, match=f"backend='{name}' is not there yet; expected one of 'cpu', "
-        ):
-            call(backend=name)
+    with pytest.raises(
+        NotImplementedError, match="backend='triton' is not there yet; expected one of 'cpu', "
+    ):
+        call(backend="triton")
 
 
 def test_unknown_backend_in_the_environment(environment: pytest.MonkeyPatch) -> None:

@@ -94,8 +94,14 @@ class ArrayLibrary(Protocol):
     def view(self, name: str, array: Array, *, to_write: bool = False) -> Strided:
         """See the argument `name` as memory; raise where that would misread it, or lose what is written."""
 
+    def readable(self, name: str, array: Array) -> Strided:
+        """See a short argument as memory that Python may read at once."""
+
     def empty(self, shape: tuple[int, ...], dtype: str, like: Array) -> Strided:
         """Allocate an output of `dtype`, which is `like`'s or a dtype of NumPy, where `like` lives."""
+
+    def draw_seed(self, like: Array) -> int:
+        """Draw a seed for dropout, from the generator of `like`'s device where there is one."""
 
 
 class _NumpyArrays:
@@ -114,10 +120,15 @@ class _NumpyArrays:
             return self.view(name, _with_plain_strides(array))
         return Strided(array, dtype, array.shape, strides, _address(array))
 
+    readable = view
+
     def empty(self, shape: tuple[int, ...], dtype: str, like: Array) -> Strided:
         own, _ = _in_elements(like.dtype, ())  # NumPy does not know bfloat16 by name
         array = np.empty(shape, like.dtype if own == dtype else dtype)
         return Strided(array, dtype, shape, _contiguous(shape), _address(array))
+
+    def draw_seed(self, like: Array) -> int:
+        return int(np.random.default_rng().integers(2**64, dtype=np.uint64))
 
 
 def _not_a_plain(kind: str, base: type, name: str, array: object) -> TypeError:
@@ -176,20 +187,12 @@ class _TorchTensors:
         self._plain = (torch.Tensor, torch.nn.Parameter)
 
     def view(self, name: str, array: Array, *, to_write: bool = False) -> Strided:
-        if type(array) not in self._plain:
-            raise _not_a_plain("a torch tensor", self._torch.Tensor, name, array)
+        self._check_kind(name, array)
         if not array.is_cpu:
             got = f"{name} is on device '{array.device}'"
             raise RuntimeError(f"{got}, expected 'cpu': the GPU backend is not there yet")
-        if array.layout is not self._strided:
-            raise TypeError(f"{name} must be a dense tensor (torch.strided), got layout {array.layout}")
-        if (array.requires_grad and self._torch.is_grad_enabled()) or (
-            self._forward_ad._current_level >= 0 and self._forward_ad.unpack_dual(array).tangent is not None
-        ):
-            raise RuntimeError(
-                f"{name} requires grad, and fastattn computes no gradients yet: "
-                f"call it under torch.no_grad(), or pass {name}.detach()"
-            )
+        if array.requires_grad or self._forward_ad._current_level >= 0:
+            self._check_no_graph(name, array, to_write)
         if array.is_neg():  # lazily negated, as the imaginary part of a conjugate: memory has the other sign
             if to_write:
                 raise ValueError(f"{name} must be writable, got a lazily negated view: see resolve_neg")
@@ -205,12 +208,65 @@ class _TorchTensors:
             self._torch.autograd.graph.increment_version(array)
         return Strided(array, _torch_name(array.dtype), shape, strides, address)
 
+    def _check_kind(self, name: str, array: Array) -> None:
+        if type(array) not in self._plain:
+            raise _not_a_plain("a torch tensor", self._torch.Tensor, name, array)
+        if array.layout is not self._strided:
+            raise TypeError(f"{name} must be a dense tensor (torch.strided), got layout {array.layout}")
+
+    def _check_no_graph(self, name: str, array: Array, to_write: bool) -> None:
+        dual = (
+            self._forward_ad._current_level >= 0 and self._forward_ad.unpack_dual(array).tangent is not None
+        )
+        if not dual and not (array.requires_grad and self._torch.is_grad_enabled()):
+            return
+        if to_write:
+            raise RuntimeError(f"{name} requires grad, and would be overwritten: pass {name}.detach()")
+        raise RuntimeError(
+            f"{name} requires grad, and only attention(..., backend='math') computes gradients yet: "
+            f"call that, or this under torch.no_grad(), or pass {name}.detach()"
+        )
+
+    def readable(self, name: str, array: Array) -> Strided:
+        return self.view(name, array)
+
     def empty(self, shape: tuple[int, ...], dtype: str, like: Array) -> Strided:
         if _torch_name(like.dtype) == dtype:
             tensor = like.new_empty(shape)
         else:
             tensor = like.new_empty(shape, dtype=getattr(self._torch, dtype))
         return Strided(tensor, dtype, shape, _contiguous(shape), tensor.data_ptr())
+
+    def draw_seed(self, like: Array) -> int:
+        return int(self._torch.randint(2**63 - 1, (), device=like.device))
+
+
+class _TorchOperands(_TorchTensors):
+    """Tensors that torch itself computes on: any device, any graph. No memory is read through the view."""
+
+    def view(self, name: str, array: Array, *, to_write: bool = False) -> Strided:
+        self._check_kind(name, array)
+        if to_write:
+            self._check_no_graph(name, array, to_write)
+        try:
+            shape, strides = tuple(array.shape), array.stride()
+        except RuntimeError as error:  # nested tensors
+            raise RuntimeError(f"{name} is no single block of memory: {error}") from error
+        try:
+            address = array.data_ptr()  # only overlaps are told from it
+        except RuntimeError:  # the wrappers inside torch.func transforms
+            address = 0
+        return Strided(array, _torch_name(array.dtype), shape, strides, address)
+
+    def readable(self, name: str, array: Array) -> Strided:
+        self._check_kind(name, array)
+        if self._forward_ad._current_level >= 0:
+            array = self._forward_ad.unpack_dual(array).primal
+        array, functorch = array.detach().cpu(), self._torch._C._functorch
+        while functorch.is_gradtrackingtensor(array):  # inside torch.func.grad, jvp and their like
+            array = functorch.get_unwrapped(array)
+        with self._torch.no_grad():
+            return super().view(name, array)
 
 
 @lru_cache
@@ -226,15 +282,19 @@ def _torch_name(dtype: object) -> str:
 
 NUMPY: ArrayLibrary = _NumpyArrays()
 _torch_tensors = cache(_TorchTensors)
+_torch_operands = cache(_TorchOperands)
 
 
-def library_of(name: str, array: object) -> ArrayLibrary:
-    """Tell whose array the argument `name` is; TypeError where it is neither library's."""
+def library_of(name: str, array: object, *, composed: bool = False) -> ArrayLibrary:
+    """Tell whose array the argument `name` is; TypeError where it is neither library's.
+
+    `composed`: no kernel reads the memory of tensors, operations of torch do.
+    """
     if isinstance(array, np.ndarray):
         return NUMPY
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, getattr(torch, "Tensor", ())):
-        return _torch_tensors(torch)
+        return _torch_operands(torch) if composed else _torch_tensors(torch)
     raise TypeError(f"{name} must be a NumPy array or a torch tensor, got {type_name(array)}")
 
 

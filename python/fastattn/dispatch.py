@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 
 from fastattn.arrays import Array, type_name
 from fastattn.backends import plain
-from fastattn.backends.base import Backend
+from fastattn.backends.base import Backend, ComposingBackend
 from fastattn.backends.cpu import CpuBackend
+from fastattn.backends.math import MathBackend
 from fastattn.backends.reference import ReferenceBackend
 from fastattn.problem import AttentionProblem
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), ReferenceBackend())}
+COMPOSING: dict[str, ComposingBackend] = {"math": MathBackend()}
+BACKENDS: dict[str, Backend] = {"cpu": CpuBackend(), "reference": ReferenceBackend(), **COMPOSING}
 AUTOMATIC = ("cpu",)  # in order of preference; any other runs only when named
-PLANNED = ("triton", "math")
+PLANNED = ("triton",)
 
 
 class Choice(NamedTuple):
@@ -40,6 +42,11 @@ def candidates(name: Any) -> tuple[str, ...]:
     if not isinstance(name, str):
         raise TypeError(f"backend must be a name or None, got {type_name(name)}")
     return _named("backend", name)
+
+
+def composing(names: tuple[str, ...]) -> ComposingBackend | None:
+    """Return the backend of `names` if it composes operations of torch; such a one is always alone."""
+    return COMPOSING.get(names[0])
 
 
 def run_plain(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastattn.arrays import Array
-from fastattn.dispatch import candidates, consider
+from fastattn.dispatch import candidates, composing, consider
 from fastattn.problem import AttentionProblem
 
 
@@ -55,8 +55,10 @@ def explain(
     """
     for returned in ("return_lse", "return_weights", "out"):  # these choose no backend
         options.pop(returned, None)
-    problem = AttentionProblem.from_arguments(query, key, value, **options)
-    chosen, refusals = consider(problem, candidates(backend))
+    names = candidates(backend)
+    composed = composing(names) is not None
+    problem = AttentionProblem.from_arguments(query, key, value, composed=composed, **options)
+    chosen, refusals = consider(problem, names)
     batch, heads, seqlen_q, head_dim = problem.query.shape
     _, kv_heads, seqlen_k, value_dim = problem.value.shape
     return Explanation(

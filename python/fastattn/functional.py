@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fastattn.arrays import Array
-from fastattn.dispatch import candidates, choose, run_plain
-from fastattn.outputs import prepare_outputs
+from fastattn.dispatch import candidates, choose, composing, run_plain
+from fastattn.outputs import check_request, prepare_outputs, returned
 from fastattn.problem import AttentionProblem, Causal, Layout, Window
 
 
@@ -25,6 +25,9 @@ def attention(
     sinks: Any = None,
     softcap: float = 0.0,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+    dropout_offset: int = 0,
     layout: Layout = "bhsd",
     return_lse: bool = False,
     return_weights: bool = False,
@@ -64,16 +67,26 @@ def attention(
         Scores become ``softcap * tanh(scores / softcap)`` before bias and ALiBi; 0 is none.
     scale : float, optional
         Defaults to ``1 / sqrt(D)``.
+    dropout_p : float
+        Probabilities are set to 0 with this probability, and multiplied by ``1 / (1 - dropout_p)`` otherwise.
+        Backends "math" and "reference" alone have it yet.
+    dropout_seed : int, optional
+        From 0 to 2**64 - 1. One seed and offset drop the same probabilities on every backend. By default it
+        is drawn: for tensors from torch's default generator of their device, for NumPy anew each time.
+    dropout_offset : int
+        From 0 to 2**32 - 1: tells calls of one seed apart, those of the layers of a model for one.
     layout : {"bhsd", "bshd"}
         "bshd": query, key, value and out have axes (B, L, H, D). mask, bias, lse and weights keep theirs.
     return_lse : bool
         Also return ``log(sum_j exp(score_ij) + exp(sink_h))``, shape (B, Hq, Lq), float32 (or float64).
     return_weights : bool
-        Also return the probabilities, shape (B, Hq, Lq, Lk), in query's dtype.
+        Also return the probabilities, after dropout, shape (B, Hq, Lq, Lk), in query's dtype.
     out : array, shape (B, Hq, Lq, Dv), optional
         Written and returned. Must not share memory with an input.
-    backend : {"cpu", "reference"}, optional
-        Defaults to ``FASTATTN_BACKEND``, else to the first that can run the call; see `explain`.
+    backend : {"cpu", "reference", "math"}, optional
+        Defaults to ``FASTATTN_BACKEND``, else to the first that can run the call; see `explain`. "math" is
+        composed of operations of torch: for tensors of any device, with every score in memory, differentiable
+        any number of times in query, key, value, bias, sinks and alibi_slopes.
 
     Returns
     -------
@@ -87,7 +100,8 @@ def attention(
     ValueError
         For shapes that do not fit and values out of range, and for an `out` that overlaps an input or itself.
     RuntimeError
-        For tensors on other devices than the CPU, or that require grad.
+        For tensors on other devices than the CPU, or that require grad, unless the backend is "math"; for an
+        `out` where anything requires grad.
     NotImplementedError
         If no backend can run the call; the message holds the reasons of each.
     MemoryError
@@ -95,11 +109,13 @@ def attention(
 
     Notes
     -----
-    What is masked, or lies past a length, changes no bit of the output, not even NaN.
+    What is masked, or lies past a length, changes no bit of the output, not even NaN. Dropout keeps a
+    probability where a word of Philox 4x32-10 [2]_ says so; `fastattn.philox` is its definition.
 
     References
     ----------
     .. [1] Press, Smith, Lewis, "Train Short, Test Long: Attention with Linear Biases", 2021.
+    .. [2] Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", 2011.
 
     Examples
     --------
@@ -114,6 +130,8 @@ def attention(
         and (alibi_slopes is None and sinks is None and out is None and backend is None)
         and (return_lse is False and return_weights is False and type(softcap) is float and softcap == 0)
         and (causal is False or causal is True)
+        and (dropout_seed is None and type(dropout_p) is float and dropout_p == 0)
+        and (type(dropout_offset) is int and dropout_offset == 0)
         and isinstance(layout, str)
         and (layout == "bhsd" or layout == "bshd")
     ):
@@ -121,6 +139,7 @@ def attention(
         if plain is not None:
             return plain
     names = candidates(backend)
+    composer = composing(names)
     problem = AttentionProblem.from_arguments(
         query,
         key,
@@ -135,9 +154,17 @@ def attention(
         sinks=sinks,
         softcap=softcap,
         scale=scale,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        dropout_offset=dropout_offset,
         layout=layout,
+        composed=composer is not None,
     )
     chosen = choose(problem, names)
+    problem = problem.seeded()
+    if composer is not None and out is None:
+        check_request(problem, return_lse, return_weights)
+        return returned(*composer.compose(problem, return_lse, return_weights))
     outputs = prepare_outputs(problem, out, return_lse, return_weights)
     chosen.run(problem, outputs)
     return outputs.returned()

@@ -23,16 +23,22 @@ class Outputs(NamedTuple):
     weights: Strided | None  # (B, Hq, Lq, Lk)
 
     def returned(self) -> Any:
-        """What the caller gets: out, (out, lse), (out, weights) or (out, lse, weights)."""
-        if self.lse is None and self.weights is None:
-            return self.out.array
-        return tuple(view.array for view in self if view is not None)
+        """What the caller gets."""
+        out, lse, weights = self
+        return returned(
+            out.array, None if lse is None else lse.array, None if weights is None else weights.array
+        )
 
 
-def prepare_outputs(
-    problem: AttentionProblem, out: Array | None, return_lse: bool, return_weights: bool
-) -> Outputs:
-    """Allocate what the call returns, or take the caller's `out`, once every size is known to fit."""
+def returned(out: Array, lse: Array | None, weights: Array | None) -> Any:
+    """What the caller gets: out, (out, lse), (out, weights) or (out, lse, weights)."""
+    if lse is None and weights is None:
+        return out
+    return tuple(array for array in (out, lse, weights) if array is not None)
+
+
+def check_request(problem: AttentionProblem, return_lse: bool, return_weights: bool) -> None:
+    """Raise unless the flags are bools, and every size of what they ask for can be counted."""
     for name, flag in ("return_lse", return_lse), ("return_weights", return_weights):
         if not isinstance(flag, (bool, np.bool_)):
             raise TypeError(f"{name} must be a bool, got {type_name(flag)}")
@@ -42,6 +48,14 @@ def prepare_outputs(
         _check_size("lse", shape[:3], problem.lse_dtype)
     if return_weights:
         _check_size("weights", problem.scores_shape, dtype)
+
+
+def prepare_outputs(
+    problem: AttentionProblem, out: Array | None, return_lse: bool, return_weights: bool
+) -> Outputs:
+    """Allocate what the call returns, or take the caller's `out`, once every size is known to fit."""
+    check_request(problem, return_lse, return_weights)
+    shape, dtype = problem.out_shape, problem.dtype
     library, like = problem.library, problem.query.array
     return Outputs(
         _new_out(problem, shape) if out is None else _check_out(problem, shape, out),

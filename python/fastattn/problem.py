@@ -43,6 +43,11 @@ class AttentionProblem(NamedTuple):
     sinks: NDArray[np.float64] | None  # (Hq,)
     softcap: float  # 0: none
     scale: float
+    dropout_p: float = 0.0
+    dropout_seed: int | None = None  # of 64 bits; None: `seeded` draws it
+    dropout_offset: int = 0  # of 32 bits
+    alibi_slopes_given: Any = None  # as they came, for a backend that differentiates
+    sinks_given: Any = None
 
     @classmethod
     def from_arguments(
@@ -61,10 +66,17 @@ class AttentionProblem(NamedTuple):
         sinks: Any = None,
         softcap: float = 0.0,
         scale: float | None = None,
+        dropout_p: float = 0.0,
+        dropout_seed: int | None = None,
+        dropout_offset: int = 0,
         layout: Layout = "bhsd",
+        composed: bool = False,
     ) -> AttentionProblem:
-        """Validate the arguments of `fastattn.attention`, whose docstring says what they mean."""
-        library = library_of("query", query)
+        """Validate the arguments of `fastattn.attention`, whose docstring says what they mean.
+
+        `composed`: the backend composes operations of torch: tensors may be on any device and in any graph.
+        """
+        library = library_of("query", query, composed=composed)
         check_layout(layout)
         q, k, v = _tensors(library, query, key, value, layout)
         batch, heads, seqlen_q, head_dim = q.shape
@@ -92,7 +104,18 @@ class AttentionProblem(NamedTuple):
             None if sinks is None else _sinks(library, sinks, heads),
             _softcap(softcap),
             1.0 / math.sqrt(head_dim) if scale is None else _real("scale", scale),
+            _dropout_p(dropout_p),
+            None if dropout_seed is None else _word("dropout_seed", dropout_seed, 64),
+            _word("dropout_offset", dropout_offset, 32),
+            alibi_slopes,
+            sinks,
         )
+
+    def seeded(self) -> AttentionProblem:
+        """Draw the seed of dropout where it is needed and was not given."""
+        if self.dropout_p == 0 or self.dropout_seed is not None:
+            return self
+        return self._replace(dropout_seed=self.library.draw_seed(self.query.array))
 
     @property
     def dtype(self) -> str:
@@ -258,7 +281,7 @@ def _vector(
     """Copy a short argument out of an array or a sequence: what is checked then is what a kernel reads."""
     if isinstance(value, (tuple, list)):
         library, value = NUMPY, _listed(name, value)
-    view = library.view(name, value)
+    view = library.readable(name, value)
     if view.dtype not in dtypes:
         expected = "integers" if dtypes is INTEGERS else "real numbers"
         raise TypeError(f"{name} must hold {expected}, got {view.dtype}")
@@ -279,6 +302,21 @@ def _softcap(softcap: Any) -> float:
     if value < 0:
         raise ValueError(f"softcap must be at least 0 (0: none), got {value}")
     return value
+
+
+def _dropout_p(p: Any) -> float:
+    value = _real("dropout_p", p)
+    if not 0 <= value <= 1:
+        raise ValueError(f"dropout_p must be from 0 to 1, got {value}")
+    return value
+
+
+def _word(name: str, value: Any, bits: int) -> int:
+    if not _is_integer(value):
+        raise TypeError(f"{name} must be an integer, got {type_name(value)}")
+    if not 0 <= value < 2**bits:
+        raise ValueError(f"{name} must be from 0 to 2**{bits} - 1, got {value}")
+    return int(value)
 
 
 def _real(name: str, value: Any) -> float:

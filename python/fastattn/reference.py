@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.arrays import Array
+from fastattn.philox import multiplier
 from fastattn.problem import AttentionProblem
 
 Floats = NDArray[np.float64]
@@ -31,7 +32,7 @@ def attention(query: Array, key: Array, value: Array, **options: Any) -> Result:
     Takes the arguments of `fastattn.attention` that say what to compute. Returns out, lse and weights with
     axes (B, Hq, ...) whatever the layout.
     """
-    problem = AttentionProblem.from_arguments(query, key, value, **options)
+    problem = AttentionProblem.from_arguments(query, key, value, **options).seeded()
     shape = problem.scores_shape
     result = Result(np.empty(problem.out_shape), np.empty(shape[:3]), np.empty(shape))
     for index, head in each_head(problem):
@@ -54,6 +55,7 @@ def each_head(problem: AttentionProblem) -> Iterator[tuple[tuple[int, int], Resu
             sink=-np.inf if problem.sinks is None else problem.sinks[h],
             softcap=problem.softcap,
             scale=problem.scale,
+            dropout=dropout_multiplier(problem, b, h),
         )
         yield (b, h), result
 
@@ -89,6 +91,18 @@ def added_to_scores(problem: AttentionProblem, b: int, h: int) -> Floats:
     return added
 
 
+def dropout_multiplier(problem: AttentionProblem, b: int, h: int) -> Floats | float:
+    """What the weights are multiplied by, (Lq, Lk), or 1 where there is no dropout."""
+    if problem.dropout_p == 0:
+        return 1.0
+    assert problem.dropout_seed is not None
+    _, heads, seqlen_q, seqlen_k = problem.scores_shape
+    head = np.array(b * heads + h)
+    return multiplier(
+        problem.dropout_p, problem.dropout_seed, problem.dropout_offset, head, seqlen_q, seqlen_k
+    )
+
+
 @np.errstate(invalid="ignore", over="ignore", divide="ignore")
 def attend(
     query: Floats,
@@ -100,6 +114,7 @@ def attend(
     sink: float,
     softcap: float,
     scale: float,
+    dropout: Floats | float,
 ) -> Result:
     """One head: (Lq, D), (Lk, D) and (Lk, Dv) to (Lq, Dv)."""
     scores = scale * (query @ key.T)
@@ -114,7 +129,9 @@ def attend(
     unnormalised = np.where(visible, np.exp(scores - highest[:, None]), 0)
     total = unnormalised.sum(axis=1) + np.exp(sink - highest)
     weights = np.divide(unnormalised, total[:, None], out=np.zeros_like(scores), where=total[:, None] != 0)
-    return Result(weighted_sum(weights, visible, value), highest + np.log(total), weights)
+    lse = highest + np.log(total)  # dropout comes after the normaliser
+    weights *= dropout
+    return Result(weighted_sum(weights, visible, value), lse, weights)
 
 
 def weighted_sum(weights: Floats, visible: NDArray[np.bool_], value: Floats) -> Floats:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from fastattn.arrays import Array
 from fastattn.outputs import Outputs
 from fastattn.problem import AttentionProblem
 
@@ -21,3 +22,12 @@ class Backend(Protocol):
 
     def describe(self, problem: AttentionProblem) -> dict[str, str]:
         """Tell how `problem` would be run: instruction set, path, threads."""
+
+
+class ComposingBackend(Backend, Protocol):
+    """One made of operations of torch: tensors of any device and graph come in, and results carry theirs."""
+
+    def compose(
+        self, problem: AttentionProblem, return_lse: bool, return_weights: bool
+    ) -> tuple[Array, Array | None, Array | None]:
+        """Return out in the caller's layout, lse and weights; called in place of `run` if there is no out."""
