@@ -30,7 +30,9 @@ def check_real(name: str, value: Any, least: float, most: float = math.inf, abov
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     if not (math.isfinite(value) and least <= value <= most) or (above and value == least):
-        bounds = f"{'above' if above else 'at least'} {least}" if most == math.inf else f"in [{least}, {most}]"
+        bounds = f"in [{least}, {most}]"
+        if most == math.inf:
+            bounds = f"{'above' if above else 'at least'} {least}"
         raise ValueError(f"{name} must be a finite number {bounds}, got {value}")
 
 
@@ -78,8 +80,9 @@ def row_positions(
         check_offset(f"{prefix}offset", offset, batch)
         steps = torch.arange(length, device=device)
         if isinstance(offset, Tensor):
-            return offset.to(device=device, dtype=torch.int64)[..., None] + steps
-        return steps + offset
+            offset = offset.to(device=device, dtype=torch.int64)[..., None]
+        rows: Tensor = steps + offset
+        return rows
     name = f"{prefix}positions"
     if not isinstance(positions, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(positions).__name__}")
@@ -95,8 +98,9 @@ def row_positions(
 class DerivedBuffers(nn.Module):
     """A module whose buffers follow from its arguments.
 
-    They are computed again wherever the module goes. So they are in no state_dict, stay float32 after ``.half()``
-    or ``.to(torch.bfloat16)``, and hold their values after ``to_empty()``, which leaves other buffers undefined.
+    They are computed again wherever the module goes. So they are in no state_dict, stay float32 after
+    ``.half()`` or ``.to(torch.bfloat16)``, and hold their values after ``to_empty()``, which leaves other
+    buffers undefined.
     """
 
     def _derived(self) -> dict[str, Tensor]:
@@ -109,6 +113,6 @@ class DerivedBuffers(nn.Module):
             self.register_buffer(name, buffer.to(device), persistent=False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._place_buffers(next(self.buffers(recurse=False)).device)
         return self

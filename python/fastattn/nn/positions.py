@@ -95,7 +95,7 @@ class SinusoidalPositionalEncoding(_AddedPositions, DerivedBuffers):
     """Adds sines and cosines of the position, of wavelengths from 2 pi to 20000 pi [1]_.
 
     Column ``2i`` of position ``p`` holds ``sin(p / 10000**(2i / E))``, column ``2i + 1`` the cosine; an odd E
-    ends with a sine. Computed in float64 and rounded to the dtype of x, by way of float32 unless x is float64.
+    ends with a sine. Computed in float64 and rounded to the dtype of x, through float32 unless x is float64.
 
     Parameters
     ----------
@@ -184,8 +184,8 @@ class LearnedPositionalEncoding(_AddedPositions):
     TypeError
         For an argument of the wrong type.
     ValueError
-        For a wrong shape or range, and for a position outside ``[0, max_len)``. Positions in a tensor are looked
-        at where that is free: on the CPU, outside of `torch.compile`. Elsewhere the lookup itself fails.
+        For a wrong shape or range, and for a position outside ``[0, max_len)``. Positions in a tensor are
+        looked at where that is cheap: on the CPU, outside of `torch.compile`. Elsewhere the lookup itself fails.
 
     References
     ----------
@@ -228,8 +228,8 @@ class LearnedPositionalEncoding(_AddedPositions):
         if positions.device.type == "cpu" and not torch.compiler.is_compiling() and positions.numel():
             least, most = (int(extreme) for extreme in positions.aminmax())
             if least < 0 or most >= self.max_len:
-                got = least if least < 0 else most
-                raise ValueError(f"positions must be in [0, max_len) with max_len = {self.max_len}, got {got}")
+                bounds = f"[0, max_len) with max_len = {self.max_len}"
+                raise ValueError(f"positions must be in {bounds}, got {least if least < 0 else most}")
         return F.embedding(positions, self.weight).to(dtype)
 
 
@@ -238,8 +238,8 @@ def alibi_slopes(
 ) -> Tensor:
     """Slopes of ALiBi, for the `alibi_slopes` of `fastattn.attention` [1]_.
 
-    For a power of two, head ``h`` counted from 1 has ``2**(-8 h / num_heads)``. Otherwise, as in the reference
-    implementation, the slopes of the power of two below come first, then every other one of the next power.
+    For a power of two, head ``h`` counted from 1 has ``2**(-8 h / num_heads)``. Otherwise, as in the
+    reference implementation, those of the power of two below come first, then every other one of the next.
 
     Parameters
     ----------
@@ -383,16 +383,14 @@ class RelativePositionBias(DerivedBuffers):
         check_offset("query_offset", query_offset, None)
         if isinstance(query_offset, Tensor):
             query_offset = query_offset.to(device=self.weight.device, dtype=torch.int64)[..., None]
-        # The bias depends on key - query alone. Each such difference is looked up once; row i of the result is
-        # the window of them that begins at difference -i. (-Lq is there for Lq = 0, and is dropped.)
-        differences = torch.arange(-query_length, key_length, device=self.weight.device) - query_offset
+        # The bias depends on key - query alone, so each such difference is looked up once.
+        differences = torch.arange(-query_length, key_length + 1, device=self.weight.device) - query_offset
         distance = differences.abs() if self.bidirectional else (-differences).clamp(min=0)
         bucket = self.buckets[distance.clamp(max=self.max_distance)]
         if self.bidirectional:
             bucket = bucket + (differences > 0) * self._one_way
         values = F.embedding(bucket, self.weight).transpose(-1, -2)
-        bias = values.unfold(-1, key_length, 1)[..., 1:, :].flip(-2)
-        return bias if bias.dim() == 4 else bias.unsqueeze(0)
+        return _diagonals(values if values.dim() == 3 else values.unsqueeze(0), query_length, key_length)
 
     def extra_repr(self) -> str:
         """Sizes and directions."""
@@ -400,3 +398,13 @@ class RelativePositionBias(DerivedBuffers):
             f"num_heads={self.num_heads}, num_buckets={self.num_buckets}, "
             f"max_distance={self.max_distance}, bidirectional={self.bidirectional}"
         )
+
+
+def _diagonals(values: Tensor, rows: int, columns: int) -> Tensor:
+    """(B, H, rows + columns + 1) -> (B, H, rows, columns), whose element [i, j] is values[rows + j - i].
+
+    Copies of `values`, one a row, read as rows that are one element shorter, move to the right by one each.
+    Unlike a gather, its gradient is a sum over an axis; unlike windows, it compiles for any length.
+    """
+    copies = values.unsqueeze(-2).expand(-1, -1, rows, -1).flatten(-2)
+    return copies[..., rows:].unflatten(-1, (rows, rows + columns))[..., :columns]

@@ -35,8 +35,8 @@ class RotaryEmbedding(DerivedBuffers):
     """Turns pairs of columns of query and key by ``position * frequency`` [1]_.
 
     Column pair ``i`` of D' = `rotary_dim` columns has frequency ``base**(-2i / D')``. Scores then depend on
-    positions by their difference alone. Angles are float32 whatever becomes of the module or the inputs, as in
-    the models that were trained so; 16-bit inputs are turned in float32 and rounded once.
+    positions by their difference alone. Angles are float32 whatever becomes of the module or the inputs (float64
+    ones too), as in the models in use; 16-bit inputs are turned in float32 and rounded once.
 
     Parameters
     ----------
@@ -50,17 +50,17 @@ class RotaryEmbedding(DerivedBuffers):
     rotary_dim : int, optional
         D', even: only the first D' columns turn. Default: D.
     scaling : {"linear", "ntk", "dynamic", "yarn"}, optional
-        How a context `factor` times as long is reached. Names and parameters are those of transformers, whose
-        "ntk" would be a changed `rope_theta`.
+        How a context `factor` times as long is reached. Names and parameters are those of transformers, where
+        "ntk" is a changed `rope_theta`.
 
         - "linear": positions divided by `factor` [2]_.
-        - "ntk": `base` times ``factor**(D' / (D' - 2))``, which leaves the fastest pair as it is and divides the
-          slowest by `factor` [3]_.
+        - "ntk": `base` times ``factor**(D' / (D' - 2))``, which leaves the fastest pair as it is and divides
+          the slowest by `factor` [3]_.
         - "dynamic": as "ntk", with ``factor * n / original_max_position_embeddings - (factor - 1)`` for the
-          factor, where n is the largest position of the call and 1, and at least
+          factor, where n is 1 and the largest position of the call, and at least
           `original_max_position_embeddings`. Keys cached before keep the frequencies they were turned with.
-        - "yarn": pairs that turn more than `beta_fast` times within the original context are left alone, those
-          that turn less than `beta_slow` times divided by `factor`, those between in between [4]_.
+        - "yarn": pairs that turn more than `beta_fast` times within the original context are left alone,
+          those that turn less than `beta_slow` times are divided by `factor`, others in between [4]_.
     factor : float, optional
         At least 1; for every scaling.
     original_max_position_embeddings : int, optional
@@ -81,13 +81,14 @@ class RotaryEmbedding(DerivedBuffers):
     Raises
     ------
     TypeError, ValueError
-        For an argument of the wrong type, shape or range, and for a parameter that `scaling` lacks or ignores.
+        For an argument of the wrong type, shape or range, and a parameter that `scaling` lacks or ignores.
 
     References
     ----------
     .. [1] Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
-    .. [2] Chen et al., "Extending Context Window of Large Language Models via Positional Interpolation", 2023.
-    .. [3] bloc97, "NTK-Aware Scaled RoPE", 2023, and emozilla, "Dynamically Scaled RoPE", 2023; both in [4]_.
+    .. [2] Chen et al., "Extending Context Window of Large Language Models via Positional Interpolation",
+       2023.
+    .. [3] bloc97, "NTK-Aware Scaled RoPE", 2023, and emozilla, "Dynamically Scaled RoPE", 2023.
     .. [4] Peng et al., "YaRN: Efficient Context Window Extension of Large Language Models", 2023.
 
     Examples
@@ -154,12 +155,13 @@ class RotaryEmbedding(DerivedBuffers):
         base, parameters = self.base, self.scaling_parameters
         if self.scaling == "ntk":
             base *= parameters["factor"] ** (self.rotary_dim / (self.rotary_dim - 2))
-        inv_freq = _frequencies(base, self.rotary_dim, torch.device("cpu"))
+        periods = _periods(base, self.rotary_dim, torch.device("cpu"))
+        inv_freq = 1.0 / periods
         if self.scaling == "linear":
             inv_freq = inv_freq / parameters["factor"]
         elif self.scaling == "yarn":
             kept = _yarn_kept(base, self.rotary_dim, **parameters)
-            inv_freq = inv_freq / parameters["factor"] * (1 - kept) + inv_freq * kept
+            inv_freq = 1.0 / (parameters["factor"] * periods) * (1 - kept) + inv_freq * kept
         return {"inv_freq": inv_freq}
 
     def forward(
@@ -202,15 +204,21 @@ class RotaryEmbedding(DerivedBuffers):
                 raise ValueError("key_offset and key_positions must be left out where key is None")
             return self._turn(query, self._cos_sin(rows, self._frequencies_for(rows), axis))
         self._check_input("key", key)
-        if key_offset is None and key_positions is None:
-            key_offset, key_positions, prefix = offset, positions, ""
-        else:
-            key_offset, prefix = 0 if key_offset is None else key_offset, "key_"
         length = key.shape[axis]
-        key_rows = row_positions(length, key.shape[0], key.device, key_offset, key_positions, prefix)
+        if key_offset is None and key_positions is None:
+            if positions is not None and length != query.shape[axis]:
+                got = f"None with {query.shape[axis]} query rows and {length} key rows"
+                raise ValueError(f"key_positions must be given where lengths differ, got {got}")
+            key_rows = rows
+            if length != query.shape[axis]:
+                key_rows = row_positions(length, key.shape[0], key.device, offset, None)
+        else:
+            start = 0 if key_offset is None else key_offset
+            key_rows = row_positions(length, key.shape[0], key.device, start, key_positions, "key_")
         inv_freq = self._frequencies_for(rows, key_rows)
-        turned_query = self._turn(query, self._cos_sin(rows, inv_freq, axis))
-        return turned_query, self._turn(key, self._cos_sin(key_rows, inv_freq, axis))
+        cos_sin = self._cos_sin(rows, inv_freq, axis)
+        key_cos_sin = cos_sin if key_rows is rows else self._cos_sin(key_rows, inv_freq, axis)
+        return self._turn(query, cos_sin), self._turn(key, key_cos_sin)
 
     def _check_input(self, name: str, x: Any) -> None:
         check_floating(name, x)
@@ -226,7 +234,7 @@ class RotaryEmbedding(DerivedBuffers):
         length = torch.stack([positions.max() for positions in rows]).max() + 1
         stretch = factor * length.clamp(min=original) / original - (factor - 1)
         base = self.base * stretch ** (self.rotary_dim / (self.rotary_dim - 2))
-        return _frequencies(base, self.rotary_dim, rows[0].device)
+        return 1.0 / _periods(base, self.rotary_dim, rows[0].device)
 
     def _cos_sin(self, rows: Tensor, inv_freq: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines, float32, broadcasting to the pairs of a tensor with rows on `axis`."""
@@ -301,16 +309,18 @@ def _scaling_parameters(scaling: Any, rotary_dim: int, parameters: dict[str, Any
             check_real(name, value, 0, above=True)
     if ("mscale" in given) != ("mscale_all_dim" in given):
         raise ValueError("mscale and mscale_all_dim must be given together, got one of them")
-    if given.get("beta_fast", 32) < given.get("beta_slow", 1):
-        raise ValueError(f"beta_fast must be at least beta_slow, got {given.get('beta_fast', 32)}")
+    fast, slow = given.get("beta_fast", 32), given.get("beta_slow", 1)
+    if fast < slow:
+        raise ValueError(f"beta_fast must be at least beta_slow = {slow}, got {fast}")
     if scaling in ("ntk", "dynamic") and rotary_dim == 2:
         raise ValueError(f"rotary_dim must be above 2 where scaling is {scaling!r}, got 2")
     return given
 
 
-def _frequencies(base: float | Tensor, dim: int, device: torch.device) -> Tensor:
-    """Frequency of each pair of `dim` columns, float32."""
-    return 1.0 / (base ** (torch.arange(0, dim, 2, device=device).float() / dim))
+def _periods(base: float | Tensor, dim: int, device: torch.device) -> Tensor:
+    """Positions to a radian for each pair of `dim` columns, float32."""
+    periods: Tensor = base ** (torch.arange(0, dim, 2, device=device).float() / dim)
+    return periods
 
 
 def _yarn_attention_factor(
