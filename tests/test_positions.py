@@ -1,4 +1,4 @@
-"""Positions in fastattn.nn: the papers' formulas written out, transformers' modules, the habits of a module."""
+"""Positions in fastattn.nn: against the papers' formulas and transformers, and the habits of a module."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import io
 import math
 import pickle
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -401,7 +399,7 @@ def test_derived_buffers_survive_moves(module: nn.Module) -> None:
     assert torch.equal(apply(twin), apply(module))
 
 
-@pytest.mark.parametrize("module", [*modules()[:4], *modules()[6:]], ids=module_id)
+@pytest.mark.parametrize("module", [*modules()[:3], modules()[6], modules()[8]], ids=module_id)
 def test_compiles_without_a_break(module: nn.Module) -> None:
     """Static, then dynamic: from the third length or offset on nothing compiles again. Gradients as well."""
     torch._dynamo.reset()
@@ -435,13 +433,6 @@ def test_exports_with_a_dynamic_length(module: nn.Module) -> None:
     exported = torch.export.export(Model(), (randn(2, 6, 8),), dynamic_shapes=shapes).module()
     for length in (3, 6, 13):
         assert torch.equal(exported(randn(2, length, 8)), apply(module, length, 1))
-
-
-def test_import_of_the_package_brings_no_torch() -> None:
-    loaded = "print('torch' in sys.modules)"
-    code = f"import sys, fastattn; {loaded}; import fastattn.nn; {loaded}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "True"]
 
 
 # Errors

@@ -185,7 +185,7 @@ class LearnedPositionalEncoding(_AddedPositions):
         For an argument of the wrong type.
     ValueError
         For a wrong shape or range, and for a position outside ``[0, max_len)``. Positions in a tensor are
-        looked at where that is cheap: on the CPU, outside of `torch.compile`. Elsewhere the lookup itself fails.
+        looked at on the CPU, outside of `torch.compile`; elsewhere the lookup itself fails.
 
     References
     ----------
@@ -404,7 +404,8 @@ def _diagonals(values: Tensor, rows: int, columns: int) -> Tensor:
     """(B, H, rows + columns + 1) -> (B, H, rows, columns), whose element [i, j] is values[rows + j - i].
 
     Copies of `values`, one a row, read as rows that are one element shorter, move to the right by one each.
-    Unlike a gather, its gradient is a sum over an axis; unlike windows, it compiles for any length.
+    Unlike windows (`unfold`, `as_strided`) it compiles once for all lengths.
     """
     copies = values.unsqueeze(-2).expand(-1, -1, rows, -1).flatten(-2)
-    return copies[..., rows:].unflatten(-1, (rows, rows + columns))[..., :columns]
+    shorter = copies[..., rows:].reshape(*values.shape[:2], rows, rows + columns)
+    return shorter[..., :columns]

@@ -35,8 +35,8 @@ class RotaryEmbedding(DerivedBuffers):
     """Turns pairs of columns of query and key by ``position * frequency`` [1]_.
 
     Column pair ``i`` of D' = `rotary_dim` columns has frequency ``base**(-2i / D')``. Scores then depend on
-    positions by their difference alone. Angles are float32 whatever becomes of the module or the inputs (float64
-    ones too), as in the models in use; 16-bit inputs are turned in float32 and rounded once.
+    positions by their difference alone. Angles are float32, as in the models in use, whatever the dtype of
+    module and inputs (float64, too); 16-bit inputs are turned in float32 and rounded once.
 
     Parameters
     ----------
