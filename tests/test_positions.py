@@ -399,6 +399,13 @@ def test_derived_buffers_survive_moves(module: nn.Module) -> None:
     assert torch.equal(apply(twin), apply(module))
 
 
+@EVERY_MODULE
+def test_nothing_to_place(module: nn.Module) -> None:
+    for batch, length in ((0, 4), (2, 0)):
+        out = apply_to(module, torch.zeros(batch, length, 8), 0)
+        assert out.shape[-2] == length
+
+
 @pytest.mark.parametrize("module", [*modules()[:3], modules()[6], modules()[8]], ids=module_id)
 def test_compiles_without_a_break(module: nn.Module) -> None:
     """Static, then dynamic: from the third length or offset on nothing compiles again. Gradients as well."""
