@@ -102,7 +102,8 @@ inline BackwardPlan<E> plan_backward(const BackwardParams& b, bool clean) {
   plan.query_factor = query_factor<E>(p);
   plan.general = p.softcap > 0 || b.grad_weights != nullptr || b.grad_slopes != nullptr;
   const int64_t group = p.query_heads / p.kv_heads;
-  const bool together = p.seqlen_q < E::kLanes;
+  // Short sequences: rows of several heads in a panel, unless each is to add to a bias of its own.
+  const bool together = p.seqlen_q < E::kLanes && b.grad_bias == nullptr;
   plan.spans = together ? 1 : group;
   plan.span_rows = together ? group * p.seqlen_q : p.seqlen_q;
   plan.span_panels = (plan.span_rows + E::kLanes - 1) / E::kLanes;
@@ -126,7 +127,8 @@ inline BackwardPlan<E> plan_backward(const BackwardParams& b, bool clean) {
   plan_thread_scratch<E>(plan, b);
   const int64_t heads = p.batch * p.kv_heads;
   plan.wave = clamp64(kPackedBudget / plan.head_bytes, 1, heads);
-  plan.threads = effective_threads(plan.wave * max64(plan.key_groups, plan.head_panels),
+  const int64_t parts = max64(plan.key_groups, plan.head_panels);
+  plan.threads = effective_threads(b.grad_bias != nullptr ? INT64_MAX : plan.wave * parts,
                                    worthwhile_threads(p, heads * plan.head_panels));
   return plan;
 }

@@ -82,7 +82,7 @@ FASTATTN_NOINLINE void gradient_tile(const GradientContext<E>& context, TileRows
 }
 
 // What the fast tile leaves out: gradients of the weights that come in, of ALiBi's slopes, and through softcap. `grads`
-// holds dS without these and gets it with them.
+// holds dS without these and gets it with them. `raw` is null where softcap's derivative is to be left out.
 template <class E>
 FASTATTN_NOINLINE void gradient_extras(const GradientContext<E>& context, const typename E::Scalar* probs,
                                        const typename E::Scalar* raw, typename E::Scalar* grads) {
@@ -110,7 +110,7 @@ FASTATTN_NOINLINE void gradient_extras(const GradientContext<E>& context, const 
           context.slope_grad[v * E::kWidth + lane] -= static_cast<double>(lanes[lane]);
         }
       }
-      if (rules.softcap > 0) {
+      if (rules.softcap > 0 && raw != nullptr) {
         const auto ratio = V::mul(softcap<V>(scale_score<E>(rules, V::load(raw + at)), cap, inverse), inverse);
         const auto slope = V::sub(V::set1(1), V::mul(ratio, ratio));
         x = V::select(hidden, V::zero(), V::mul(x, slope));

@@ -242,6 +242,8 @@ BackwardParams make_backward_params(const GradientArguments& tensors) {
        b.grad_key_strides);
   read("grad_value", tensors.grad_value, own, {p.batch, p.kv_heads, p.seqlen_k, p.value_dim}, b.grad_value,
        b.grad_value_strides);
+  read("grad_bias", tensors.grad_bias, wide, {p.batch, p.query_heads, rows, p.seqlen_k}, b.grad_bias,
+       b.grad_bias_strides);
   const auto table = [&p](const char* name, const py::object& from) -> double* {
     if (from.is_none()) {
       return nullptr;
@@ -256,8 +258,9 @@ BackwardParams make_backward_params(const GradientArguments& tensors) {
   };
   b.grad_slopes = table("grad_slopes", tensors.grad_slopes);
   b.grad_sinks = table("grad_sinks", tensors.grad_sinks);
-  if ((b.grad_slopes != nullptr && p.alibi_slopes == nullptr) || (b.grad_sinks != nullptr && p.sinks == nullptr)) {
-    fail("grad_slopes, grad_sinks", "there is nothing that they would be a gradient of");
+  if ((b.grad_bias != nullptr && p.bias == nullptr) || (b.grad_slopes != nullptr && p.alibi_slopes == nullptr) ||
+      (b.grad_sinks != nullptr && p.sinks == nullptr)) {
+    fail("grad_bias, grad_slopes, grad_sinks", "there is nothing that they would be a gradient of");
   }
   return b;
 }

@@ -38,7 +38,8 @@ AttentionParams make_params(const TensorArguments& tensors);
 // What a backward call has besides: the same, or None. `forward` holds out and lse.
 struct GradientArguments {
   TensorArguments forward;
-  pybind11::object grad_out, grad_lse, grad_weights, grad_query, grad_key, grad_value, grad_slopes, grad_sinks;
+  pybind11::object grad_out, grad_lse, grad_weights, grad_query, grad_key, grad_value, grad_bias, grad_slopes,
+      grad_sinks;
 };
 
 BackwardParams make_backward_params(const GradientArguments& tensors);

@@ -49,8 +49,9 @@ void attention_backward(const py::object& query, const py::object& key, const py
                         const py::object& kv_lengths, const py::object& query_offset, const py::object& alibi_slopes,
                         const py::object& sinks, const py::object& grad_out, const py::object& grad_lse,
                         const py::object& grad_weights, const py::object& grad_query, const py::object& grad_key,
-                        const py::object& grad_value, const py::object& grad_slopes, const py::object& grad_sinks,
-                        double scale, double softcap, int64_t window_left, int64_t window_right, int num_threads) {
+                        const py::object& grad_value, const py::object& grad_bias, const py::object& grad_slopes,
+                        const py::object& grad_sinks, double scale, double softcap, int64_t window_left,
+                        int64_t window_right, int num_threads) {
   BackwardParams b = make_backward_params(
       {{query, key, value, out, lse, py::none(), mask, bias, kv_lengths, query_offset, alibi_slopes, sinks},
        grad_out,
@@ -131,8 +132,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         "window_left"_a, "window_right"_a, "num_threads"_a);
   m.def("attention_backward", attention_backward, "query"_a, "key"_a, "value"_a, "out"_a, "lse"_a, "mask"_a, "bias"_a,
         "kv_lengths"_a, "query_offset"_a, "alibi_slopes"_a, "sinks"_a, "grad_out"_a, "grad_lse"_a, "grad_weights"_a,
-        "grad_query"_a, "grad_key"_a, "grad_value"_a, "grad_slopes"_a, "grad_sinks"_a, "scale"_a, "softcap"_a,
-        "window_left"_a, "window_right"_a, "num_threads"_a);
+        "grad_query"_a, "grad_key"_a, "grad_value"_a, "grad_bias"_a, "grad_slopes"_a, "grad_sinks"_a, "scale"_a,
+        "softcap"_a, "window_left"_a, "window_right"_a, "num_threads"_a);
   m.def("bind_torch", bind_torch, "tensor"_a, "strided"_a, "dtypes"_a, "empty_like"_a);
   m.def("attention_plain_numpy", attention_plain_numpy, "query"_a, "key"_a, "value"_a, "causal"_a, "scale"_a, "bshd"_a,
         "num_threads"_a);

@@ -1,0 +1,211 @@
+// One key/value head of the backward: where its operands lie, and what is made ready before the first product.
+#pragma once
+
+#include "algorithm/backward_plan.h"
+#include "algorithm/block.h"
+#include "params.h"
+
+namespace fastattn {
+namespace {
+
+// Rows that are not finite, where some pair is hidden: a coefficient of 0 does not silence them. Null: none.
+struct BadRows {
+  const bool* query;     // [batch][Hq][Lq]
+  const bool* grad_out;  // the same
+  const bool* key;       // [batch][Hkv][Lk]
+};
+
+// What the tasks of one wave share.
+template <class E>
+struct BackwardCall {
+  const BackwardParams& b;
+  const BackwardPlan<E>& plan;
+  BadRows bad;
+  char* threads;       // [threads][thread_bytes]
+  char* heads;         // [wave][head_bytes]
+  int64_t first_head;  // of the wave, counted over batch and key/value heads
+  int64_t head_count;  // of the wave
+};
+
+// One key/value head of the wave.
+template <class E>
+struct BackwardHead {
+  using Scalar = typename E::Scalar;
+  using Source = typename E::Source;
+  const BackwardCall<E>& call;
+  int64_t batch;
+  int64_t kv_head;
+  char* scratch;
+
+  const BackwardPlan<E>& plan() const { return call.plan; }
+  const AttentionParams& p() const { return call.b.forward; }
+  Panel<E>& panel(int64_t i) const { return reinterpret_cast<Panel<E>*>(scratch + plan().panels_at)[i]; }
+  Scalar* scalars(int64_t offset) const { return reinterpret_cast<Scalar*>(scratch + offset); }
+  Scalar* partial(int64_t group, int64_t i) const {
+    return scalars(plan().partial_at) + (group * plan().head_panels + i) * E::kLanes * plan().head_dim;
+  }
+  double* slopes(int64_t group) const {
+    return reinterpret_cast<double*>(scratch + plan().slopes_at) + group * (p().query_heads / p().kv_heads);
+  }
+
+  // Rows of a span from `row` on, where they lie or packed.
+  RowBase rows(bool packed, int64_t packed_at, int64_t columns, const void* tensor, const int64_t* strides,
+               int64_t span, int64_t row) const {
+    constexpr auto kScalar = static_cast<int64_t>(sizeof(Scalar));
+    if (packed) {
+      return {scratch + packed_at + (span * plan().span_rows + row) * columns * kScalar, columns * kScalar};
+    }
+    const int64_t head = kv_head * (p().query_heads / p().kv_heads) + span;
+    const auto* first = at<Source>(tensor, batch * strides[0] + head * strides[1] + row * strides[2]);
+    return {reinterpret_cast<const char*>(first), strides[2] * kScalar};
+  }
+  RowBase query_rows(int64_t span, int64_t row) const {
+    return rows(plan().pack_query, plan().query_rows_at, plan().head_dim, p().query, p().query_strides, span, row);
+  }
+  RowBase grad_out_rows(int64_t span, int64_t row) const {
+    return rows(plan().pack_grad_out, plan().grad_out_rows_at, plan().value_dim, call.b.grad_out,
+                call.b.grad_out_strides, span, row);
+  }
+
+  // Keys and values from `key` on.
+  RowBase keys(bool packed, int64_t packed_at, int64_t columns, const void* first, int64_t stride, int64_t key) const {
+    constexpr auto kScalar = static_cast<int64_t>(sizeof(Scalar));
+    if (packed) {
+      return {scratch + packed_at + key * columns * kScalar, columns * kScalar};
+    }
+    return {static_cast<const char*>(first) + key * stride * kScalar, stride * kScalar};
+  }
+  RowBase key_rows(int64_t key) const {
+    return keys(plan().pack_key, plan().key_rows_at, plan().head_dim, key_row<E>(p(), batch, kv_head, 0),
+                p().key_strides[2], key);
+  }
+  RowBase clean_key_rows(int64_t key) const {
+    return plan().clean_key ? keys(true, plan().clean_key_at, plan().head_dim, nullptr, 0, key) : key_rows(key);
+  }
+  RowBase value_rows(int64_t key) const {
+    return keys(plan().pack_value, plan().value_rows_at, plan().value_dim, value_row<E>(p(), batch, kv_head, 0),
+                p().value_strides[2], key);
+  }
+};
+
+template <class E>
+inline BackwardHead<E> backward_head(const BackwardCall<E>& call, int64_t index) {
+  const int64_t head = call.first_head + index;
+  const AttentionParams& p = call.b.forward;
+  return {call, head / p.kv_heads, head % p.kv_heads, call.heads + index * call.plan.head_bytes};
+}
+
+// A row as whole vectors of the scalar, padded with zeros; all zeros for a null row.
+template <class E>
+inline void pack_row(const typename E::Source* row, int64_t stride, int64_t count, typename E::Scalar* out,
+                     int64_t padded) {
+  for (int64_t d = 0; d < padded; ++d) {
+    out[d] = row != nullptr && d < count ? static_cast<typename E::Scalar>(to_scalar(row[d * stride])) : 0;
+  }
+}
+
+// The reference point of each lane: its normaliser, and the mean that its gradients are taken from.
+template <class E>
+inline void place_levels(const BackwardHead<E>& head, const Panel<E>& panel, typename E::Scalar* level,
+                         typename E::Scalar* delta) {
+  using Scalar = typename E::Scalar;
+  using Source = typename E::Source;
+  const BackwardParams& b = head.call.b;
+  const AttentionParams& p = b.forward;
+  const auto read = [&](const void* tensor, const int64_t* strides, int lane) {
+    const int64_t index = head.batch * strides[0] + panel.head[lane] * strides[1] + panel.row[lane] * strides[2];
+    return p.dtype == DType::float64 ? *at<double>(tensor, index) : static_cast<double>(*at<float>(tensor, index));
+  };
+  for (int lane = 0; lane < E::kLanes; ++lane) {
+    level[lane] = static_cast<Scalar>(__builtin_inf());  // P = 0 where there is no row, or nothing to attend to
+    delta[lane] = 0;
+    if (lane >= panel.live) {
+      continue;
+    }
+    const double lse = read(p.lse, p.lse_strides, lane);
+    if (lse == -__builtin_inf()) {
+      continue;
+    }
+    const int64_t row = head.batch * b.grad_out_strides[0] + panel.head[lane] * b.grad_out_strides[1] +
+                        panel.row[lane] * b.grad_out_strides[2];
+    const auto* out = at<Source>(p.out, head.batch * p.out_strides[0] + panel.head[lane] * p.out_strides[1] +
+                                            panel.row[lane] * p.out_strides[2]);
+    const auto* grad = at<Source>(b.grad_out, row);
+    double sum = 0;
+    for (int64_t d = 0; d < p.value_dim; ++d) {
+      sum += static_cast<double>(to_scalar(grad[d * b.grad_out_strides[3]])) *
+             static_cast<double>(to_scalar(out[d * p.out_strides[3]]));
+    }
+    sum -= b.grad_lse != nullptr ? read(b.grad_lse, b.grad_lse_strides, lane) : 0;
+    level[lane] = static_cast<Scalar>(lse * (head.plan().rules.natural ? 1.0 : kLog2E) - panel.beyond[lane]);
+    delta[lane] = static_cast<Scalar>(sum);
+  }
+}
+
+// Everything that a panel's rows bring: operands, rows, levels.
+template <class E>
+void prepare_rows(void* opaque, int64_t index, int /*thread*/) {
+  const auto& call = *static_cast<const BackwardCall<E>*>(opaque);
+  const BackwardPlan<E>& plan = call.plan;
+  const BackwardHead<E> head = backward_head(call, index / plan.head_panels);
+  const AttentionParams& p = head.p();
+  const int64_t i = index % plan.head_panels;
+  const int64_t span = i / plan.span_panels;
+  const int64_t row = i % plan.span_panels * E::kLanes;
+  const RowRange range{head.batch, head.kv_head, span * plan.span_rows, (span + 1) * plan.span_rows};
+  Panel<E>& panel = head.panel(i);
+  place_rows<E>(panel, p, range, range.begin + row);
+  AttentionParams grads = p;
+  grads.query = call.b.grad_out;
+  grads.head_dim = p.value_dim;
+  for (int axis = 0; axis < 4; ++axis) {
+    grads.query_strides[axis] = call.b.grad_out_strides[axis];
+  }
+  panel.query = head.scalars(plan.grad_out_at) + i * E::kLanes * p.value_dim;
+  pack_query<E>(panel, grads, head.batch, 1.0);
+  panel.query = head.scalars(plan.query_at) + i * E::kLanes * p.head_dim;
+  pack_query<E>(panel, p, head.batch, plan.query_factor);
+  place_levels<E>(head, panel, head.scalars(plan.level_at) + i * E::kLanes,
+                  head.scalars(plan.delta_at) + i * E::kLanes);
+  const auto pack = [&](bool packs, int64_t rows_at, const AttentionParams& from, const bool* bad, int64_t columns) {
+    auto* out = head.scalars(rows_at) + (range.begin + row) * columns;
+    for (int lane = 0; packs && lane < panel.live; ++lane, out += columns) {
+      const int64_t flat = (head.batch * p.query_heads + panel.head[lane]) * p.seqlen_q + panel.row[lane];
+      pack_row<E>(bad != nullptr && bad[flat] ? nullptr : query_row<E>(panel, from, head.batch, lane),
+                  from.query_strides[3], from.head_dim, out, columns);
+    }
+  };
+  pack(plan.pack_query, plan.query_rows_at, p, call.bad.query, plan.head_dim);
+  pack(plan.pack_grad_out, plan.grad_out_rows_at, grads, call.bad.grad_out, plan.value_dim);
+}
+
+// Packs one block of keys and values of one head.
+template <class E>
+void prepare_keys(void* opaque, int64_t index, int /*thread*/) {
+  const auto& call = *static_cast<const BackwardCall<E>*>(opaque);
+  const BackwardPlan<E>& plan = call.plan;
+  const BackwardHead<E> head = backward_head(call, index / plan.blocks);
+  const AttentionParams& p = head.p();
+  const int64_t begin = index % plan.blocks * E::kBlockKeys;
+  const bool* bad =
+      call.bad.key == nullptr ? nullptr : call.bad.key + (head.batch * p.kv_heads + head.kv_head) * p.seqlen_k;
+  for (int64_t key = begin; key < begin + E::kBlockKeys; ++key) {
+    const bool there = key < p.seqlen_k;
+    const auto* row = there ? key_row<E>(p, head.batch, head.kv_head, key) : nullptr;
+    if (plan.pack_key) {
+      pack_row<E>(row, p.key_strides[3], p.head_dim, head.scalars(plan.key_rows_at) + key * plan.head_dim,
+                  plan.head_dim);
+    }
+    if (plan.clean_key) {
+      pack_row<E>(there && bad[key] ? nullptr : row, p.key_strides[3], p.head_dim,
+                  head.scalars(plan.clean_key_at) + key * plan.head_dim, plan.head_dim);
+    }
+    if (plan.pack_value) {
+      pack_row<E>(there ? value_row<E>(p, head.batch, head.kv_head, key) : nullptr, p.value_strides[3], p.value_dim,
+                  head.scalars(plan.value_rows_at) + key * plan.value_dim, plan.value_dim);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastattn

@@ -1,0 +1,99 @@
+// The gradient of the bias: dS once more, added up over the axes that the bias does not have.
+//
+// A pass of its own, which takes two products of the five again: heads that run at once would else write to one place.
+// A task has some rows and keys of the bias to itself, and goes through the heads of a wave in order.
+#pragma once
+
+#include "algorithm/gradient_block.h"
+
+namespace fastattn {
+namespace {
+
+// Rows of the bias are shared out panel by panel, keys block by block, where it has such axes.
+template <class E>
+inline int64_t bias_row_parts(const BackwardCall<E>& call) {
+  return call.b.grad_bias_strides[2] != 0 ? call.plan.span_panels : 1;
+}
+
+template <class E>
+inline int64_t bias_tasks(const BackwardCall<E>& call) {
+  return bias_row_parts(call) * (call.b.grad_bias_strides[3] != 0 ? call.plan.blocks : 1);
+}
+
+// Adds dS of the block's one panel, lanes and keys in order; sums over an axis without a stride are taken here first.
+template <class E>
+inline void add_bias_grads(const GradientBlock<E>& g) {
+  using Scalar = typename E::Scalar;
+  const int64_t* strides = g.head.call.b.grad_bias_strides;
+  const Panel<E>& panel = g.panel(0);
+  auto* out = static_cast<Scalar*>(g.head.call.b.grad_bias) + g.head.batch * strides[0];
+  if (strides[2] == 0) {  // one row: every lane's head is the span's
+    for (int64_t key = g.from[0]; key < g.to[0]; ++key) {
+      double sum = 0;
+      for (int lane = 0; lane < panel.live; ++lane) {
+        sum += static_cast<double>(g.grads(0, key)[lane]);
+      }
+      out[panel.head[0] * strides[1] + (g.block + key) * strides[3]] += static_cast<Scalar>(sum);
+    }
+    return;
+  }
+  for (int lane = 0; lane < panel.live; ++lane) {
+    Scalar* row = out + panel.head[lane] * strides[1] + panel.row[lane] * strides[2];
+    double sum = 0;
+    for (int64_t key = g.from[0]; key < g.to[0]; ++key) {
+      const Scalar grad = g.grads(0, key)[lane];
+      if (strides[3] == 0) {
+        sum += static_cast<double>(grad);
+      } else {
+        row[(g.block + key) * strides[3]] += grad;
+      }
+    }
+    if (strides[3] == 0) {
+      *row += static_cast<Scalar>(sum);
+    }
+  }
+}
+
+template <class E>
+void run_bias_tile(void* opaque, int64_t index, int thread) {
+  const auto& call = *static_cast<const BackwardCall<E>*>(opaque);
+  const BackwardPlan<E>& plan = call.plan;
+  const AttentionParams& p = call.b.forward;
+  const typename E::V::FlushDenormals flush;
+  const bool some_rows = call.b.grad_bias_strides[2] != 0;
+  const bool some_keys = call.b.grad_bias_strides[3] != 0;
+  const int64_t row_part = index % bias_row_parts(call);
+  const int64_t key_part = index / bias_row_parts(call);
+  for (int64_t i = 0; i < call.head_count; ++i) {
+    const BackwardHead<E> head = backward_head(call, i);
+    for (int64_t span = 0; span < plan.spans; ++span) {
+      for (int64_t part = some_rows ? row_part : 0; part < (some_rows ? row_part + 1 : plan.span_panels); ++part) {
+        for (int64_t at = some_keys ? key_part : 0; at < (some_keys ? key_part + 1 : plan.blocks); ++at) {
+          const int64_t block = at * E::kBlockKeys;
+          GradientBlock<E> g{head,
+                             call.threads + thread * plan.thread_bytes,
+                             0,
+                             span,
+                             span * plan.span_panels + part,
+                             1,
+                             block,
+                             min64(block + E::kBlockKeys, p.seqlen_k),
+                             true,
+                             {},
+                             {},
+                             {}};
+          if (!enter_gradient_block<E>(g)) {
+            continue;
+          }
+          for (int64_t key = block; key < g.block_end; key += E::kKeys) {
+            gradient_tiles<E>(g, 0, key);
+          }
+          add_bias_grads<E>(g);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastattn

@@ -1,0 +1,96 @@
+// What the scalar loops know of one query row: what it sees, and its scores, in double precision.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "algorithm/half.h"
+#include "params.h"
+
+namespace fastattn {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+template <class T>
+double load(const void* base, int64_t index) {
+  return to_scalar(static_cast<const T*>(base)[index]);
+}
+
+template <class T>
+void store(void* base, int64_t index, double x) {
+  from_scalar(x, static_cast<T*>(base) + index);
+}
+
+// One query row of one head.
+struct Row {
+  int64_t batch;
+  int64_t head;
+  int64_t kv_head;
+  int64_t row;
+  int64_t position;  // row + query offset
+};
+
+inline Row row_at(const AttentionParams& p, int64_t index) {
+  const int64_t row = index % p.seqlen_q;
+  const int64_t head = index / p.seqlen_q % p.query_heads;
+  const int64_t batch = index / p.seqlen_q / p.query_heads;
+  return {batch, head, head / (p.query_heads / p.kv_heads), row, row + p.query_offset[batch]};
+}
+
+inline int64_t offset(const int64_t (&strides)[4], const Row& r, int64_t column) {
+  return r.batch * strides[0] + r.head * strides[1] + r.row * strides[2] + column * strides[3];
+}
+
+template <class T>
+double bias_at(const AttentionParams& p, const Row& r, int64_t key) {
+  const int64_t index = offset(p.bias_strides, r, key);
+  return p.bias_dtype == DType::float32 ? load<float>(p.bias, index) : load<T>(p.bias, index);
+}
+
+template <class T>
+bool visible(const AttentionParams& p, const Row& r, int64_t key) {
+  if (p.kv_lengths != nullptr && key >= p.kv_lengths[r.batch]) {
+    return false;
+  }
+  if (p.window_right < kUnbounded && key > r.position + p.window_right) {
+    return false;
+  }
+  if (p.window_left < kUnbounded && key < r.position - p.window_left) {
+    return false;
+  }
+  if (p.mask != nullptr && p.mask[offset(p.mask_strides, r, key)] == 0) {
+    return false;
+  }
+  return p.bias == nullptr || bias_at<T>(p, r, key) != -kInfinity;
+}
+
+// scale * <q, k>
+template <class T>
+double product(const AttentionParams& p, const Row& r, int64_t key) {
+  double dot = 0;
+  for (int64_t d = 0; d < p.head_dim; ++d) {
+    const int64_t k = r.batch * p.key_strides[0] + r.kv_head * p.key_strides[1] + key * p.key_strides[2];
+    dot += load<T>(p.query, offset(p.query_strides, r, d)) * load<T>(p.key, k + d * p.key_strides[3]);
+  }
+  return dot * p.scale;
+}
+
+template <class T>
+double score(const AttentionParams& p, const Row& r, int64_t key) {
+  double s = product<T>(p, r, key);
+  if (p.softcap > 0) {
+    s = p.softcap * std::tanh(s / p.softcap);
+  }
+  if (p.bias != nullptr) {
+    s += bias_at<T>(p, r, key);
+  }
+  if (p.alibi_slopes != nullptr) {
+    const double slope = p.alibi_slopes[r.batch * p.alibi_strides[0] + r.head * p.alibi_strides[1]];
+    s -= slope * std::fabs(static_cast<double>(r.position - key));
+  }
+  return s;
+}
+
+}  // namespace
+}  // namespace fastattn
