@@ -35,11 +35,16 @@ class PackedLinear(nn.Linear):
             if self.bias is not None:
                 self.bias.zero_()
 
-    def forward(self, *sources: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Map each source by its weight; None stays None. The same sources: views of one product."""
+    def forward(self, *sources: Tensor | None) -> Any:
+        """Map each source by its weight; None stays None.
+
+        One map alone is an ordinary `torch.nn.Linear`. The results of several are views of one product if
+        their sources are the same.
+        """
         first = sources[0]
         if first is not None and all(source is first for source in sources):
-            return tuple(torch.split(super().forward(first), self.sizes, dim=-1))
+            rows = super().forward(first)
+            return rows if len(self.sizes) == 1 else torch.split(rows, self.sizes, dim=-1)
         weights = torch.split(self.weight, self.sizes)
         biases: Any = [None] * len(weights) if self.bias is None else torch.split(self.bias, self.sizes)
         return tuple(

@@ -20,7 +20,6 @@ from fastattn.nn._projection import PackedLinear, repack
 from fastattn.nn.cache import KVCache
 from fastattn.nn.positions import RelativePositionBias
 from fastattn.nn.rotary import RotaryEmbedding
-from fastattn.problem import Window
 
 
 class Attention(nn.Module):
@@ -115,7 +114,7 @@ class Attention(nn.Module):
         kdim: int | None = None,
         vdim: int | None = None,
         causal: bool = False,
-        window: Window | None = None,
+        window: tuple[int | None, int | None] | None = None,
         softcap: float = 0.0,
         scale: float | None = None,
         sinks: bool = False,
@@ -240,8 +239,8 @@ class Attention(nn.Module):
         self._check_sources(query, key, value, cache)
         heads = self._project(query, key, value)
         if self.q_norm is not None and self.k_norm is not None:
-            heads[0] = self.q_norm(heads[0]).to(heads[0].dtype)
-            heads[1] = None if key is None else self.k_norm(heads[1]).to(heads[1].dtype)
+            heads[0] = _normalised(self.q_norm, heads[0])
+            heads[1] = None if key is None else _normalised(self.k_norm, heads[1])
         out, weights = self._attend(
             self._placed(heads, query_offset, cache),
             cache,
@@ -251,7 +250,7 @@ class Attention(nn.Module):
             query_offset=query_offset,
             return_weights=need_weights,
         )
-        (result,) = self.out_proj(out.flatten(-2))
+        result = self.out_proj(out.flatten(-2))
         return (result, weights) if need_weights else result
 
     def _check_sources(self, query: Any, key: Any, value: Any, cache: Any) -> None:
@@ -275,7 +274,11 @@ class Attention(nn.Module):
         source = dict(zip("qkv", sources, strict=True))
         rows: list[Tensor | None] = []
         for pack in self._packs:
-            rows += getattr(self, f"{pack}_proj")(*[source[letter] for letter in pack])
+            project = getattr(self, f"{pack}_proj")
+            if len(pack) == 1:
+                rows.append(None if source[pack] is None else project(source[pack]))
+            else:
+                rows += project(*[source[letter] for letter in pack])
         return [None if row is None else torch.unflatten(row, -1, (-1, self.head_dim)) for row in rows]
 
     def _placed(self, heads: list[Any], query_offset: Any, cache: KVCache | None) -> list[Any]:
@@ -348,3 +351,9 @@ _SHOWN = {
     "fused": False,
     "backend": None,
 }
+
+
+def _normalised(norm: nn.RMSNorm, rows: Tensor) -> Tensor:
+    """Normalise in the dtype of the weight: under autocast that of the rows is another."""
+    normalised: Tensor = norm(rows.to(norm.weight.dtype))
+    return normalised.to(rows.dtype)
