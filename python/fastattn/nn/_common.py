@@ -1,4 +1,4 @@
-"""What the modules share: checks of arguments, positions of rows, and buffers that need no storing."""
+"""What the modules share: checks of arguments, positions, buffers that need no storing, and the one call."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from fastattn.functional import attention
 
 # Where a row stands: one number for all sequences, or a (B,) tensor with one for each.
 Offset: TypeAlias = int | Tensor
@@ -93,6 +95,22 @@ def row_positions(
     if shape not in ((length,), (batch, length), (1, length)):
         raise ValueError(f"{name} must have shape ({length},) or ({batch}, {length}), got {shape}")
     return positions.to(device=device, dtype=torch.int64)
+
+
+def check_backend(name: Any) -> None:
+    """Raise TypeError unless `name` is a string or None; `fastattn.attention` knows which there are."""
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"backend must be a name or None, got {type(name).__name__}")
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, *, backend: str | None, **arguments: Any) -> Any:
+    """Call `fastattn.attention` in layout "bshd", the one in which projections return their heads.
+
+    Unless a backend is named, what the kernels do not have yet is composed of operations of torch: dropout.
+    """
+    if backend is None and arguments.get("dropout_p"):
+        backend = "math"
+    return attention(query, key, value, layout="bshd", backend=backend, **arguments)
 
 
 class DerivedBuffers(nn.Module):

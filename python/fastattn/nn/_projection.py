@@ -1,0 +1,73 @@
+"""Projections to query, key and value: one weight each, or several in one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+PACKS = ("qkv", "kv", "q", "k", "v")  # letters say whose weights lie one below the other
+
+
+class PackedLinear(nn.Linear):
+    """Linear maps from rows of one width, their weights one below the other in `weight`.
+
+    Parameters
+    ----------
+    in_features : int
+    sizes : sequence of int
+        How wide the result of each map is.
+    bias : bool
+    device, dtype : optional
+    """
+
+    def __init__(self, in_features: int, sizes: list[int], bias: bool, **factory: Any) -> None:
+        self.sizes = list(sizes)
+        super().__init__(in_features, sum(sizes), bias=bias, **factory)
+
+    def reset_parameters(self) -> None:
+        """Draw each weight as if it were alone, uniformly (Glorot and Bengio, 2010); vectors are 0."""
+        with torch.no_grad():
+            for weight in torch.split(self.weight, self.sizes):
+                nn.init.xavier_uniform_(weight)
+            if self.bias is not None:
+                self.bias.zero_()
+
+    def forward(self, *sources: Tensor | None) -> Any:
+        """Map each source by its weight; None stays None.
+
+        One map alone is an ordinary `torch.nn.Linear`. The results of several are views of one product if
+        their sources are the same.
+        """
+        first = sources[0]
+        if first is not None and all(source is first for source in sources):
+            rows = super().forward(first)
+            return rows if len(self.sizes) == 1 else torch.split(rows, self.sizes, dim=-1)
+        weights = torch.split(self.weight, self.sizes)
+        biases: Any = [None] * len(weights) if self.bias is None else torch.split(self.bias, self.sizes)
+        return tuple(
+            None if source is None else F.linear(source, weight, bias)
+            for source, weight, bias in zip(sources, weights, biases, strict=True)
+        )
+
+
+def repack(state_dict: dict[str, Any], prefix: str, packs: tuple[str, ...], sizes: dict[str, int]) -> None:
+    """Make a state_dict of other packs one of `packs`, in place; what does not fit is left as it is."""
+    for name in ("weight", "bias"):
+        keys = {pack: f"{prefix}{pack}_proj.{name}" for pack in PACKS}
+        foreign = [pack for pack in PACKS if pack not in packs and keys[pack] in state_dict]
+        pieces: dict[str, Tensor] = {}
+        for pack in foreign:
+            heights = [sizes[letter] for letter in pack]
+            if len(state_dict[keys[pack]]) != sum(heights):
+                return
+            pieces.update(zip(pack, state_dict[keys[pack]].split(heights), strict=True))
+        missing = [pack for pack in packs if keys[pack] not in state_dict]
+        if not pieces or set("".join(missing)) != set(pieces):
+            continue
+        for pack in foreign:
+            del state_dict[keys[pack]]
+        for pack in missing:
+            state_dict[keys[pack]] = torch.cat([pieces[letter] for letter in pack])

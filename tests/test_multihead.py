@@ -1,0 +1,583 @@
+"""fastattn.nn.MultiheadAttention and the Transformer layers, against torch's own modules."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from fastattn.nn import MultiheadAttention, TransformerDecoderLayer, TransformerEncoderLayer
+
+BATCH, HEADS, QUERIES, KEYS, WIDTH = 3, 4, 5, 7, 16
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+INF = float("inf")
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64).to(dtype)
+
+
+def shaken(module: nn.Module) -> nn.Module:
+    """The module with parameters none of which is 0 or 1."""
+    with torch.no_grad():
+        for index, parameter in enumerate(module.parameters()):
+            parameter.add_(0.1 * randn(*parameter.shape, dtype=parameter.dtype, seed=index))
+    return module
+
+
+def agree(got: Tensor, want: Tensor, terms: int = 64) -> None:
+    """Within a share of the largest element: 1e-12, in float32 1e-6 times the root of what is added."""
+    assert got.shape == want.shape
+    assert got.dtype == want.dtype
+    share = 1e-12 if want.dtype == torch.float64 else 1e-6 * terms**0.5
+    largest = want.abs().max().item() if want.numel() else 0.0
+    assert (got - want).abs().max().item() <= share * largest
+
+
+def agree_with_gradients(
+    ours: nn.Module, theirs: nn.Module, tensors: list[Tensor], call: Any, exact: bool = True
+) -> None:
+    """Results of `call(module, *tensors)`, and gradients of tensors and parameters."""
+    results = []
+    for module in (ours, theirs):
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+        outputs = [out for out in call(module, *leaves) if out is not None]
+        loss = sum((out * randn(*out.shape, dtype=out.dtype, seed=1)).sum() for out in outputs)
+        parameters = dict(module.named_parameters())
+        wanted = [*leaves, *parameters.values()]
+        gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+        named = dict(zip([*map(str, range(len(leaves))), *parameters], gradients, strict=True))
+        results.append((outputs, named))
+    (outputs, gradients), (want_outputs, want_gradients) = results
+    assert len(outputs) == len(want_outputs)
+    for out, want in zip(outputs, want_outputs, strict=True):
+        agree(out, want)
+    assert gradients.keys() == want_gradients.keys()
+    scale = max(gradient.abs().max().item() for gradient in want_gradients.values() if gradient is not None)
+    share = 1e-12 if outputs[0].dtype == torch.float64 else 1e-6 * 64**0.5
+    for name, want in want_gradients.items():
+        assert (gradients[name] is None) == (want is None), name
+        if want is not None:
+            # The gradient of a key's bias is 0 but for rounding: it is measured by the largest of all.
+            assert (gradients[name] - want).abs().max().item() <= share * scale, name
+
+
+def pair(
+    dtype: torch.dtype = torch.float64, **options: Any
+) -> tuple[MultiheadAttention, nn.MultiheadAttention]:
+    theirs = shaken(nn.MultiheadAttention(WIDTH, HEADS, dtype=dtype, **options))
+    ours = MultiheadAttention(WIDTH, HEADS, dtype=dtype, **options)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours, theirs
+
+
+def inputs(dtype: torch.dtype = torch.float64, **options: Any) -> list[Tensor]:
+    widths = [WIDTH, options.get("kdim", WIDTH), options.get("vdim", WIDTH)]
+    lengths = [QUERIES, KEYS, KEYS]
+    shapes = [(length, BATCH, width) for length, width in zip(lengths, widths, strict=True)]
+    tensors = [randn(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)]
+    return [tensor.transpose(0, 1) for tensor in tensors] if options.get("batch_first") else tensors
+
+
+CONSTRUCTORS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "batch-first": {"batch_first": True},
+    "widths": {"kdim": 12, "vdim": 20, "batch_first": True},
+    "no-bias": {"bias": False},
+    "bias-kv": {"add_bias_kv": True},
+    "zero": {"add_zero_attn": True, "batch_first": True},
+    "everything": {"add_bias_kv": True, "add_zero_attn": True, "kdim": 12, "vdim": 12},
+}
+EVERY_CONSTRUCTOR = pytest.mark.parametrize("options", CONSTRUCTORS.values(), ids=CONSTRUCTORS)
+
+
+def forbidden(*shape: int) -> Tensor:
+    """A bool mask in torch's sense, which leaves every row key 0."""
+    mask = torch.rand(*shape, generator=seeded(5)) < 0.4
+    mask[..., 0] = False
+    return mask
+
+
+def padding() -> Tensor:
+    return torch.arange(KEYS) >= torch.tensor([KEYS, 4, 1])[:, None]
+
+
+def as_float(mask: Tensor) -> Tensor:
+    return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(mask, -INF)
+
+
+MASKS: dict[str, dict[str, Tensor]] = {
+    "none": {},
+    "bool-2d": {"attn_mask": forbidden(QUERIES, KEYS)},
+    "bool-3d": {"attn_mask": forbidden(BATCH * HEADS, QUERIES, KEYS)},
+    "float-2d": {"attn_mask": randn(QUERIES, KEYS)},
+    "float-3d": {"attn_mask": randn(BATCH * HEADS, QUERIES, KEYS)},
+    "padding": {"key_padding_mask": padding()},
+    "padding-float": {"key_padding_mask": randn(BATCH, KEYS)},
+    "both-bool": {"attn_mask": forbidden(QUERIES, KEYS), "key_padding_mask": padding()},
+    "both-float": {"attn_mask": randn(QUERIES, KEYS), "key_padding_mask": as_float(padding())},
+}
+EVERY_MASK = pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
+
+
+def in_dtype(masks: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: mask if mask.dtype == torch.bool else mask.to(dtype) for name, mask in masks.items()}
+
+
+# Against torch's module
+
+
+@EVERY_MASK
+@EVERY_CONSTRUCTOR
+@DTYPES
+@pytest.mark.parametrize("need_weights", [True, False], ids=["weights", "out"])
+def test_forward_and_gradients_are_torchs(
+    options: dict[str, Any], masks: dict[str, Tensor], dtype: torch.dtype, need_weights: bool
+) -> None:
+    ours, theirs = pair(dtype, **options)
+    arguments = {**in_dtype(masks, dtype), "need_weights": need_weights, "average_attn_weights": False}
+    agree_with_gradients(
+        ours, theirs, inputs(dtype, **options), lambda module, *tensors: module(*tensors, **arguments)
+    )
+
+
+@pytest.mark.parametrize("shared", ["all", "key and value", "query and key"])
+@EVERY_MASK
+def test_sources_that_are_the_same(shared: str, masks: dict[str, Tensor]) -> None:
+    ours, theirs = pair(batch_first=True)
+    x, other = randn(BATCH, KEYS, WIDTH), randn(BATCH, KEYS, WIDTH, seed=1)
+    masks = {name: mask for name, mask in masks.items() if mask.shape[-2] != QUERIES}
+    sources = {"all": (0, 0, 0), "key and value": (0, 1, 1), "query and key": (0, 0, 1)}[shared]
+
+    def call(module: nn.Module, *tensors: Tensor) -> Any:
+        return module(*[tensors[index] for index in sources], **masks)
+
+    agree_with_gradients(ours, theirs, [x, other], call)
+
+
+@EVERY_CONSTRUCTOR
+@pytest.mark.parametrize("average", [True, False])
+def test_unbatched(options: dict[str, Any], average: bool) -> None:
+    ours, theirs = pair(**options)
+    tensors = [tensor.select(0 if options.get("batch_first") else 1, 1) for tensor in inputs(**options)]
+    for masks in (
+        {},
+        {"key_padding_mask": padding()[1]},
+        {"attn_mask": forbidden(QUERIES, KEYS)},
+        {"attn_mask": forbidden(HEADS, QUERIES, KEYS)},
+    ):
+        agree_with_gradients(
+            ours,
+            theirs,
+            tensors,
+            lambda module, *sources, masks=masks: module(*sources, average_attn_weights=average, **masks),
+        )
+
+
+def test_averaged_weights_have_torchs_shape_and_values() -> None:
+    ours, theirs = pair(batch_first=True)
+    tensors = inputs(batch_first=True)
+    agree(ours(*tensors)[1], theirs(*tensors)[1])
+    assert ours(*tensors)[1].shape == (BATCH, QUERIES, KEYS)
+    assert ours(*tensors, need_weights=False)[1] is None
+
+
+def test_gradient_of_a_learned_mask() -> None:
+    ours, theirs = pair()
+    tensors = [*inputs(), randn(BATCH * HEADS, QUERIES, KEYS), randn(BATCH, KEYS)]
+
+    def call(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, pad: Tensor) -> Any:
+        return module(query, key, value, attn_mask=mask, key_padding_mask=pad)
+
+    agree_with_gradients(ours, theirs, tensors, call)
+
+
+def test_mixed_masks() -> None:
+    """torch takes a bool and a float mask together, and warns."""
+    ours, theirs = pair()
+    for masks in (
+        {"attn_mask": randn(QUERIES, KEYS), "key_padding_mask": padding()},
+        {"attn_mask": forbidden(QUERIES, KEYS), "key_padding_mask": randn(BATCH, KEYS)},
+    ):
+        with pytest.warns(UserWarning, match="mismatched"):
+            want = theirs(*inputs(), **masks)
+        for got, expected in zip(ours(*inputs(), **masks), want, strict=True):
+            agree(got, expected)
+
+
+@EVERY_MASK
+def test_evaluation_is_torchs_fast_path(masks: dict[str, Tensor]) -> None:
+    ours, theirs = pair(batch_first=True)
+    x = randn(BATCH, KEYS, WIDTH)
+    masks = {name: mask for name, mask in masks.items() if mask.shape[-2] != QUERIES}
+    with torch.no_grad():
+        for got, want in zip(ours.eval()(x, x, x, **masks), theirs.eval()(x, x, x, **masks), strict=True):
+            agree(got, want)
+
+
+# Where torch has rules of its own
+
+
+def causal(rows: int = QUERIES, keys: int = KEYS) -> Tensor:
+    return torch.ones(rows, keys, dtype=torch.bool).triu(1)
+
+
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("honest", [True, False])
+def test_is_causal(options: dict[str, Any], need_weights: bool, padded: bool, honest: bool) -> None:
+    """A hint, which is believed where nothing else is asked for, whatever attn_mask says."""
+    ours, theirs = pair(**options)
+    arguments: dict[str, Any] = {"is_causal": True, "need_weights": need_weights}
+    arguments["attn_mask"] = causal() if honest else forbidden(QUERIES, KEYS)
+    if padded:
+        arguments["key_padding_mask"] = padding()
+    agree_with_gradients(ours, theirs, inputs(), lambda module, *tensors: module(*tensors, **arguments))
+
+
+def test_is_causal_needs_the_mask() -> None:
+    ours, theirs = pair()
+    for module in (ours, theirs):
+        with pytest.raises(RuntimeError, match="attn_mask"):
+            module(*inputs(), is_causal=True)
+
+
+def test_a_row_without_keys_is_no_nan() -> None:
+    ours, theirs = pair(batch_first=True)
+    masks = {"key_padding_mask": torch.tensor([False, True, False])[:, None].expand(BATCH, KEYS)}
+    tensors = [tensor.requires_grad_() for tensor in inputs(batch_first=True)]
+    out, weights = ours(*tensors, **masks)
+    assert torch.equal(out[1], ours.out_proj.bias.expand(QUERIES, WIDTH))
+    assert not weights[1].any()
+    out.sum().backward()
+    assert all(tensor.grad.isfinite().all() for tensor in tensors)
+    assert theirs(*tensors, **masks)[0][1].isnan().all(), "torch changed: say so in the docs"
+    others = [0, 2]
+    agree(out[others], theirs(*tensors, **masks)[0][others])
+
+
+def test_padding_may_hold_anything() -> None:
+    ours, _ = pair(batch_first=True, bias=False)
+    query, key, value = inputs(batch_first=True)
+    clean = ours(query, key, value, key_padding_mask=padding())[0]
+    rubbish = torch.where(padding()[..., None], torch.nan, 0)
+    assert torch.equal(ours(query, key + rubbish, value + rubbish, key_padding_mask=padding())[0], clean)
+
+
+def test_dropout() -> None:
+    ours, theirs = pair(dropout=0.5, batch_first=True)
+    x = randn(2, 64, WIDTH)
+    torch.manual_seed(0)
+    out, weights = ours(x, x, x, average_attn_weights=False)
+    kept = theirs.eval()(x, x, x, average_attn_weights=False)[1]
+    dropped = weights == 0
+    assert 0.47 < dropped.double().mean() < 0.53
+    agree(weights, torch.where(dropped, 0, 2 * kept))
+    torch.manual_seed(0)
+    assert torch.equal(ours(x, x, x)[0], out)
+    assert not torch.equal(ours(x, x, x)[0], out)
+    agree(ours.eval()(x, x, x)[0], theirs(x, x, x)[0])
+
+
+# Checkpoints and the habits of a module
+
+
+@EVERY_CONSTRUCTOR
+def test_state_dicts_go_both_ways(options: dict[str, Any]) -> None:
+    ours, theirs = pair(**options)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    shaken(ours)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(tensor, ours.state_dict()[name]), name
+
+
+@EVERY_CONSTRUCTOR
+def test_one_seed_gives_torchs_weights(options: dict[str, Any]) -> None:
+    states = []
+    for kind in (MultiheadAttention, nn.MultiheadAttention):
+        torch.manual_seed(3)
+        states.append(kind(WIDTH, HEADS, **options).state_dict())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+@EVERY_CONSTRUCTOR
+def test_from_torch_shares_parameters(options: dict[str, Any]) -> None:
+    _, theirs = pair(dropout=0.25, **options)
+    ours = MultiheadAttention.from_torch(theirs.eval())
+    assert isinstance(ours, nn.MultiheadAttention)
+    assert not ours.training
+    assert ours.dropout == 0.25
+    own, shared = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    assert own.keys() == shared.keys()
+    assert all(own[name] is shared[name] for name in own)
+    tensors = inputs(**options)
+    for got, want in zip(ours(*tensors), theirs(*tensors), strict=True):
+        agree(got, want)
+
+
+@EVERY_CONSTRUCTOR
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_copies(options: dict[str, Any], duplicate: Any) -> None:
+    ours, _ = pair(**options)
+    tensors = inputs(**options)
+    assert torch.equal(duplicate(ours)(*tensors)[0], ours(*tensors)[0])
+
+
+def test_outputs_are_contiguous() -> None:
+    for batch_first in (True, False):
+        ours, _ = pair(batch_first=batch_first)
+        assert ours(*inputs(batch_first=batch_first))[0].is_contiguous()
+
+
+def test_what_it_says_of_itself() -> None:
+    text = repr(MultiheadAttention(8, 2, 0.5, False, True, True, kdim=4, backend="math"))
+    for part in ("8, 2", "kdim=4, vdim=8", "dropout=0.5", "bias=False", "add_bias_kv=True", "'math'"):
+        assert part in text
+    assert "add_bias_kv" not in repr(MultiheadAttention(8, 2))
+
+
+def test_half_precision_and_autocast() -> None:
+    ours, theirs = pair(torch.float32)
+    tensors = inputs(torch.float32)
+    want = theirs(*tensors)[0]
+    half = copy.deepcopy(ours).bfloat16()(*[tensor.bfloat16() for tensor in tensors])[0]
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - want).abs().max() < 0.05
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = ours(*tensors, attn_mask=torch.zeros(QUERIES, KEYS))[0]
+    assert cast.dtype == torch.bfloat16
+    assert (cast.float() - want).abs().max() < 0.05
+
+
+def test_gradients_of_gradients_by_name() -> None:
+    ours = MultiheadAttention(4, 2, dtype=torch.float64, backend="math")
+    x = randn(3, 1, 4).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: ours(x, x, x, need_weights=False)[0], x)
+
+
+def build(*arguments: Any, **options: Any) -> Any:
+    return lambda: MultiheadAttention(*arguments, **options)
+
+
+def call(*shapes: tuple[int, ...], **arguments: Any) -> Any:
+    return lambda: MultiheadAttention(8, 2)(*[torch.zeros(shape) for shape in shapes], **arguments)
+
+
+X = (5, 3, 8)
+ERRORS: list[tuple[Any, type[Exception], str]] = [
+    (build(10, 4), ValueError, "embed_dim must be a multiple of num_heads = 4, got 10"),
+    (build(0, 1), ValueError, "embed_dim must be at least 1, got 0"),
+    (build(8.0, 2), TypeError, "embed_dim must be an integer, got float"),
+    (build(8, 0), ValueError, "num_heads must be at least 1, got 0"),
+    (build(8, 2, kdim=0), ValueError, "kdim must be at least 1, got 0"),
+    (build(8, 2, dropout=1.5), ValueError, "dropout must be a finite number in [0, 1], got 1.5"),
+    (build(8, 2, backend=3), TypeError, "backend must be a name or None, got int"),
+    (
+        lambda: MultiheadAttention.from_torch(nn.Linear(2, 2)),
+        TypeError,
+        "module must be a torch.nn.Multihead",
+    ),
+    (call((5, 3, 9), X, X), ValueError, "query must have shape (L, N, 8), got (5, 3, 9)"),
+    (call((5, 8), X, X), ValueError, "key must have shape (L, 8), got (5, 3, 8)"),
+    (call((1, 5, 3, 8), X, X), ValueError, "query must have shape (L, 8), got (1, 5, 3, 8)"),
+    (call(X, X, (4, 3, 8)), ValueError, "key and value must have the same length and batch"),
+    (call(X, (5, 2, 8), (5, 2, 8)), ValueError, "query and key must have one batch size, got 3 and 2"),
+    (lambda: MultiheadAttention(8, 2)(None, None, None), TypeError, "query must be a torch.Tensor"),
+    (call(X, X, X, attn_mask=torch.zeros(5, 4)), ValueError, "attn_mask must have shape (5, 5) or (6, 5, 5)"),
+    (call(X, X, X, attn_mask=torch.zeros(5, 5, dtype=torch.long)), TypeError, "attn_mask must be bool"),
+    (call(X, X, X, attn_mask=[[True]]), TypeError, "attn_mask must be a torch.Tensor, got list"),
+    (
+        call(X, X, X, key_padding_mask=torch.zeros(5, 3)),
+        ValueError,
+        "key_padding_mask must have shape (3, 5)",
+    ),
+]
+
+
+@pytest.mark.parametrize("wrong, error, message", ERRORS, ids=[message for *_, message in ERRORS])
+def test_errors(wrong: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        wrong()
+    assert message in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused() -> None:
+    nested = torch.nested.as_nested_tensor([torch.zeros(2, 8), torch.zeros(3, 8)])
+    with pytest.raises(TypeError, match="query must be a dense tensor"):
+        MultiheadAttention(8, 2)(nested, nested, nested)
+
+
+# The layers of a Transformer
+
+LAYERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "batch-first": {"batch_first": True},
+    "norm-first": {"norm_first": True, "batch_first": True},
+    "gelu": {"activation": "gelu", "layer_norm_eps": 1e-3},
+    "callable": {"activation": F.silu, "batch_first": True},
+    "no-bias": {"bias": False, "norm_first": True},
+}
+EVERY_LAYER = pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+KINDS = {
+    "encoder": (TransformerEncoderLayer, nn.TransformerEncoderLayer),
+    "decoder": (TransformerDecoderLayer, nn.TransformerDecoderLayer),
+}
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+
+
+def layers(kind: str, dtype: torch.dtype = torch.float64, dropout: float = 0.0, **options: Any) -> Any:
+    ours, theirs = KINDS[kind]
+    other = shaken(theirs(WIDTH, HEADS, 24, dropout=dropout, dtype=dtype, **options))
+    own = ours(WIDTH, HEADS, 24, dropout=dropout, dtype=dtype, **options)
+    own.load_state_dict(other.state_dict(), strict=True)
+    return own, other
+
+
+def layer_inputs(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> list[Tensor]:
+    target, memory, _ = inputs(dtype, **options)
+    return [memory] if kind == "encoder" else [target, memory]
+
+
+def layer_masks(kind: str) -> list[dict[str, Any]]:
+    if kind == "encoder":
+        square = causal(KEYS, KEYS)
+        return [
+            {},
+            {"src_mask": square},
+            {"src_mask": square, "is_causal": True},
+            {"src_key_padding_mask": padding()},
+        ]
+    square, oblong = causal(QUERIES, QUERIES), forbidden(QUERIES, KEYS)
+    return [
+        {},
+        {"tgt_mask": square, "tgt_is_causal": True, "memory_key_padding_mask": padding()},
+        {"tgt_mask": square, "memory_mask": oblong},
+    ]
+
+
+@EVERY_KIND
+@EVERY_LAYER
+@DTYPES
+def test_layers_are_torchs(kind: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    ours, theirs = layers(kind, dtype, **options)
+    tensors = layer_inputs(kind, dtype, **options)
+    for masks in layer_masks(kind):
+        agree_with_gradients(
+            ours, theirs, tensors, lambda module, *sources, masks=masks: [module(*sources, **masks)]
+        )
+        with torch.no_grad():  # torch may take its fast path here
+            agree(ours.eval()(*tensors, **masks), theirs.eval()(*tensors, **masks))
+        ours.train(), theirs.train()
+
+
+@EVERY_KIND
+@EVERY_LAYER
+def test_layers_have_torchs_checkpoints_weights_and_copies(kind: str, options: dict[str, Any]) -> None:
+    ours, theirs = layers(kind, **options)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    shaken(ours)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    states = []
+    for layer in KINDS[kind]:
+        torch.manual_seed(3)
+        states.append(layer(WIDTH, HEADS, 24, **options).state_dict())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    tensors = layer_inputs(kind, **options)
+    for same in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert torch.equal(same(*tensors), ours(*tensors))
+
+
+@EVERY_KIND
+def test_layers_drop_out_in_training_alone(kind: str) -> None:
+    ours, theirs = layers(kind, dropout=0.3)
+    tensors = layer_inputs(kind)
+    torch.manual_seed(0)
+    first = ours(*tensors)
+    assert not torch.equal(ours(*tensors), first)
+    torch.manual_seed(0)
+    assert torch.equal(ours(*tensors), first)
+    agree(ours.eval()(*tensors), theirs.eval()(*tensors))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("masked", ["nothing", "padding", "causal", "both"])
+def test_encoder_of_torch(training: bool, masked: str) -> None:
+    """In evaluation torch's encoder hands padded batches over as nested tensors."""
+    ours, theirs = (
+        nn.TransformerEncoder(layer, 3).train(training) for layer in layers("encoder", batch_first=True)
+    )
+    masks: dict[str, Any] = {}
+    if masked in ("causal", "both"):
+        masks["mask"] = causal(KEYS, KEYS)
+    if masked in ("padding", "both"):
+        masks["src_key_padding_mask"] = padding()
+    with torch.set_grad_enabled(training):
+        x = randn(BATCH, KEYS, WIDTH)
+        agree(ours(x, **masks), theirs(x, **masks))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_input_of_a_layer() -> None:
+    ours, _ = layers("encoder", batch_first=True)
+    rows = [randn(4, WIDTH), randn(7, WIDTH)]
+    nested = torch.nested.as_nested_tensor(rows)
+    for got, alone in zip(ours(nested).unbind(), rows, strict=True):
+        agree(got, ours(alone[None])[0])
+    with pytest.raises(ValueError, match="src_key_padding_mask must be left out"):
+        ours(nested, src_key_padding_mask=padding())
+
+
+def test_decoder_and_transformer_of_torch() -> None:
+    ours, theirs = (nn.TransformerDecoder(layer, 2) for layer in layers("decoder", batch_first=True))
+    target, memory = layer_inputs("decoder", batch_first=True)
+    masks = {"tgt_mask": causal(QUERIES, QUERIES), "memory_key_padding_mask": padding()}
+    agree(ours(target, memory, **masks), theirs(target, memory, **masks))
+    encoders = [nn.TransformerEncoder(layer, 2) for layer in layers("encoder", batch_first=True)]
+    options: dict[str, Any] = {"d_model": WIDTH, "nhead": HEADS, "batch_first": True}
+    whole = [
+        nn.Transformer(custom_encoder=encoder, custom_decoder=decoder, **options)
+        for encoder, decoder in zip(encoders, (ours, theirs), strict=True)
+    ]
+    whole[0].load_state_dict(whole[1].state_dict())  # the constructor draws weights anew
+    agree(whole[0](memory, target), whole[1](memory, target))
+
+
+def test_hooks_run_in_evaluation() -> None:
+    ours, _ = layers("encoder", batch_first=True)
+    calls = []
+    ours.eval().self_attn.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        ours(randn(BATCH, KEYS, WIDTH))
+    assert calls == [1]
+
+
+LAYER_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"d_model": 10}, ValueError, "d_model must be a multiple of nhead = 4, got 10"),
+    ({"nhead": 0}, ValueError, "nhead must be at least 1, got 0"),
+    ({"dim_feedforward": 2.5}, TypeError, "dim_feedforward must be an integer, got float"),
+    ({"dropout": -0.1}, ValueError, "dropout must be a finite number in [0, 1], got -0.1"),
+    ({"layer_norm_eps": "1"}, TypeError, "layer_norm_eps must be a real number, got str"),
+    ({"activation": "tanh"}, RuntimeError, "tanh"),
+    ({"backend": 1}, TypeError, "backend must be a name or None, got int"),
+]
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("wrong, error, message", LAYER_ERRORS, ids=[message for *_, message in LAYER_ERRORS])
+def test_layer_errors(kind: str, wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        KINDS[kind][0](**{"d_model": WIDTH, "nhead": HEADS, **wrong})
+    assert message in str(caught.value)
