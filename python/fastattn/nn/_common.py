@@ -104,12 +104,7 @@ def check_backend(name: Any) -> None:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, *, backend: str | None, **arguments: Any) -> Any:
-    """Call `fastattn.attention` in layout "bshd", the one in which projections return their heads.
-
-    Unless a backend is named, what the kernels do not have yet is composed of operations of torch: dropout.
-    """
-    if backend is None and arguments.get("dropout_p"):
-        backend = "math"
+    """Call `fastattn.attention` in layout "bshd", the one in which projections return their heads."""
     return attention(query, key, value, layout="bshd", backend=backend, **arguments)
 
 
