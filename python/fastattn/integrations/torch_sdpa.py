@@ -123,8 +123,6 @@ def _attend(call: _Call, dropout_p: float, is_causal: bool, scale: float | None)
         arguments["mask" if mask.dtype is torch.bool else "bias"] = mask
     if dropout_p:
         arguments["dropout_p"] = dropout_p
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call[:4]):
-        arguments["backend"] = "math"  # TEMP
     try:
         out: Tensor = attention(query, key, value, **arguments)
     except NotImplementedError:  # no kernel for it; operations of torch will do, as they do for torch
@@ -172,7 +170,7 @@ def _rearrange(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, enable_gqa: bool
 ) -> _Call | None:
     """Give every operand four axes, (B, H, L, D), mostly as views; None where that is torch's affair."""
-    q, k, v = query.shape, key.shape, value.shape
+    q, k, v = tuple(query.shape), tuple(key.shape), tuple(value.shape)
     if not (
         (query.dtype in _DTYPES and query.dtype is key.dtype is value.dtype)
         and (mask is None or (mask.ndim > 1 and mask.dtype in (torch.bool, torch.float32, query.dtype)))
@@ -181,7 +179,7 @@ def _rearrange(
         return None
     if enable_gqa and k[-3] != v[-3]:  # torch repeats each by itself; here they are one group
         key, value = (x.repeat_interleave(q[-3] // x.shape[-3], -3) for x in (key, value))
-        k, v = key.shape, value.shape
+        k, v = tuple(key.shape), tuple(value.shape)
 
     if k[-2] != v[-2]:
         raise RuntimeError(
@@ -190,13 +188,11 @@ def _rearrange(
         )
     # Heads of a group stand for those of query; any others broadcast.
     scores = _broadcast(q[:-2], k[:-3] + q[-3:-2] if enable_gqa else k[:-2])
-    leading = scores and _broadcast(scores, v[:-3] + q[-3:-2] if enable_gqa else v[:-2])
-    if scores is None or leading is None or 0 in leading[-1:]:
+    if scores is None or (mask is not None and not _reaches(mask, (*scores, q[-2], k[-2]))):
         return None
-    if mask is not None:
-        wanted = (*scores, q[-2], k[-2])
-        if _broadcast(mask.shape, wanted) != wanted:
-            return None
+    leading = _broadcast(scores, v[:-3] + q[-3:-2] if enable_gqa else v[:-2])
+    if leading is None or 0 in leading[-1:]:
+        return None
 
     batch, heads = leading[:-1], leading[-1:]
     kv_heads = k[-3:-2] if enable_gqa else heads
@@ -205,8 +201,8 @@ def _rearrange(
     query = _four_axes(query, q, batch, heads)
     key, value = _four_axes(key, k, batch, kv_heads), _four_axes(value, v, batch, kv_heads)
     if mask is not None and (mask.ndim != 4 or len(batch) > 1):
-        own_heads = (1,) if mask.ndim == 2 else mask.shape[-3:-2]
-        mask = _four_axes(mask, mask.shape, batch if len(batch) > 1 else (), own_heads)
+        own = (1, *mask.shape)[-3:]
+        mask = _four_axes(mask, tuple(mask.shape), batch if len(batch) > 1 else (), own[:1])
     return _Call(query, key, value, mask, (*leading, q[-2], v[-1]))
 
 
@@ -219,6 +215,11 @@ def _fit(query: Size, key: Size, value: Size, enable_gqa: bool) -> bool:
         if not key_heads or not value_heads or heads % key_heads or heads % value_heads:
             return False
     return query[-1] == key[-1] > 0 < value[-1]
+
+
+def _reaches(mask: Tensor, scores: Size) -> bool:
+    """Whether a mask broadcasts to the shape of the scores."""
+    return _broadcast(tuple(mask.shape), scores) == scores
 
 
 def _broadcast(one: Size, other: Size) -> Size | None:
