@@ -33,6 +33,10 @@ PLAN = "csrc/algorithm/plan.h"
 OPERANDS = "csrc/algorithm/operands.h"
 MATH = "csrc/algorithm/math.h"
 SCALAR = "csrc/scalar/kernels.cpp"
+SCALAR_ROWS = "csrc/scalar/rows.h"
+GRADIENT_TILE = "csrc/algorithm/gradient_tile.h"
+BACKWARD = "csrc/algorithm/backward.h"
+BIAS_GRADIENT = "csrc/algorithm/bias_gradient.h"
 PROBLEM = "python/fastattn/problem.py"
 OUTPUTS = "python/fastattn/outputs.py"
 
@@ -65,7 +69,7 @@ FAULTS = (
     Fault(
         "scalar-window",
         "the scalar tier's right bound is one key short",
-        SCALAR,
+        SCALAR_ROWS,
         "key > r.position + p.window_right",
         "key >= r.position + p.window_right",
         "rules",
@@ -374,5 +378,38 @@ FAULTS = (
         '("query", "key", "value", "mask", "bias")',
         '("query", "key", "mask", "bias")',
         "errors",
+    ),
+    # the way back
+    Fault(
+        "gradient-mean",
+        "the mean of a row's gradients is not taken away",
+        GRADIENT_TILE,
+        "V::mul(prob, V::sub(s[r][v], delta))",
+        "V::mul(prob, s[r][v])",
+        "backward",
+    ),
+    Fault(
+        "gradient-hidden",
+        "a hidden pair is as likely as its normaliser says",
+        GRADIENT_TILE,
+        "prob = V::select(V::less_equal(s[r][v], lowest), V::zero(), prob);",
+        "prob = V::select(V::less(s[r][v], lowest), V::zero(), prob);",
+        "backward",
+    ),
+    Fault(
+        "key-group-lost",
+        "dQ leaves out what the second group of keys gives",
+        BACKWARD,
+        "for (int64_t group = 1; group < plan.key_groups; ++group) {",
+        "for (int64_t group = 2; group < plan.key_groups; ++group) {",
+        "backward",
+    ),
+    Fault(
+        "bias-gradient-sum",
+        "one row of a bias gets the gradient of its first lane",
+        BIAS_GRADIENT,
+        "for (int i = lane; i < end; ++i) {",
+        "for (int i = lane; i < lane + 1; ++i) {",
+        "backward",
     ),
 )

@@ -116,7 +116,7 @@ CPP_ARROWS: dict[str, set[str]] = {
     "workspace": set(),
     "half": set(),
     "table": {"params"},
-    "scalar": {"params", "half", "table", "parallel"},
+    "scalar": {"params", "half", "table", "parallel", "workspace"},
     "algorithm": {"params", "half", "parallel", "workspace"},
     "isa": {"algorithm", "params", "half", "table"},
     "dispatch": {"table", "cpu_features"},

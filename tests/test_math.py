@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import fuzz
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import bounds
 import fastattn as fa
+import fuzz
 import shapes
 from bounds import as_float64
 from kernels import Kernel

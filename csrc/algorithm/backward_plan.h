@@ -24,6 +24,7 @@ struct BackwardPlan {
   int64_t spans;  // stretches of rows a key/value head falls into: one a query head, or one for all
   int64_t span_rows;
   int64_t span_panels;
+  bool mixed;           // a panel may hold rows of several heads
   int64_t head_panels;  // of all spans
   int panels;           // of a query block
   int64_t blocks;       // of keys
@@ -102,8 +103,7 @@ inline BackwardPlan<E> plan_backward(const BackwardParams& b, bool clean) {
   plan.query_factor = query_factor<E>(p);
   plan.general = p.softcap > 0 || b.grad_weights != nullptr || b.grad_slopes != nullptr;
   const int64_t group = p.query_heads / p.kv_heads;
-  // Short sequences: rows of several heads in a panel, unless each is to add to a bias of its own.
-  const bool together = p.seqlen_q < E::kLanes && b.grad_bias == nullptr;
+  const bool together = p.seqlen_q < E::kLanes;
   plan.spans = together ? 1 : group;
   plan.span_rows = together ? group * p.seqlen_q : p.seqlen_q;
   plan.span_panels = (plan.span_rows + E::kLanes - 1) / E::kLanes;
@@ -116,9 +116,9 @@ inline BackwardPlan<E> plan_backward(const BackwardParams& b, bool clean) {
   const auto scattered = [&](const int64_t* strides, int64_t columns) {
     return sizeof(Source) != sizeof(typename E::Scalar) || strides[3] != 1 || columns % E::kWidth != 0;
   };
-  const bool mixed = together && group > 1;  // rows of several heads in one panel
-  plan.pack_query = clean || mixed || scattered(p.query_strides, p.head_dim);
-  plan.pack_grad_out = clean || mixed || scattered(b.grad_out_strides, p.value_dim);
+  plan.mixed = together && group > 1;
+  plan.pack_query = clean || plan.mixed || scattered(p.query_strides, p.head_dim);
+  plan.pack_grad_out = clean || plan.mixed || scattered(b.grad_out_strides, p.value_dim);
   const bool tail = p.seqlen_k % E::kKeys != 0;  // the last tile reaches past the tensor
   plan.pack_key = tail || scattered(p.key_strides, p.head_dim);
   plan.pack_value = tail || scattered(p.value_strides, p.value_dim);

@@ -9,10 +9,11 @@
 namespace fastattn {
 namespace {
 
-// Rows of the bias are shared out panel by panel, keys block by block, where it has such axes.
+// Rows of the bias are shared out panel by panel, keys block by block, where it has such axes, and where no row is in
+// two panels by way of two heads.
 template <class E>
 inline int64_t bias_row_parts(const BackwardCall<E>& call) {
-  return call.b.grad_bias_strides[2] != 0 ? call.plan.span_panels : 1;
+  return call.b.grad_bias_strides[2] != 0 && !call.plan.mixed ? call.plan.span_panels : 1;
 }
 
 template <class E>
@@ -27,13 +28,21 @@ inline void add_bias_grads(const GradientBlock<E>& g) {
   const int64_t* strides = g.head.call.b.grad_bias_strides;
   const Panel<E>& panel = g.panel(0);
   auto* out = static_cast<Scalar*>(g.head.call.b.grad_bias) + g.head.batch * strides[0];
-  if (strides[2] == 0) {  // one row: every lane's head is the span's
-    for (int64_t key = g.from[0]; key < g.to[0]; ++key) {
-      double sum = 0;
-      for (int lane = 0; lane < panel.live; ++lane) {
-        sum += static_cast<double>(g.grads(0, key)[lane]);
+  if (strides[2] == 0) {  // one row: the lanes of each head first
+    for (int lane = 0; lane < panel.live;) {
+      const int64_t query_head = panel.head[lane];
+      int end = lane;
+      while (end < panel.live && panel.head[end] == query_head) {
+        ++end;
       }
-      out[panel.head[0] * strides[1] + (g.block + key) * strides[3]] += static_cast<Scalar>(sum);
+      for (int64_t key = g.from[0]; key < g.to[0]; ++key) {
+        double sum = 0;
+        for (int i = lane; i < end; ++i) {
+          sum += static_cast<double>(g.grads(0, key)[i]);
+        }
+        out[query_head * strides[1] + (g.block + key) * strides[3]] += static_cast<Scalar>(sum);
+      }
+      lane = end;
     }
     return;
   }
@@ -60,7 +69,7 @@ void run_bias_tile(void* opaque, int64_t index, int thread) {
   const BackwardPlan<E>& plan = call.plan;
   const AttentionParams& p = call.b.forward;
   const typename E::V::FlushDenormals flush;
-  const bool some_rows = call.b.grad_bias_strides[2] != 0;
+  const bool some_rows = bias_row_parts(call) > 1;
   const bool some_keys = call.b.grad_bias_strides[3] != 0;
   const int64_t row_part = index % bias_row_parts(call);
   const int64_t key_part = index / bias_row_parts(call);

@@ -49,7 +49,12 @@ FASTATTN_NOINLINE void probability_tile(GradientContext<E>& context, TileRows ke
       if constexpr (adjusts(kind)) {
         x = V::mul(x, V::set1(static_cast<Scalar>(kLog2E)));
       }
-      V::store(probs + r * E::kLanes + v * E::kWidth, exp2<V>(x));
+      auto prob = exp2<V>(x);
+      if constexpr (hides(kind)) {  // 0 where it is hidden, also under a normaliser that is NaN
+        const auto lowest = V::set1(-static_cast<Scalar>(__builtin_inf()));
+        prob = V::select(V::less_equal(s[r][v], lowest), V::zero(), prob);
+      }
+      V::store(probs + r * E::kLanes + v * E::kWidth, prob);
     }
   }
 }

@@ -60,6 +60,7 @@ void attention_backward(const py::object& query, const py::object& key, const py
        grad_query,
        grad_key,
        grad_value,
+       grad_bias,
        grad_slopes,
        grad_sinks});
   set_rules(b.forward, scale, softcap, window_left, window_right, num_threads);

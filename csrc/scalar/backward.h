@@ -1,10 +1,9 @@
 // The scalar backward: obvious loops in double precision. Query rows first, then keys, each pair computed twice.
 #pragma once
 
-#include <vector>
-
 #include "parallel.h"
 #include "scalar/rows.h"
+#include "workspace.h"
 
 namespace fastattn {
 namespace {
@@ -12,10 +11,10 @@ namespace {
 // One call, and of each query row <dO, O> - dlse.
 struct ScalarBackward {
   const BackwardParams& b;
-  std::vector<double> deltas;  // (B, Hq, Lq)
+  double* deltas;  // (B, Hq, Lq)
 
-  double& delta(const Row& r) {
-    return deltas[static_cast<size_t>((r.batch * b.forward.query_heads + r.head) * b.forward.seqlen_q + r.row)];
+  double& delta(const Row& r) const {
+    return deltas[(r.batch * b.forward.query_heads + r.head) * b.forward.seqlen_q + r.row];
   }
 };
 
@@ -153,7 +152,8 @@ void run_key(void* context, int64_t index, int /*thread*/) {
 template <class T>
 void backward(const BackwardParams& b) {
   const AttentionParams& p = b.forward;
-  ScalarBackward call{b, std::vector<double>(static_cast<size_t>(p.batch * p.query_heads * p.seqlen_q))};
+  const Workspace workspace(sizeof(double) * static_cast<size_t>(p.batch * p.query_heads * p.seqlen_q));
+  ScalarBackward call{b, reinterpret_cast<double*>(workspace.data())};
   // Heads may add to one bias: they take turns.
   parallel_for(p.batch * p.query_heads, b.grad_bias != nullptr ? 1 : p.num_threads, run_query_head<T>, &call);
   if (b.grad_key != nullptr || b.grad_value != nullptr) {

@@ -30,6 +30,33 @@ def attention_forward(
     window_right: int,
     num_threads: int,
 ) -> None: ...
+def attention_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    kv_lengths: Tensor | None,
+    query_offset: Tensor,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_weights: Tensor | None,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_slopes: Tensor | None,
+    grad_sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    window_left: int,
+    window_right: int,
+    num_threads: int,
+) -> None: ...
 def bind_torch(
     tensor: type, strided: object, dtypes: tuple[object, ...], empty_like: Callable[..., Any]
 ) -> None: ...

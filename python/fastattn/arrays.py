@@ -223,8 +223,8 @@ class _TorchTensors:
         if to_write:
             raise RuntimeError(f"{name} requires grad, and would be overwritten: pass {name}.detach()")
         raise RuntimeError(
-            f"{name} requires grad, and only attention(..., backend='math') computes gradients yet: "
-            f"call that, or this under torch.no_grad(), or pass {name}.detach()"
+            f"{name} requires grad, and this call computes no gradient of it: "
+            f"call it under torch.no_grad(), or pass {name}.detach()"
         )
 
     def readable(self, name: str, array: Array) -> Strided:
@@ -296,6 +296,18 @@ def library_of(name: str, array: object, *, composed: bool = False) -> ArrayLibr
     if torch is not None and isinstance(array, getattr(torch, "Tensor", ())):
         return _torch_operands(torch) if composed else _torch_tensors(torch)
     raise TypeError(f"{name} must be a NumPy array or a torch tensor, got {type_name(array)}")
+
+
+def wants_graph(*arrays: object) -> bool:
+    """Whether torch is to record what becomes of these."""
+    if not any(getattr(array, "requires_grad", False) is True for array in arrays):
+        return False
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.is_grad_enabled():
+        return False
+    # Inside torch.func's transforms no memory can be read: left to what says so.
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return not any(isinstance(array, torch.Tensor) and wrapped(array) for array in arrays)
 
 
 def type_name(value: object) -> str:

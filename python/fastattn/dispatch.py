@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from fastattn.arrays import Array, type_name
 from fastattn.backends import plain
-from fastattn.backends.base import Backend, ComposingBackend
+from fastattn.backends.base import Backend, ComposingBackend, DifferentiableBackend
 from fastattn.backends.cpu import CpuBackend
 from fastattn.backends.math import MathBackend
 from fastattn.backends.reference import ReferenceBackend
@@ -73,6 +73,23 @@ def choose(problem: AttentionProblem, names: tuple[str, ...]) -> Backend:
     refusals = consider(problem, names).refusals.items()
     reasons = [f"  {name}: {'; '.join(why)}" for name, why in refusals]
     raise NotImplementedError("\n".join(["no backend can run this call:", *reasons]))
+
+
+def choose_differentiable(problem: AttentionProblem, names: tuple[str, ...]) -> DifferentiableBackend:
+    """Return the first of the backends `names` that can run `problem`, and go back through it.
+
+    Raises
+    ------
+    NotImplementedError
+        If none can, with every backend's reasons.
+    """
+    backend = choose(problem, names)
+    if not hasattr(backend, "run_backward"):
+        raise NotImplementedError(
+            f"backend {backend.name!r} computes no gradients: call it under torch.no_grad(), or with "
+            "backend='cpu' or 'math'"
+        )
+    return cast("DifferentiableBackend", backend)
 
 
 def consider(problem: AttentionProblem, names: tuple[str, ...]) -> Choice:

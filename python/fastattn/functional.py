@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastattn.arrays import Array
+from fastattn.arrays import Array, wants_graph
 from fastattn.dispatch import candidates, choose, composing, run_plain
-from fastattn.outputs import check_request, prepare_outputs, returned
+from fastattn.outputs import check_flags, check_request, prepare_outputs, returned
 from fastattn.problem import AttentionProblem, Causal, Layout, Window
 
 
@@ -140,26 +140,30 @@ def attention(
             return plain
     names = candidates(backend)
     composer = composing(names)
-    problem = AttentionProblem.from_arguments(
-        query,
-        key,
-        value,
-        causal=causal,
-        window=window,
-        mask=mask,
-        bias=bias,
-        kv_lengths=kv_lengths,
-        query_offset=query_offset,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        softcap=softcap,
-        scale=scale,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
-        dropout_offset=dropout_offset,
-        layout=layout,
-        composed=composer is not None,
-    )
+    options: dict[str, Any] = {
+        "causal": causal,
+        "window": window,
+        "mask": mask,
+        "bias": bias,
+        "kv_lengths": kv_lengths,
+        "query_offset": query_offset,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+        "softcap": softcap,
+        "scale": scale,
+        "dropout_p": dropout_p,
+        "dropout_seed": dropout_seed,
+        "dropout_offset": dropout_offset,
+        "layout": layout,
+    }
+    if composer is None and out is None and wants_graph(query, key, value, bias, alibi_slopes, sinks):
+        from fastattn import torch_ops  # torch is loaded: a tensor of it came in
+
+        check_flags(return_lse, return_weights)
+        return torch_ops.attention(
+            names, query, key, value, return_lse=return_lse, return_weights=return_weights, **options
+        )
+    problem = AttentionProblem.from_arguments(query, key, value, **options, composed=composer is not None)
     chosen = choose(problem, names)
     problem = problem.seeded()
     if composer is not None and out is None:

@@ -37,17 +37,33 @@ def returned(out: Array, lse: Array | None, weights: Array | None) -> Any:
     return tuple(array for array in (out, lse, weights) if array is not None)
 
 
-def check_request(problem: AttentionProblem, return_lse: bool, return_weights: bool) -> None:
-    """Raise unless the flags are bools, and every size of what they ask for can be counted."""
+def check_flags(return_lse: bool, return_weights: bool) -> None:
+    """Raise TypeError unless both are bools."""
     for name, flag in ("return_lse", return_lse), ("return_weights", return_weights):
         if not isinstance(flag, (bool, np.bool_)):
             raise TypeError(f"{name} must be a bool, got {type_name(flag)}")
+
+
+def check_request(problem: AttentionProblem, return_lse: bool, return_weights: bool) -> None:
+    """Raise unless the flags are bools, and every size of what they ask for can be counted."""
+    check_flags(return_lse, return_weights)
     shape, dtype = problem.out_shape, problem.dtype
     _check_size("out", shape, dtype)
     if return_lse:
         _check_size("lse", shape[:3], problem.lse_dtype)
     if return_weights:
         _check_size("weights", problem.scores_shape, dtype)
+
+
+class Gradients(NamedTuple):
+    """Memory for the gradients of one call, axes in the order (B, H, L, D); None: not wanted."""
+
+    query: Strided | None
+    key: Strided | None
+    value: Strided | None
+    bias: Strided | None  # (B, Hq, Lq, Lk), of lse's dtype, zeros; strides of 0 where the bias was broadcast
+    alibi_slopes: Strided | None  # (B, Hq), float64
+    sinks: Strided | None  # (B, Hq), float64
 
 
 def prepare_outputs(

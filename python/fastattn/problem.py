@@ -117,6 +117,28 @@ class AttentionProblem(NamedTuple):
             return self
         return self._replace(dropout_seed=self.library.draw_seed(self.query.array))
 
+    def without_tensors(self) -> AttentionProblem:
+        """The same rules with nothing that keeps a tensor alive."""
+        none = Strided(None, self.dtype, (), (), 0)
+        return self._replace(
+            query=none, key=none, value=none, mask=None, bias=None, alibi_slopes_given=None, sinks_given=None
+        )
+
+    def with_tensors(
+        self, query: Array, key: Array, value: Array, mask: Array | None, bias: Array | None
+    ) -> AttentionProblem:
+        """The same rules for tensors that have been validated before, in the caller's layout."""
+        view = self.library.view
+        q, k, v = view("query", query), view("key", key), view("value", value)
+        if self.layout == "bshd":
+            q, k, v = q.swap_heads_and_rows(), k.swap_heads_and_rows(), v.swap_heads_and_rows()
+        problem = self._replace(query=q, key=k, value=v)
+        scores = problem.scores_shape
+        return problem._replace(
+            mask=None if mask is None else _broadcast("mask", view("mask", mask), scores),
+            bias=None if bias is None else _broadcast("bias", view("bias", bias), scores),
+        )
+
     @property
     def dtype(self) -> str:
         """Of query, key, value, out and weights."""

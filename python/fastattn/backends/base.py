@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from fastattn.arrays import Array
-from fastattn.outputs import Outputs
+from fastattn.outputs import Gradients, Outputs
 from fastattn.problem import AttentionProblem
 
 
@@ -22,6 +22,15 @@ class Backend(Protocol):
 
     def describe(self, problem: AttentionProblem) -> dict[str, str]:
         """Tell how `problem` would be run: instruction set, path, threads."""
+
+
+class DifferentiableBackend(Backend, Protocol):
+    """One that has a backward of its own."""
+
+    def run_backward(
+        self, problem: AttentionProblem, outputs: Outputs, incoming: Outputs, gradients: Gradients
+    ) -> None:
+        """Write `gradients`, given out and lse of the call and the gradients of out, lse and weights."""
 
 
 class ComposingBackend(Backend, Protocol):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastattn._threads import resolve_num_threads
 from fastattn.arrays import NUMPY, Strided
-from fastattn.outputs import Outputs
+from fastattn.outputs import Gradients, Outputs
 from fastattn.problem import AttentionProblem
 
 if TYPE_CHECKING:
@@ -56,14 +56,54 @@ class CpuBackend:
             _tensor(problem.key),
             _tensor(problem.value),
             _tensor(out),
-            None if lse is None else _tensor(lse),
-            None if weights is None else _tensor(weights),
-            None if problem.mask is None else _tensor(problem.mask),
-            None if problem.bias is None else _tensor(problem.bias),
+            _optional(lse),
+            _optional(weights),
+            _optional(problem.mask),
+            _optional(problem.bias),
             None if problem.kv_lengths is None else _vector(problem.kv_lengths),
             offsets,
             None if problem.alibi_slopes is None else _vector(problem.alibi_slopes),
             None if problem.sinks is None else _vector(problem.sinks),
+            problem.scale,
+            problem.softcap,
+            problem.window_left,
+            problem.window_right,
+            resolve_num_threads(),
+        )
+
+    def run_backward(
+        self, problem: AttentionProblem, outputs: Outputs, incoming: Outputs, gradients: Gradients
+    ) -> None:
+        """Hand addresses, sizes and strides to the kernels; all that they do not write is zero."""
+        if 0 in problem.query.shape:
+            for view in gradients:
+                if view is not None:
+                    view.numpy()[...] = 0
+            return
+        _kept, offsets = _offsets(problem)
+        out, lse, _ = outputs
+        assert lse is not None
+        _core.attention_backward(
+            _tensor(problem.query),
+            _tensor(problem.key),
+            _tensor(problem.value),
+            _tensor(out),
+            _tensor(lse),
+            _optional(problem.mask),
+            _optional(problem.bias),
+            None if problem.kv_lengths is None else _vector(problem.kv_lengths),
+            offsets,
+            None if problem.alibi_slopes is None else _vector(problem.alibi_slopes),
+            None if problem.sinks is None else _vector(problem.sinks),
+            _tensor(incoming.out),
+            _optional(incoming.lse),
+            _optional(incoming.weights),
+            _optional(gradients.query),
+            _optional(gradients.key),
+            _optional(gradients.value),
+            _optional(gradients.bias),
+            _optional(gradients.alibi_slopes),
+            _optional(gradients.sinks),
             problem.scale,
             problem.softcap,
             problem.window_left,
@@ -85,6 +125,10 @@ class CpuBackend:
 
 def _tensor(view: Strided) -> Tensor:
     return view.address, _CODES[view.dtype], view.shape, view.strides
+
+
+def _optional(view: Strided | None) -> Tensor | None:
+    return None if view is None else _tensor(view)
 
 
 def _vector(values: NDArray[Any]) -> Tensor:
