@@ -97,7 +97,7 @@ def _forward(
     mask: Tensor | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute out, (B, H, L, D), and lse, (B, H, L), with the strides that torch's shape functions promise."""
+    """Compute out, (B, H, L, D), and lse, (B, H, L), with the strides that torch promises."""
     arguments: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale}
     if mask is not None:
         arguments["mask" if mask.dtype is torch.bool else "bias"] = mask

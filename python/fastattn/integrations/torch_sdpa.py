@@ -119,6 +119,12 @@ def _attend(call: _Call, dropout_p: float, is_causal: bool, scale: float | None)
     query, key, value, mask, _ = call
     causal: Any = "top_left" if is_causal and query.shape[2] != key.shape[2] else is_causal
     arguments: dict[str, Any] = {"causal": causal, "scale": scale}
+    by_rows = not query.is_contiguous() and query.transpose(1, 2).is_contiguous()
+    if (
+        by_rows
+    ):  # the result lies in memory as query does, as torch's: callers rely on it, and view(B, L, H * D)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        arguments["layout"] = "bshd"
     if mask is not None:
         arguments["mask" if mask.dtype is torch.bool else "bias"] = mask
     if dropout_p:
@@ -127,7 +133,7 @@ def _attend(call: _Call, dropout_p: float, is_causal: bool, scale: float | None)
         out: Tensor = attention(query, key, value, **arguments)
     except NotImplementedError:  # no kernel for it; operations of torch will do, as they do for torch
         out = attention(query, key, value, **(arguments | {"backend": "math"}))
-    return out
+    return out.transpose(1, 2) if by_rows else out
 
 
 def _is_ordinary(*tensors: Tensor) -> bool:
