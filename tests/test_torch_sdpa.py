@@ -99,8 +99,8 @@ def test_torchs_own_samples(dtype: torch.dtype, requires_grad: bool, no_fallback
         if sample.kwargs["dropout_p"] > 0:  # other numbers for one seed, but always those
             assert all(map(torch.equal, got, results(ours, args, sample.kwargs)))
             continue
-        # Numbers up to 9 make for scores of up to 9 * 9 * sqrt(8) = 229, whose rounding moves probabilities by as
-        # many units; gradients lose more, in cancellation, in torch's flash attention as well.
+        # Numbers up to 9 make for scores of up to 9 * 9 * sqrt(8) = 229, whose rounding moves probabilities
+        # by as many units; gradients lose more, in cancellation, in torch's flash attention as well.
         flash = results(by_flash, args, sample.kwargs)
         for mine, yours, best in zip(got, flash, exactly(args, sample.kwargs), strict=True):
             accumulated = torch.promote_types(mine.dtype, torch.float32)
