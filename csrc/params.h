@@ -24,6 +24,14 @@ constexpr int64_t kMaxValueDim = 512;
 // are even. A 16-bit type's wide method is quicker, and widening rows for each query dearer: beyond 4 it wins.
 constexpr int64_t few_queries(DType dtype) { return dtype == DType::float32 || dtype == DType::float64 ? 12 : 4; }
 
+// Dropout: a probability stays, times `scale`, where its random 32-bit number is at least `threshold`.
+struct Dropout {
+  uint64_t threshold;  // p * 2^32, rounded up; 0: no dropout
+  double scale;        // 1 / (1 - p)
+  uint64_t seed;
+  uint32_t offset;
+};
+
 struct AttentionParams {
   DType dtype;  // of query, key, value, out and weights
 
@@ -65,6 +73,7 @@ struct AttentionParams {
   const double* sinks;  // null, or (Hq,): one more logit in the normaliser
   double scale;
   double softcap;  // 0 = none
+  Dropout dropout;
 
   int32_t num_threads;  // at most this many
 };

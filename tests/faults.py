@@ -35,6 +35,7 @@ MATH = "csrc/algorithm/math.h"
 SCALAR = "csrc/scalar/kernels.cpp"
 SCALAR_ROWS = "csrc/scalar/rows.h"
 GRADIENT_TILE = "csrc/algorithm/gradient_tile.h"
+DROPOUT = "csrc/dropout.h"
 BACKWARD = "csrc/algorithm/backward.h"
 BIAS_GRADIENT = "csrc/algorithm/bias_gradient.h"
 PROBLEM = "python/fastattn/problem.py"
@@ -384,8 +385,8 @@ FAULTS = (
         "gradient-mean",
         "the mean of a row's gradients is not taken away",
         GRADIENT_TILE,
-        "V::mul(prob, V::sub(s[r][v], delta))",
-        "V::mul(prob, s[r][v])",
+        "V::mul(prob, V::sub(grad, delta))",
+        "V::mul(prob, grad)",
         "backward",
     ),
     Fault(
@@ -410,6 +411,14 @@ FAULTS = (
         BIAS_GRADIENT,
         "for (int i = lane; i < end; ++i) {",
         "for (int i = lane; i < lane + 1; ++i) {",
+        "backward",
+    ),
+    Fault(
+        "philox-key",
+        "the key of dropout's random numbers stays the same from round to round",
+        DROPOUT,
+        "low += 0x9E3779B9;",
+        "low += 0;",
         "backward",
     ),
 )

@@ -111,6 +111,9 @@ def draw_legal(rng: Rng) -> tuple[Kernel, Call]:
             call[name] = draw(rng, sizes, kernel.dtype, library)
     if abs(np.asarray(call.get("query_offset", 0))).max(initial=0) > 2**20:
         call.pop("alibi_slopes", None)  # the oracle's scores lose all digits there; see test_extremes
+    if rng.random() < 0.2:
+        call |= {"dropout_p": pick(rng, 0.1, 0.5, 1.0), "dropout_seed": int(rng.integers(2**63)) * 2 + 1}
+        call["dropout_offset"] = int(rng.integers(2**32))
     if rng.random() < 0.3:
         call["out"] = draw_out(rng, call, sizes, value_dim, kernel.dtype, library)
     for flag in ("return_lse", "return_weights"):

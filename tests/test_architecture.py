@@ -115,15 +115,16 @@ CPP_ARROWS: dict[str, set[str]] = {
     "parallel": {"crew"},
     "workspace": set(),
     "half": set(),
+    "dropout": {"params"},
     "table": {"params"},
-    "scalar": {"params", "half", "table", "parallel", "workspace"},
-    "algorithm": {"params", "half", "parallel", "workspace"},
+    "scalar": {"params", "half", "dropout", "table", "parallel", "workspace"},
+    "algorithm": {"params", "half", "dropout", "parallel", "workspace"},
     "isa": {"algorithm", "params", "half", "table"},
     "dispatch": {"table", "cpu_features"},
     "peak": {"table", "parallel", "workspace"},
     "bindings": {"table", "params", "peak", "cpu_features", "parallel", "workspace"},
 }
-KERNEL_ROOMS = {"params", "half", "algorithm", "isa", "scalar"}
+KERNEL_ROOMS = {"params", "half", "dropout", "algorithm", "isa", "scalar"}
 
 
 def cpp_files() -> list[Path]:

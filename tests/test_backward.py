@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import textwrap
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,17 @@ def test_losses(kernel: Kernel, outputs: str) -> None:
     )
     expected = gradients(widened(call), outputs=outputs)
     assert_close(gradients(call, outputs=outputs), expected, kernel.dtype)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.6, 1.0])
+@pytest.mark.parametrize("rows", [3, 70])
+def test_dropout(kernel: Kernel, rows: int, p: float) -> None:
+    """The same weights fall out as in the oracle, on the way there and back."""
+    arrays = ("mask", "bias", "alibi_slopes", "sinks")
+    case = Case("dropout", rows, 130, 24, 40, batch=2, query_heads=6, kv_heads=2, softcap=2.0, arrays=arrays)
+    for call in (leaves(case, kernel.dtype), leaves(replace(case, softcap=0.0, arrays=()), kernel.dtype)):
+        call |= {"dropout_p": p, "dropout_seed": 2**63 + 5, "dropout_offset": 7}
+        assert_close(gradients(call), gradients(widened(call)), kernel.dtype)
 
 
 @pytest.mark.parametrize("group", [1, 3, 5, 6, 7])

@@ -352,12 +352,6 @@ def test_math_validates_alike(changes: dict[str, Any], error: type[Exception], m
         call("torch", backend="math", **changes)
 
 
-def test_compiled_kernels_say_that_they_have_no_dropout() -> None:
-    for backend in ("cpu", None):
-        with pytest.raises(NotImplementedError, match="cpu: dropout is not in the compiled kernels yet"):
-            call(backend=backend, dropout_p=0.5)
-
-
 def test_forward_mode_gradients_are_not_there_yet() -> None:
     query = torch.from_numpy(QUERY)
     with torch.autograd.forward_ad.dual_level():

@@ -39,7 +39,7 @@ struct BackwardPlan {
   int64_t panels_at, query_at, grad_out_at, level_at, delta_at, query_rows_at, grad_out_rows_at, key_rows_at,
       clean_key_at, value_rows_at, partial_at, slopes_at, head_bytes;
   // and of a thread's
-  int64_t local_at, probs_at, grads_at, raw_at, extra_at, dense_at, lane_slopes_at, grad_key_at, grad_value_at,
+  int64_t local_at, probs_at, grads_at, raw_at, extra_at, kept_at, dense_at, lane_slopes_at, grad_key_at, grad_value_at,
       dense_bytes, thread_bytes;
 };
 
@@ -85,6 +85,7 @@ inline void plan_thread_scratch(BackwardPlan<E>& plan, const BackwardParams& b) 
   plan.grads_at = thread.take(plan.panels * int64_t{E::kBlockKeys} * E::kLanes * kScalar);
   plan.raw_at = thread.take(kTile);
   plan.extra_at = thread.take(kTile);
+  plan.kept_at = thread.take(kTile);
   plan.dense_bytes = round_up(DenseRoom<E>::bytes(b.forward, E::kBlockKeys), kScratchAlign);
   plan.dense_at = thread.take(plan.panels * plan.dense_bytes);
   plan.lane_slopes_at = thread.take(E::kLanes * static_cast<int64_t>(sizeof(double)));
@@ -101,7 +102,7 @@ inline BackwardPlan<E> plan_backward(const BackwardParams& b, bool clean) {
   BackwardPlan<E> plan{};
   plan.rules = score_rules<E>(p);
   plan.query_factor = query_factor<E>(p);
-  plan.general = p.softcap > 0 || b.grad_weights != nullptr || b.grad_slopes != nullptr;
+  plan.general = p.softcap > 0 || p.dropout.threshold > 0 || b.grad_weights != nullptr || b.grad_slopes != nullptr;
   const int64_t group = p.query_heads / p.kv_heads;
   const bool together = p.seqlen_q < E::kLanes;
   plan.spans = together ? 1 : group;

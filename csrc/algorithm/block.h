@@ -21,6 +21,7 @@ struct ForwardTask {
 
   Panel<E>* panel(int i) const { return reinterpret_cast<Panel<E>*>(scratch) + i; }
   Scalar* probs() const { return reinterpret_cast<Scalar*>(scratch + plan.probs_at); }
+  Scalar* kept() const { return reinterpret_cast<Scalar*>(scratch + plan.kept_at); }
   Scalar* raw() const { return reinterpret_cast<Scalar*>(scratch + plan.raw_at); }
   char* dense() const { return scratch + plan.dense_at; }
   FiniteValues<E>& finite() const { return *reinterpret_cast<FiniteValues<E>*>(scratch + plan.finite_at); }

@@ -171,7 +171,7 @@ void run_task(void* opaque, int64_t index, int thread) {
     memset(panel.output, 0, sizeof(Scalar) * static_cast<size_t>(rows * plan.rules.output_stride));
     if constexpr (E::kMethod == Method::broadcast) {  // the others know a block's maximum before they need it
       if (plan.rules.alibi) {
-        TileContext<E> context{panel, plan.rules, {}, task.probs(), task.raw(), true, 0, {}};
+        TileContext<E> context{panel, plan.rules, {}, task.probs(), task.kept(), task.raw(), true, 0, {}};
         seed_panel<E>(task, context);
       }
     }
@@ -181,7 +181,7 @@ void run_task(void* opaque, int64_t index, int thread) {
   for (int64_t block = round_down(first, E::kBlockKeys); block < last; block += E::kBlockKeys) {
     const KeyValueView view = block_view<E>(task, block);
     for (int i = 0; i < task.panels; ++i) {
-      TileContext<E> context{*task.panel(i), plan.rules, {}, task.probs(), task.raw(), true, 0, {}};
+      TileContext<E> context{*task.panel(i), plan.rules, {}, task.probs(), task.kept(), task.raw(), true, 0, {}};
       run_block<E>(task, context, view);
     }
   }
@@ -190,7 +190,7 @@ void run_task(void* opaque, int64_t index, int thread) {
     Panel<E>& panel = *task.panel(i);
     finish_rows<E>(panel, task.p, plan.rules, batch, normalisers);
     if (task.p.weights != nullptr) {
-      TileContext<E> context{panel, plan.rules, {}, task.probs(), task.raw(), true, 0, {}};
+      TileContext<E> context{panel, plan.rules, {}, task.probs(), task.kept(), task.raw(), true, 0, {}};
       write_weights<E>(task, context, normalisers);
     }
   }

@@ -90,11 +90,12 @@ inline bool gradient_tiles(GradientBlock<E>& g, int i, int64_t key) {
   Panel<E>& panel = g.panel(i);
   const int64_t block_key = key - g.block;
   Scalar* grads = g.grads(i, block_key);
-  GradientContext<E> context{{panel, plan.rules, g.dense[i], nullptr, nullptr, true, 0, {}},
+  GradientContext<E> context{{panel, plan.rules, g.dense[i], nullptr, nullptr, nullptr, true, 0, {}},
                              head.scalars(plan.grad_out_at) + (g.first_panel + i) * E::kLanes * head.p().value_dim,
                              head.p().value_dim,
                              head.scalars(plan.level_at) + (g.first_panel + i) * E::kLanes,
                              head.scalars(plan.delta_at) + (g.first_panel + i) * E::kLanes,
+                             nullptr,
                              nullptr,
                              nullptr,
                              block_key};
@@ -108,6 +109,12 @@ inline bool gradient_tiles(GradientBlock<E>& g, int i, int64_t key) {
   g.from[i] = g.to[i] == 0 ? block_key : g.from[i];
   g.to[i] = min64(block_key + E::kKeys, g.block_end - g.block);
   context.scores.edge = sight == Sight::edge;
+  const bool drops = plan.rules.dropout.threshold > 0;
+  if (drops) {
+    auto* kept = reinterpret_cast<Scalar*>(g.scratch + plan.kept_at);
+    draw_kept<E, E::kKeys>(panel, plan.rules.dropout, block_key, kept);
+    context.kept = kept;
+  }
   const bool hides = sight != Sight::all;
   const RowBase keys = head.key_rows(key);
   const RowBase values = head.value_rows(key);
@@ -123,8 +130,8 @@ inline bool gradient_tiles(GradientBlock<E>& g, int i, int64_t key) {
           : (hides ? score(probability_tile<E, TileKind::masked, 1>, probability_tile<E, TileKind::masked, E::kVectors>)
                    : score(probability_tile<E, TileKind::plain, 1>, probability_tile<E, TileKind::plain, E::kVectors>));
   probability(context, {keys.rows, keys.stride}, g.probs(i), plan.rules.softcap > 0 ? raw : nullptr);
-  auto* gradient = hides ? score(gradient_tile<E, true, 1>, gradient_tile<E, true, E::kVectors>)
-                         : score(gradient_tile<E, false, 1>, gradient_tile<E, false, E::kVectors>);
+  auto* gradient = hides || drops ? score(gradient_tile<E, true, 1>, gradient_tile<E, true, E::kVectors>)
+                                  : score(gradient_tile<E, false, 1>, gradient_tile<E, false, E::kVectors>);
   gradient(context, {values.rows, values.stride}, g.probs(i), grads);
   if (plan.general) {
     auto* extra = reinterpret_cast<Scalar*>(g.scratch + plan.extra_at);

@@ -16,6 +16,7 @@ struct GradientContext {
   int64_t value_steps;       // Dv
   const Scalar* level;       // lse of each lane, in the unit of the scores; +inf in lanes without a row
   const Scalar* delta;       // of each lane: <dO, O> - dlse
+  const Scalar* kept;        // null, or what dropout multiplies P by, [kKeys][kLanes] of this tile
   const Scalar* probs_grad;  // null, or what is added to dP, [kKeys][kLanes] of this tile
   double* slope_grad;        // null, or sums of -dS * distance of each lane
   int64_t block_key;         // of the tile
@@ -59,7 +60,8 @@ FASTATTN_NOINLINE void probability_tile(GradientContext<E>& context, TileRows ke
   }
 }
 
-// dS = P (dP - delta) of one tile, dP = V dO^T. A pair that is hidden has P = 0 and gets 0, whatever dP is.
+// dS = P (dP - delta) of one tile, dP = V dO^T. kHides: a pair that is hidden has P = 0 and gets 0, whatever dP is; and
+// there may be dropout.
 template <class E, bool kHides, int kActive>
 FASTATTN_NOINLINE void gradient_tile(const GradientContext<E>& context, TileRows value, const typename E::Scalar* probs,
                                      typename E::Scalar* grads) {
@@ -77,7 +79,11 @@ FASTATTN_NOINLINE void gradient_tile(const GradientContext<E>& context, TileRows
     for (int r = 0; r < E::kKeys; ++r) {
       const int64_t at = r * E::kLanes + v * E::kWidth;
       const auto prob = V::load(probs + at);
-      auto x = V::mul(prob, V::sub(s[r][v], delta));
+      auto grad = s[r][v];
+      if (kHides && context.kept != nullptr) {
+        grad = V::mul(grad, V::load(context.kept + at));
+      }
+      auto x = V::mul(prob, V::sub(grad, delta));
       if constexpr (kHides) {
         x = V::select(V::less_equal(prob, V::zero()), V::zero(), x);
       }
@@ -87,9 +93,10 @@ FASTATTN_NOINLINE void gradient_tile(const GradientContext<E>& context, TileRows
 }
 
 // What the fast tile leaves out: gradients of the weights that come in, of ALiBi's slopes, and through softcap. `grads`
-// holds dS without these and gets it with them. `raw` is null where softcap's derivative is to be left out.
+// holds dS without these and gets it with them; `probs` gets P as dropout leaves it, for dV. `raw` is null where
+// softcap's derivative is to be left out.
 template <class E>
-FASTATTN_NOINLINE void gradient_extras(const GradientContext<E>& context, const typename E::Scalar* probs,
+FASTATTN_NOINLINE void gradient_extras(const GradientContext<E>& context, typename E::Scalar* probs,
                                        const typename E::Scalar* raw, typename E::Scalar* grads) {
   using V = typename E::V;
   using Scalar = typename E::Scalar;
@@ -105,7 +112,11 @@ FASTATTN_NOINLINE void gradient_extras(const GradientContext<E>& context, const 
       const auto hidden = V::less_equal(prob, V::zero());
       auto x = V::load(grads + at);
       if (context.probs_grad != nullptr) {
-        x = V::add(x, V::select(hidden, V::zero(), V::mul(prob, V::load(context.probs_grad + at))));
+        auto grad = V::load(context.probs_grad + at);
+        if (context.kept != nullptr) {
+          grad = V::mul(grad, V::load(context.kept + at));
+        }
+        x = V::add(x, V::select(hidden, V::zero(), V::mul(prob, grad)));
       }
       if (context.slope_grad != nullptr) {
         const auto distance = V::abs(V::sub(V::load(panel.block_position + v * E::kWidth), key));
@@ -121,6 +132,9 @@ FASTATTN_NOINLINE void gradient_extras(const GradientContext<E>& context, const 
         x = V::select(hidden, V::zero(), V::mul(x, slope));
       }
       V::store(grads + at, x);
+      if (context.kept != nullptr) {
+        V::store(probs + at, V::mul(prob, V::load(context.kept + at)));
+      }
     }
   }
 }

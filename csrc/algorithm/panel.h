@@ -36,8 +36,10 @@ struct Panel {
   int64_t first_min, first_max, last_min, last_max;
   const uint8_t* mask_row[kLanes];
   const char* bias_row[kLanes];
-  char* dense;       // null, or a DenseRoom that holds mask and bias for all keys
-  bool mask_shared;  // every lane reads the same mask row
+  int64_t block;       // first key of the running key block
+  int64_t first_head;  // of the batch, counted over batches
+  char* dense;         // null, or a DenseRoom that holds mask and bias for all keys
+  bool mask_shared;    // every lane reads the same mask row
   bool bias_shared;
 
   Scalar* query;   // operands: [padded D / depth][kLanes], or [kLanes][padded D] for Method::rows
@@ -98,12 +100,13 @@ FASTATTN_NOINLINE void place_rows(Panel<E>& panel, const AttentionParams& p, con
   const int64_t group = p.query_heads / p.kv_heads;
   const int64_t b = range.batch;
   panel.live = static_cast<int>(min64(E::kLanes, range.end - begin));
-  const bool extras = p.mask != nullptr || p.bias != nullptr || p.alibi_slopes != nullptr;
+  const bool extras = p.mask != nullptr || p.bias != nullptr || p.alibi_slopes != nullptr || p.dropout.threshold > 0;
   const int64_t needed = E::kMethod == Method::rows ? panel.live : round_up(panel.live, E::kWidth);
   panel.placed = extras ? E::kLanes : static_cast<int>(needed);
   panel.first_min = panel.last_min = INT64_MAX;
   panel.first_max = panel.last_max = 0;
   panel.dense = nullptr;
+  panel.first_head = b * p.query_heads;
   panel.mask_shared = panel.bias_shared = true;
   int64_t head = range.kv_head * group + begin / p.seqlen_q;
   int64_t row = begin % p.seqlen_q;
@@ -143,6 +146,7 @@ FASTATTN_NOINLINE void place_rows(Panel<E>& panel, const AttentionParams& p, con
 template <class E>
 inline void enter_block(Panel<E>& panel, int64_t block) {
   using Scalar = typename E::Scalar;
+  panel.block = block;
   for (int lane = 0; lane < panel.placed; ++lane) {
     panel.block_first[lane] = static_cast<Scalar>(clamp64(panel.first[lane] - block, 0, E::kBlockKeys));
     panel.block_last[lane] = static_cast<Scalar>(clamp64(panel.last[lane] - block, 0, E::kBlockKeys));

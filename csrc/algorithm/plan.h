@@ -93,7 +93,8 @@ struct ForwardPlan {
   int threads;
   // byte offsets of a thread's scratch
   int64_t query_bytes;  // of a panel
-  int64_t query_at, output_at, probs_at, raw_at, dense_at, finite_at, tail_at, clean_at, packed_at, thread_bytes;
+  int64_t query_at, output_at, probs_at, kept_at, raw_at, dense_at, finite_at, tail_at, clean_at, packed_at,
+      thread_bytes;
 };
 
 template <class E>
@@ -111,6 +112,7 @@ inline void plan_scratch(ForwardPlan<E>& plan, const AttentionParams& p) {
   plan.query_at = take(plan.panels * plan.query_bytes);
   plan.output_at = take(plan.panels * E::kLanes * plan.rules.output_stride * kScalar);
   plan.probs_at = take(E::kPlanes * kPlaneSize<E> * kScalar);
+  plan.kept_at = take(p.dropout.threshold > 0 ? int64_t{E::kKeys} * E::kLanes * kScalar : 0);
   plan.raw_at = take(E::kMethod == Method::tiles ? int64_t{E::kBlockKeys} * E::kLanes * kScalar : 0);
   plan.dense_at = take(plan.dense_bytes == 0 ? DenseRoom<E>::bytes(p, E::kBlockKeys) : 0);
   plan.finite_at = take(sizeof(FiniteValues<E>));
@@ -148,9 +150,9 @@ inline Scalar finite_softcap(double softcap) {
   return static_cast<Scalar>(softcap < kSmallest ? kSmallest : softcap);
 }
 
-// Whether something is added to scores, or caps them: they are natural logarithms then.
+// Whether something is added to scores, caps them, or drops probabilities: scores are natural logarithms then.
 inline bool adjusts_scores(const AttentionParams& p) {
-  return p.bias != nullptr || p.alibi_slopes != nullptr || p.softcap > 0;
+  return p.bias != nullptr || p.alibi_slopes != nullptr || p.softcap > 0 || p.dropout.threshold > 0;
 }
 
 inline double score_factor(const AttentionParams& p) { return p.scale * (adjusts_scores(p) ? 1.0 : kLog2E); }
@@ -175,6 +177,7 @@ inline ScoreRules<E> score_rules(const AttentionParams& p) {
   rules.steps = E::kMethod == Method::rows ? p.head_dim : padded_head_dim<E>(p) / E::kDepth;
   rules.softcap = finite_softcap<Scalar>(p.softcap);
   rules.alibi = p.alibi_slopes != nullptr;
+  rules.dropout = p.dropout;
   rules.output_stride = padded_value_dim<E>(p);
   return rules;
 }

@@ -111,6 +111,34 @@ FASTATTN_NOINLINE void exponentiate_rows(TileContext<E>& context, int64_t begin,
   }
 }
 
+// Dropout of every row's probabilities.
+template <class E>
+FASTATTN_NOINLINE void drop_rows(TileContext<E>& context, int64_t begin, int64_t end) {
+  using Scalar = typename E::Scalar;
+  constexpr int kCount = 16;
+  const Panel<E>& panel = context.panel;
+  const Dropout& dropout = context.rules.dropout;
+  for (int lane = 0; lane < panel.live; ++lane) {
+    Scalar* row = context.probs + lane * E::kBlockKeys;
+    for (int64_t four = (panel.block + begin) / 4; four * 4 < panel.block + end; four += kCount) {
+      uint32_t words[4][kCount];
+      for (int i = 0; i < kCount; ++i) {
+        words[0][i] = static_cast<uint32_t>(panel.row[lane]);
+        words[1][i] = static_cast<uint32_t>(four + i);
+        words[2][i] = static_cast<uint32_t>(panel.first_head + panel.head[lane]);
+        words[3][i] = dropout.offset;
+      }
+      philox<kCount>(words, dropout.seed);
+      for (int i = 0; i < 4 * kCount; ++i) {
+        const int64_t key = four * 4 + i - panel.block;
+        if (key >= begin && key < end) {
+          row[key] *= static_cast<Scalar>(kept(dropout, words[i % 4][i / 4]));
+        }
+      }
+    }
+  }
+}
+
 // Scores to probabilities over keys [begin, end) of the block.
 template <class E>
 inline void row_softmax(TileContext<E>& context, int64_t begin, int64_t end, bool hides) {
@@ -122,6 +150,9 @@ inline void row_softmax(TileContext<E>& context, int64_t begin, int64_t end, boo
   context.written = begin;
   raise_shift<E>(context, context.peaks, begin);
   (natural ? exponentiate_rows<E, true> : exponentiate_rows<E, false>)(context, from, to);
+  if (context.rules.dropout.threshold > 0) {
+    drop_rows<E>(context, from, to);
+  }
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include "algorithm/key_product.h"
 #include "algorithm/panel.h"
+#include "dropout.h"
 
 namespace fastattn {
 namespace {
@@ -42,6 +43,7 @@ struct ScoreRules {
   Scalar factor;   // multiplies the products; 1 where the scale went into the query
   Scalar softcap;  // 0 = none
   bool alibi;
+  Dropout dropout;        // tiles that drop are adjusted ones
   int64_t output_stride;  // padded Dv
   bool natural;           // scores are natural logarithms (adjusted tiles), else to base 2
 
@@ -56,6 +58,7 @@ struct TileContext {
   const ScoreRules<E>& rules;
   DenseBlock<E> dense;
   typename E::Scalar* probs;                        // [strip][kBlockKeys / depth][kRows] lanes of operands
+  typename E::Scalar* kept;                         // room for what dropout multiplies a tile by, [key][lane]
   typename E::Scalar* raw;                          // Method::tiles: the block's products, [key][lane]
   bool edge;                                        // the tile reaches past what some lane may see by the rules
   int64_t written;                                  // first key of the block whose probabilities have been written
@@ -235,9 +238,43 @@ FASTATTN_INLINE void follow_peak(TileContext<E>& context, Scores<E, kActive>& s,
   }
 }
 
-// Probabilities of a group of final scores under the lanes' shifts: exponential, sum, store.
+// What dropout multiplies the probabilities of kCount keys by: out[key][lane].
+template <class E, int kCount>
+FASTATTN_NOINLINE void draw_kept(const Panel<E>& panel, const Dropout& dropout, int64_t block_key,
+                                 typename E::Scalar* out) {
+  const int64_t begin = panel.block + block_key;
+  for (int64_t four = begin / 4; four * 4 < begin + kCount; ++four) {
+    uint32_t words[4][E::kLanes];
+    for (int lane = 0; lane < E::kLanes; ++lane) {
+      words[0][lane] = static_cast<uint32_t>(panel.row[lane]);
+      words[1][lane] = static_cast<uint32_t>(four);
+      words[2][lane] = static_cast<uint32_t>(panel.first_head + panel.head[lane]);
+      words[3][lane] = dropout.offset;
+    }
+    philox<E::kLanes>(words, dropout.seed);
+    for (int word = 0; word < 4; ++word) {
+      const int64_t at = four * 4 + word - begin;
+      for (int lane = 0; at >= 0 && at < kCount && lane < E::kLanes; ++lane) {
+        out[at * E::kLanes + lane] = static_cast<typename E::Scalar>(kept(dropout, words[word][lane]));
+      }
+    }
+  }
+}
+
+// What dropout multiplies the probabilities of a tile by, or null.
+template <class E, bool kNatural>
+FASTATTN_INLINE const typename E::Scalar* tile_kept(const TileContext<E>& context, int64_t block_key) {
+  if (!kNatural || context.rules.dropout.threshold == 0) {
+    return nullptr;
+  }
+  draw_kept<E, E::kKeys>(context.panel, context.rules.dropout, block_key, context.kept);
+  return context.kept;
+}
+
+// Probabilities of a group of final scores under the lanes' shifts: exponential, sum, store. `kept`: see tile_kept.
 template <class E, bool kNatural, int kActive>
-FASTATTN_INLINE void exponentiate(TileContext<E>& context, const Scores<E, kActive>& s, int64_t block_key) {
+FASTATTN_INLINE void exponentiate(TileContext<E>& context, const Scores<E, kActive>& s, int64_t block_key,
+                                  const typename E::Scalar* kept) {
   using V = typename E::V;
   using Reg = typename E::Reg;
   using Scalar = typename E::Scalar;
@@ -264,6 +301,9 @@ FASTATTN_INLINE void exponentiate(TileContext<E>& context, const Scores<E, kActi
         }
         prob[i] = E::Product::power(x);
         sum = V::add(sum, prob[i]);
+        if (kNatural && kept != nullptr) {
+          prob[i] = V::mul(prob[i], V::load(kept + (r + i) * E::kLanes + v * E::kWidth));
+        }
       }
       Reg operand[E::kPlanes];
       E::Product::pack_probs(prob, operand);
@@ -431,6 +471,8 @@ FASTATTN_INLINE void finish_scores(const TileContext<E>& context, Scores<E, kAct
 // Products, scores, probabilities of one tile in one go.
 template <class E, TileKind kind, int kActive>
 FASTATTN_NOINLINE void score_tile(TileContext<E>& context, TileRows key, int64_t block_key) {
+  constexpr bool kNatural = adjusts(kind);
+  const auto* kept = tile_kept<E, kNatural>(context, block_key);
   Scores<E, kActive> s;
   if constexpr (E::kFused) {
     multiply_keys<E, kActive>(s, key.rows, key.stride, context.panel.query, context.rules.steps);
@@ -440,9 +482,8 @@ FASTATTN_NOINLINE void score_tile(TileContext<E>& context, TileRows key, int64_t
     load_scores<E, kActive>(raw, s);
   }
   finish_scores<E, kind, kActive>(context, s, block_key, nullptr);
-  constexpr bool kNatural = adjusts(kind);
   follow_peak<E, kNatural, kActive>(context, s, block_key);
-  exponentiate<E, kNatural, kActive>(context, s, block_key);
+  exponentiate<E, kNatural, kActive>(context, s, block_key, kept);
 }
 
 // Sets the shift of each lane from the tile where its diagonal lies, so that ALiBi's rise towards the diagonal does not

@@ -33,10 +33,12 @@ FASTATTN_NOINLINE void scan_tile(TileContext<E>& context, int64_t block_key) {
 // ... the second, under a shift that holds for the whole block, makes them probabilities.
 template <class E, bool kNatural, int kActive>
 FASTATTN_NOINLINE void exponentiate_tile(TileContext<E>& context, int64_t block_key) {
+  const auto* kept = tile_kept<E, kNatural>(context, block_key);
   for (int64_t group = block_key; group < block_key + E::kKeys; group += E::kGroupKeys) {
     Scores<E, kActive> s;
     load_scores<E, kActive>(context.raw + group * E::kLanes, s);
-    exponentiate<E, kNatural, kActive>(context, s, group);
+    exponentiate<E, kNatural, kActive>(context, s, group, kept);
+    kept = kept == nullptr ? nullptr : kept + E::kGroupKeys * E::kLanes;
   }
 }
 

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <stdexcept>
 #include <string>
 
@@ -23,8 +24,18 @@ namespace {
 // Distances past this are the same as none; it keeps sums of positions within 64 bits.
 int64_t window_bound(int64_t distance) { return distance < 0 || distance > kUnbounded ? kUnbounded : distance; }
 
-void set_rules(AttentionParams& p, double scale, double softcap, int64_t window_left, int64_t window_right,
-               int num_threads) {
+Dropout make_dropout(double p, uint64_t seed, uint32_t offset) {
+  Dropout dropout{};
+  dropout.threshold = static_cast<uint64_t>(std::ceil(p * 0x1p32));
+  dropout.scale = p < 1 ? 1 / (1 - p) : 0;
+  dropout.seed = seed;
+  dropout.offset = offset;
+  return dropout;
+}
+
+void set_rules(AttentionParams& p, double scale, double softcap, const Dropout& dropout, int64_t window_left,
+               int64_t window_right, int num_threads) {
+  p.dropout = dropout;
   p.scale = scale;
   p.softcap = softcap;
   p.window_left = window_bound(window_left);
@@ -35,11 +46,12 @@ void set_rules(AttentionParams& p, double scale, double softcap, int64_t window_
 void attention_forward(const py::object& query, const py::object& key, const py::object& value, const py::object& out,
                        const py::object& lse, const py::object& weights, const py::object& mask, const py::object& bias,
                        const py::object& kv_lengths, const py::object& query_offset, const py::object& alibi_slopes,
-                       const py::object& sinks, double scale, double softcap, int64_t window_left, int64_t window_right,
-                       int num_threads) {
+                       const py::object& sinks, double scale, double softcap, double dropout_p, uint64_t dropout_seed,
+                       uint32_t dropout_offset, int64_t window_left, int64_t window_right, int num_threads) {
   AttentionParams p =
       make_params({query, key, value, out, lse, weights, mask, bias, kv_lengths, query_offset, alibi_slopes, sinks});
-  set_rules(p, scale, softcap, window_left, window_right, num_threads);
+  set_rules(p, scale, softcap, make_dropout(dropout_p, dropout_seed, dropout_offset), window_left, window_right,
+            num_threads);
   const ForwardFn run = kernels().forward[static_cast<int>(p.dtype)].run;
   without_gil([&] { run(p); });
 }
@@ -50,8 +62,9 @@ void attention_backward(const py::object& query, const py::object& key, const py
                         const py::object& sinks, const py::object& grad_out, const py::object& grad_lse,
                         const py::object& grad_weights, const py::object& grad_query, const py::object& grad_key,
                         const py::object& grad_value, const py::object& grad_bias, const py::object& grad_slopes,
-                        const py::object& grad_sinks, double scale, double softcap, int64_t window_left,
-                        int64_t window_right, int num_threads) {
+                        const py::object& grad_sinks, double scale, double softcap, double dropout_p,
+                        uint64_t dropout_seed, uint32_t dropout_offset, int64_t window_left, int64_t window_right,
+                        int num_threads) {
   BackwardParams b = make_backward_params(
       {{query, key, value, out, lse, py::none(), mask, bias, kv_lengths, query_offset, alibi_slopes, sinks},
        grad_out,
@@ -63,7 +76,8 @@ void attention_backward(const py::object& query, const py::object& key, const py
        grad_bias,
        grad_slopes,
        grad_sinks});
-  set_rules(b.forward, scale, softcap, window_left, window_right, num_threads);
+  set_rules(b.forward, scale, softcap, make_dropout(dropout_p, dropout_seed, dropout_offset), window_left, window_right,
+            num_threads);
   const BackwardFn run = kernels().backward[static_cast<int>(b.forward.dtype)];
   without_gil([&] { run(b); });
 }
@@ -129,12 +143,13 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.attr("UNBOUNDED") = kUnbounded;
   m.attr("DTYPE_CODES") = dtype_codes();
   m.def("attention_forward", attention_forward, "query"_a, "key"_a, "value"_a, "out"_a, "lse"_a, "weights"_a, "mask"_a,
-        "bias"_a, "kv_lengths"_a, "query_offset"_a, "alibi_slopes"_a, "sinks"_a, "scale"_a, "softcap"_a,
-        "window_left"_a, "window_right"_a, "num_threads"_a);
+        "bias"_a, "kv_lengths"_a, "query_offset"_a, "alibi_slopes"_a, "sinks"_a, "scale"_a, "softcap"_a, "dropout_p"_a,
+        "dropout_seed"_a, "dropout_offset"_a, "window_left"_a, "window_right"_a, "num_threads"_a);
   m.def("attention_backward", attention_backward, "query"_a, "key"_a, "value"_a, "out"_a, "lse"_a, "mask"_a, "bias"_a,
         "kv_lengths"_a, "query_offset"_a, "alibi_slopes"_a, "sinks"_a, "grad_out"_a, "grad_lse"_a, "grad_weights"_a,
         "grad_query"_a, "grad_key"_a, "grad_value"_a, "grad_bias"_a, "grad_slopes"_a, "grad_sinks"_a, "scale"_a,
-        "softcap"_a, "window_left"_a, "window_right"_a, "num_threads"_a);
+        "softcap"_a, "dropout_p"_a, "dropout_seed"_a, "dropout_offset"_a, "window_left"_a, "window_right"_a,
+        "num_threads"_a);
   m.def("bind_torch", bind_torch, "tensor"_a, "strided"_a, "dtypes"_a, "empty_like"_a);
   m.def("attention_plain_numpy", attention_plain_numpy, "query"_a, "key"_a, "value"_a, "causal"_a, "scale"_a, "bshd"_a,
         "num_threads"_a);

@@ -34,6 +34,7 @@ inline void store_sum(DType dtype, void* tensor, int64_t index, double x) {
 // What one query and one key give each other.
 struct Pair {
   double prob = 0;
+  double weight = 0;   // prob as dropout leaves it
   double grad = 0;     // of the score as the softmax sees it
   double product = 0;  // of scale * <q, k>, before softcap
 };
@@ -53,7 +54,9 @@ Pair make_pair(ScalarBackward& call, const Row& r, int64_t key) {
   for (int64_t d = 0; d < p.value_dim; ++d) {
     grad += load<T>(b.grad_out, offset(b.grad_out_strides, r, d)) * load<T>(p.value, v + d * p.value_strides[3]);
   }
-  pair.grad = pair.prob * (grad - call.delta(r));
+  const double factor = kept(p, r, key);
+  pair.weight = pair.prob * factor;
+  pair.grad = pair.prob * (grad * factor - call.delta(r));
   pair.product = pair.grad;
   if (p.softcap > 0) {
     const double ratio = std::tanh(product<T>(p, r, key) / p.softcap);
@@ -137,7 +140,7 @@ void run_key(void* context, int64_t index, int /*thread*/) {
       key_sums[d] += pair.product * load<T>(p.query, offset(p.query_strides, r, d));
     }
     for (int64_t d = 0; d < p.value_dim; ++d) {
-      value_sums[d] += pair.prob * load<T>(b.grad_out, offset(b.grad_out_strides, r, d));
+      value_sums[d] += pair.weight * load<T>(b.grad_out, offset(b.grad_out_strides, r, d));
     }
   }
   const auto write = [&](void* tensor, const int64_t (&strides)[4], const double* sums, int64_t columns, double scale) {

@@ -31,9 +31,10 @@ void add_key(const AttentionParams& p, const Row& r, int64_t key, Sums& sums) {
   // A first score of -inf or NaN leaves the peak at -inf.
   const double prob = std::exp(s - (sums.peak == -kInfinity ? 0 : sums.peak));
   sums.total += prob;
+  const double weight = prob * kept(p, r, key);
   const int64_t v = r.batch * p.value_strides[0] + r.kv_head * p.value_strides[1] + key * p.value_strides[2];
   for (int64_t d = 0; d < p.value_dim; ++d) {
-    sums.output[d] += prob * load<T>(p.value, v + d * p.value_strides[3]);
+    sums.output[d] += weight * load<T>(p.value, v + d * p.value_strides[3]);
   }
 }
 
@@ -69,7 +70,8 @@ void write_row(const AttentionParams& p, const Row& r, const Sums& sums) {
   }
   for (int64_t key = 0; p.weights != nullptr && key < p.seqlen_k; ++key) {
     const bool seen = !empty && visible<T>(p, r, key);
-    store<T>(p.weights, offset(p.weights_strides, r, key), seen ? std::exp(score<T>(p, r, key) - peak) * inverse : 0);
+    store<T>(p.weights, offset(p.weights_strides, r, key),
+             seen ? std::exp(score<T>(p, r, key) - peak) * inverse * kept(p, r, key) : 0);
   }
 }
 

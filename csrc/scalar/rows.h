@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "algorithm/half.h"
+#include "dropout.h"
 #include "params.h"
 
 namespace fastattn {
@@ -63,6 +64,19 @@ bool visible(const AttentionParams& p, const Row& r, int64_t key) {
     return false;
   }
   return p.bias == nullptr || bias_at<T>(p, r, key) != -kInfinity;
+}
+
+// What dropout multiplies a probability by.
+inline double kept(const AttentionParams& p, const Row& r, int64_t key) {
+  if (p.dropout.threshold == 0) {
+    return 1;
+  }
+  uint32_t words[4][1] = {{static_cast<uint32_t>(r.row)},
+                          {static_cast<uint32_t>(key / 4)},
+                          {static_cast<uint32_t>(r.batch * p.query_heads + r.head)},
+                          {p.dropout.offset}};
+  philox<1>(words, p.dropout.seed);
+  return kept(p.dropout, words[key % 4][0]);
 }
 
 // scale * <q, k>

@@ -34,14 +34,12 @@ class CpuBackend:
     name = "cpu"
 
     def supports(self, problem: AttentionProblem) -> list[str]:
-        """Name a missing extension, a head dimension that the register tiles do not reach, or dropout."""
+        """Name a missing extension, or a head dimension that the register tiles do not reach."""
         reasons = [_missing] if _missing else []
         if problem.query.shape[3] > MAX_HEAD_DIM:
             reasons.append(f"head dimension {problem.query.shape[3]} is more than {MAX_HEAD_DIM}")
         if problem.value.shape[3] > MAX_VALUE_DIM:
             reasons.append(f"value's head dimension {problem.value.shape[3]} is more than {MAX_VALUE_DIM}")
-        if problem.dropout_p > 0:
-            reasons.append("dropout is not in the compiled kernels yet")
         return reasons
 
     def run(self, problem: AttentionProblem, outputs: Outputs) -> None:
@@ -66,6 +64,9 @@ class CpuBackend:
             None if problem.sinks is None else _vector(problem.sinks),
             problem.scale,
             problem.softcap,
+            problem.dropout_p,
+            problem.dropout_seed or 0,
+            problem.dropout_offset,
             problem.window_left,
             problem.window_right,
             resolve_num_threads(),
@@ -106,6 +107,9 @@ class CpuBackend:
             _optional(gradients.sinks),
             problem.scale,
             problem.softcap,
+            problem.dropout_p,
+            problem.dropout_seed or 0,
+            problem.dropout_offset,
             problem.window_left,
             problem.window_right,
             resolve_num_threads(),
