@@ -17,7 +17,7 @@ PACKAGE = ROOT / "python" / "fastattn"
 
 # Python: room -> the rooms that it may import. A room is a module or a subpackage of fastattn.
 PYTHON_ARROWS: dict[str, set[str]] = {
-    "__init__": {"functional", "merge", "explanation", "_config", "_threads"},
+    "__init__": {"functional", "merge", "explanation", "integrations", "_config", "_threads"},
     "__main__": {"cli"},
     "_core": set(),
     "arrays": set(),

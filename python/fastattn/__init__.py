@@ -1,12 +1,20 @@
 """Exact, fast attention for NumPy arrays and PyTorch tensors."""
 
+from __future__ import annotations
+
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from fastattn._config import show_config
 from fastattn._threads import get_num_threads, set_num_threads
 from fastattn.explanation import Explanation, explain
 from fastattn.functional import attention
 from fastattn.merge import merge_states
+
+if TYPE_CHECKING:
+    from fastattn.integrations.torch_sdpa import scaled_dot_product_attention as scaled_dot_product_attention
+    from fastattn.integrations.torch_sdpa_patch import patch_sdpa as patch_sdpa
 
 __version__ = version("fastattn")
 
@@ -20,3 +28,19 @@ __all__ = [
     "set_num_threads",
     "show_config",
 ]
+
+_NEED_TORCH = {  # so they are imported when asked for, and `from fastattn import *` does not ask
+    "patch_sdpa": "fastattn.integrations.torch_sdpa_patch",
+    "scaled_dot_product_attention": "fastattn.integrations.torch_sdpa",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NEED_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(_NEED_TORCH[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_NEED_TORCH})
