@@ -409,7 +409,8 @@ FASTATTN_INLINE void cap_scores(const ScoreRules<E>& rules, Scores<E, kActive>& 
   }
 }
 
-// Keys ahead of the bias that a tile adds, fetched.
+// Keys ahead of the bias that a tile adds, fetched: four tiles. Without it a bias of 2048 by 2048 cost 3 to 9% more;
+// other distances were not tried.
 constexpr int64_t kBiasAhead = 32;
 
 // Scale, softcap, bias and ALiBi, in this order. `raw`: see cap_scores.
