@@ -224,8 +224,7 @@ void prepare_rows(void* opaque, int64_t index, int /*thread*/) {
     for (int lane = 0; packs && lane < panel.live; lane += E::kDepth, out += columns) {
       const typename E::Source* rows[E::kDepth] = {};
       for (int k = 0; k < E::kDepth && lane + k < panel.live; ++k) {
-        const int64_t flat =
-            (head.batch * p.query_heads + panel.head[lane + k]) * p.seqlen_q + panel.row[lane + k];
+        const int64_t flat = (head.batch * p.query_heads + panel.head[lane + k]) * p.seqlen_q + panel.row[lane + k];
         rows[k] = bad != nullptr && bad[flat] ? nullptr : query_row<E>(panel, from, head.batch, lane + k);
       }
       pack_step<E>(rows, from.query_strides[3], from.head_dim, out, columns);

@@ -34,8 +34,8 @@ struct BackwardPlan {
   // Operands are copied: rows of keys and values, whose lanes are broadcast, and rows of queries, dO and keys as steps
   // of the second products, whole vectors side by side.
   bool pack_key, pack_value, pack_query, pack_grad_out, pack_steps;
-  bool clean_key;      // steps of keys leave out those that are not finite
-  int64_t key_lanes;   // lanes of a copied row
+  bool clean_key;     // steps of keys leave out those that are not finite
+  int64_t key_lanes;  // lanes of a copied row
   int64_t value_lanes;
   int64_t value_steps;  // lanes of a row of values that hold numbers
   int64_t head_dim;     // padded to whole vectors, as the next
@@ -44,8 +44,8 @@ struct BackwardPlan {
   int64_t panels_at, query_at, grad_out_at, level_at, delta_at, query_rows_at, grad_out_rows_at, key_rows_at,
       key_steps_at, value_rows_at, partial_at, slopes_at, head_bytes;
   // and of a thread's
-  int64_t local_at, probs_at, grads_at, query_grads_at, tile_probs_at, tile_grads_at, raw_at, extra_at, kept_at, dense_at, lane_slopes_at, grad_key_at, grad_value_at,
-      dense_bytes, thread_bytes;
+  int64_t local_at, probs_at, grads_at, query_grads_at, tile_probs_at, tile_grads_at, raw_at, extra_at, kept_at,
+      dense_at, lane_slopes_at, grad_key_at, grad_value_at, dense_bytes, thread_bytes;
 };
 
 struct ScratchLayout {

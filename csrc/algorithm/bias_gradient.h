@@ -21,16 +21,16 @@ inline int64_t bias_tasks(const BackwardCall<E>& call) {
   return bias_row_parts(call) * (call.b.grad_bias_strides[3] != 0 ? call.plan.blocks : 1);
 }
 
-// Adds dS of one tile of the block's one panel, [key][lane], lanes and keys in order; sums over an axis without a stride
-// are taken here first.
+// Adds dS of one tile of the block's one panel, [key][lane], lanes and keys in order; sums over an axis without a
+// stride are taken here first.
 template <class E>
 inline void add_bias_grads(const GradientBlock<E>& g, int64_t block_key, const typename E::Scalar* grads) {
   using Scalar = typename E::Scalar;
   const int64_t keys = min64(E::kKeys, g.block_end - g.block - block_key);
   const int64_t* strides = g.head.call.b.grad_bias_strides;
   const Panel<E>& panel = g.panel(0);
-  auto* out = static_cast<Scalar*>(g.head.call.b.grad_bias) + g.head.batch * strides[0] +
-              (g.block + block_key) * strides[3];
+  auto* out =
+      static_cast<Scalar*>(g.head.call.b.grad_bias) + g.head.batch * strides[0] + (g.block + block_key) * strides[3];
   if (strides[2] == 0) {  // one row: the lanes of each head first
     for (int lane = 0; lane < panel.live;) {
       const int64_t query_head = panel.head[lane];

@@ -155,14 +155,16 @@ inline void compute_tile(const GradientBlock<E>& g, GradientContext<E>& context,
   auto* raw = plan.rules.softcap > 0 ? reinterpret_cast<Scalar*>(g.scratch + plan.raw_at) : nullptr;
   Scalar* probs = g.probs(to);
   Scalar* grads = g.grads(to);
-  auto* probability = plan.rules.natural ? (hides ? probability_tile<E, TileKind::adjusted_masked, kActive>
-                                                  : probability_tile<E, TileKind::adjusted, kActive>)
-                                         : (hides ? probability_tile<E, TileKind::masked, kActive>
-                                                  : probability_tile<E, TileKind::plain, kActive>);
+  auto* probability =
+      plan.rules.natural
+          ? (hides ? probability_tile<E, TileKind::adjusted_masked, kActive>
+                   : probability_tile<E, TileKind::adjusted, kActive>)
+          : (hides ? probability_tile<E, TileKind::masked, kActive> : probability_tile<E, TileKind::plain, kActive>);
   probability(context, {keys.rows, keys.stride}, probs, raw);
   const bool extends = plan.general || (E::kDepth > 1 && g.of_scores);  // the bias takes dS as numbers
-  (hides || drops ? gradient_tile<E, true, kActive> : gradient_tile<E, false, kActive>)(
-      context, {values.rows, values.stride}, probs, grads, extends ? nullptr : &to);
+  (hides || drops ? gradient_tile<E, true, kActive>
+                  : gradient_tile<E, false, kActive>)(context, {values.rows, values.stride}, probs, grads,
+                                                      extends ? nullptr : &to);
   if (plan.general) {
     extend_gradients<E>(g, context, probs, grads);
   }
@@ -217,11 +219,29 @@ FASTATTN_NOINLINE void add_bad_rows(const GradientBlock<E>& g, int i, const bool
         tensor, g.head.batch * strides[0] + panel.head[lane] * strides[1] + panel.row[lane] * strides[2]);
     for (int r = 0; r < E::kKeys && g.block + block_key + r < g.block_end; ++r) {
       for (int64_t d = 0; g.sees(i, lane, block_key + r) && d < columns; ++d) {
-        out[r * out_stride + d] +=
-            coefficient<E>(tile, r, lane) * static_cast<Scalar>(to_scalar(row[d * strides[3]]));
+        out[r * out_stride + d] += coefficient<E>(tile, r, lane) * static_cast<Scalar>(to_scalar(row[d * strides[3]]));
       }
     }
   }
+}
+
+// The lanes of a panel that see some of the keys [begin, end), from the first to the last.
+struct LaneRange {
+  int64_t from;
+  int64_t to;
+};
+
+template <class E>
+inline LaneRange seeing_lanes(const Panel<E>& panel, int64_t begin, int64_t end) {
+  LaneRange lanes{0, panel.live};
+  const auto sees = [&](int64_t lane) { return panel.first[lane] < end && panel.last[lane] > begin; };
+  while (lanes.from < lanes.to && !sees(lanes.from)) {
+    ++lanes.from;
+  }
+  while (lanes.from < lanes.to && !sees(lanes.to - 1)) {
+    --lanes.to;
+  }
+  return lanes;
 }
 
 // out[key][columns] += coefficients of the block's tiles times `rows` of queries or dO, which start at the first panel.
@@ -237,8 +257,12 @@ inline void add_rows(const GradientBlock<E>& g, int64_t coefficients_at, RowBase
             const int first = __builtin_ctz(seen);
             const int count = __builtin_ctz(~(seen >> first));
             seen &= ~(((1U << count) - 1U) << first);
-            const int64_t last = round_up(g.panel(first + count - 1).live, E::kDepth) / E::kDepth;
-            tile(g.tile_scratch(coefficients_at, first, key), int64_t{E::kBlockKeys} * kSteps, count, kSteps, last,
+            const int64_t begin = g.block + key;
+            const LaneRange head = seeing_lanes<E>(g.panel(first), begin, begin + E::kKeys);
+            const LaneRange tail = seeing_lanes<E>(g.panel(first + count - 1), begin, begin + E::kKeys);
+            tile(g.tile_scratch(coefficients_at, first, key),
+                 {count, int64_t{E::kBlockKeys} * kSteps, kSteps, head.from / E::kDepth,
+                  round_up(tail.to, E::kDepth) / E::kDepth},
                  {base.rows + first * kSteps * base.stride, base.stride}, out + key * columns + d, columns);
           }
         }
@@ -301,6 +325,16 @@ FASTATTN_NOINLINE void add_bad_keys(const GradientBlock<E>& g, int i, typename E
   }
 }
 
+// The keys that some of kRows lanes see, from the first to past the last, counted from `block`.
+template <class E>
+inline Interval seen_keys(const Panel<E>& panel, int lane, int64_t block) {
+  Interval seen{panel.first[lane], panel.last[lane]};
+  for (int i = lane + 1; i < min64(lane + E::kRows, panel.live); ++i) {
+    seen = {min64(seen.first, panel.first[i]), max64(seen.last, panel.last[i])};
+  }
+  return {max64(seen.first - block, 0), seen.last - block};
+}
+
 // Adds what the block's keys give to dQ of its queries.
 template <class E>
 inline void add_query_grads(const GradientBlock<E>& g) {
@@ -310,12 +344,16 @@ inline void add_query_grads(const GradientBlock<E>& g) {
       head.key_steps(g.block), plan.head_dim,
       [&](ProductTileFn<E> tile, RowBase base, int64_t d) FASTATTN_LAMBDA_INLINE {
         for (int i = 0; i < g.panels; ++i) {
-          const int64_t steps = (g.to[i] - g.from[i]) / E::kDepth;
-          const auto* grads = g.tile_scratch(plan.query_grads_at, i, 0) + g.from[i] / E::kDepth * E::kLanes;
+          const Panel<E>& panel = g.panel(i);
+          const auto* grads = g.tile_scratch(plan.query_grads_at, i, 0);
           auto* out = head.partial(g.group, g.first_panel + i) + d;
-          for (int lane = 0; steps > 0 && lane < g.panel(i).live; lane += E::kRows) {
-            tile(grads + lane, 0, 1, 0, steps, {base.rows + g.from[i] / E::kDepth * base.stride, base.stride},
-                 out + lane * plan.head_dim, plan.head_dim);
+          for (int lane = 0; g.from[i] < g.to[i] && lane < panel.live; lane += E::kRows) {
+            const Interval keys = seen_keys<E>(panel, lane, g.block);
+            const int64_t from = max64(g.from[i], keys.first) / E::kDepth;
+            const int64_t to = round_up(min64(g.to[i], keys.last), E::kDepth) / E::kDepth;
+            if (from < to) {
+              tile(grads + lane, {1, 0, 0, from, to}, base, out + lane * plan.head_dim, plan.head_dim);
+            }
           }
         }
       });

@@ -215,12 +215,21 @@ struct RowBase {
   int64_t stride;  // bytes
 };
 
+// Steps of a product: runs of so many each, but for the first, which starts at step `from`, and the last, which ends
+// before step `to`. A run's coefficients start `stride` after those of the one before it.
+struct StepRuns {
+  int64_t count;
+  int64_t stride;
+  int64_t steps;
+  int64_t from;
+  int64_t to;
+};
+
 // out[kRowCount][kVectors vectors] += sum over runs and their steps of coefficient[row][step] * rows[step]. Steps count
-// on through the rows from run to run; a run's coefficients start `run_stride` after those of the one before it.
+// on through the rows from run to run.
 template <class E, int kRowCount, int kRowStride, int kStepStride, int kVectors>
-FASTATTN_NOINLINE void product_tile(const typename E::Scalar* coefficients, int64_t run_stride, int64_t runs,
-                                    int64_t run_steps, int64_t last_steps, RowBase base, typename E::Scalar* out,
-                                    int64_t out_stride) {
+FASTATTN_NOINLINE void product_tile(const typename E::Scalar* coefficients, StepRuns runs, RowBase base,
+                                    typename E::Scalar* out, int64_t out_stride) {
   using V = typename E::V;
   using Scalar = typename E::Scalar;
   typename E::Reg sum[kRowCount][kVectors];
@@ -231,11 +240,14 @@ FASTATTN_NOINLINE void product_tile(const typename E::Scalar* coefficients, int6
       sum[r][v] = V::zero();
     }
   }
-  const char* row = base.rows;
-  for (int64_t run = 0; run < runs; ++run) {
-    const Scalar* at = coefficients + run * run_stride;
+  const char* row = base.rows + runs.from * base.stride;
+  int64_t from = runs.from;
+  for (int64_t run = 1; run <= runs.count; ++run, coefficients += runs.stride) {
+    const Scalar* at = coefficients + from * kStepStride;
+    int64_t left = (run < runs.count ? runs.steps : runs.to) - from;
+    from = 0;
 #pragma GCC unroll 2
-    for (int64_t left = run + 1 < runs ? run_steps : last_steps; left > 0; --left) {
+    for (; left > 0; --left) {
       typename E::Reg x[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
@@ -264,9 +276,8 @@ FASTATTN_NOINLINE void product_tile(const typename E::Scalar* coefficients, int6
 }
 
 template <class E>
-using ProductTileFn = void (*)(const typename E::Scalar* coefficients, int64_t run_stride, int64_t runs,
-                               int64_t run_steps, int64_t last_steps, RowBase base, typename E::Scalar* out,
-                               int64_t out_stride);
+using ProductTileFn = void (*)(const typename E::Scalar* coefficients, StepRuns runs, RowBase base,
+                               typename E::Scalar* out, int64_t out_stride);
 
 // Calls run(tile, base, d) for each stretch of `columns`, a multiple of the vector: the rows of a stretch are few
 // enough to stay in the first-level cache while all tiles that read them are made.
