@@ -53,6 +53,11 @@ class Case:
         value = rng.standard_normal((*kv_shape, self.value_dim))
         return convert(query, dtype, library), convert(key, dtype, library), convert(value, dtype, library)
 
+    def grad_out(self, dtype: str = "float32", library: str = "numpy", *, seed: int = 0) -> Any:
+        """What a backward starts from, normally distributed."""
+        shape = (*self.scores_shape[:3], self.value_dim)
+        return convert(self._rng("grad_out", seed).standard_normal(shape), dtype, library)
+
     def options(self, dtype: str = "float32", library: str = "numpy", *, seed: int = 0) -> dict[str, Any]:
         """The other arguments of `fastattn.attention`."""
         options: dict[str, Any] = {"causal": self.causal, "window": self.window, "softcap": self.softcap}
@@ -216,11 +221,13 @@ def _decode(
 
 PREFILL = tuple(case for length in (512, 2048) for dim in (64, 128) for case in _prefill(length, dim))
 PREFILL_LONG = tuple(case for dim in (64, 128) for case in _prefill(8192, dim, query_heads=2))
+GROUPED = Case("prefill-gqa-32x8", 1024, 1024, 128, query_heads=32, kv_heads=8, causal=True)
 PREFILL_ODD = (
     *(_prefill(2048, dim)[0] for dim in (32, 80, 96, 256)),
     *(_prefill(1000, dim)[0] for dim in (64, 128)),
-    Case("prefill-gqa-32x8", 1024, 1024, 128, query_heads=32, kv_heads=8, causal=True),
+    GROUPED,
 )
+ONE_HEAD = _prefill(4096, 64, query_heads=1)  # a backward has to divide its keys among threads
 TWO_HEAD_SIZES = Case("prefill-d64-dv128", 1024, 1024, 64, 128, batch=2, query_heads=8)
 
 # Variations of a plain call, each held against the plain call that it varies.
