@@ -198,7 +198,8 @@ def test_compare_tells_busy_gone_and_new_rows() -> None:
     assert [change.verdict for change in compare.compare(before, other)] == ["gone", "new"]
 
 
-def test_pictures_are_drawn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["", " backward"])
+def test_pictures_are_drawn(mode: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from bench.plot import draw
 
@@ -206,7 +207,7 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
     run.ceilings["read, 2 threads"] = 10.0
     short, long = run.rows[0], Row(**{**vars(a_run().rows[0])})
     for row, length in ((short, 512), (long, 2048)):
-        row.name, row.case = f"prefill-d64-s{length}", {**row.case, "seqlen_q": length}
+        row.name, row.case = f"prefill-d64-s{length}{mode}", {**row.case, "seqlen_q": length}
     run.rows.append(long)
     pictures = draw(run, tmp_path / "run")
     assert [path.name for path in pictures] == ["run-bars.png", "run-roofline.png", "run-lengths.png"]
