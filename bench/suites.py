@@ -174,7 +174,9 @@ SUITES = {
         BOTH,
         rate="FLOPs of linear maps and attention; in training, 3 and 3.5 times as many",
     ),
-    "models": Suite("real models beside sdpa", lambda: _jobs(MODELS, "float32"), BOTH, rate="thousands of tokens"),
+    "models": Suite(
+        "real models beside sdpa", lambda: _jobs(MODELS, "float32"), BOTH, rate="thousands of tokens"
+    ),
 }
 
 

@@ -158,6 +158,18 @@ LONG = (
     Case("long-1024", 1024, 1024, 128),
     Case("long-1024-causal", 1024, 1024, 128, causal=True),
 )
+# What docs/accuracy.md states of gradients.
+GRADIENTS = tuple(
+    Case(f"gradients-{dim}{'-causal' if causal else ''}", 1024, 1024, dim, query_heads=2, causal=causal)
+    for dim in (64, 128)
+    for causal in (False, True)
+)
+# For large numbers: with nearly all weight on one key, dP - rowsum(dO O) is a difference of near equals.
+SATURATED = tuple(
+    Case(f"saturated-{dim}{'-causal' if causal else ''}", 128, 128, dim, query_heads=4, causal=causal)
+    for dim in (8, 16, 32, 64)
+    for causal in (False, True)
+)
 DECODE = (
     Case("decode-short", 1, 65, 64, query_heads=4),
     Case("decode-long", 1, 3000, 128, query_heads=4, kv_heads=2, causal=True),

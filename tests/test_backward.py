@@ -279,6 +279,27 @@ def test_hidden_poison_reaches_no_gradient(kernel: Kernel, target: str, poison: 
     assert_same_bits(run(call, incoming), clean)
 
 
+@pytest.mark.parametrize(
+    ("options", "hidden"),
+    [
+        ({"kv_lengths": [60, 85]}, slice(85, None)),
+        ({"window": (10, 0)}, slice(0, 40)),  # the first row stands at key 50
+        ({"causal": True, "query_offset": 10}, slice(50, None)),
+    ],
+    ids=["length", "window", "causal"],
+)
+def test_rules_hide_nan_from_every_gradient(kernel: Kernel, options: dict[str, Any], hidden: slice) -> None:
+    case = Case("hidden", 40, 90, 24, batch=2, query_heads=4, kv_heads=2, softcap=2.0)
+    call = leaves(case, kernel.dtype) | options
+    clean = gradients(call)
+    poisoned = {name: call[name].detach().clone() for name in ("key", "value")}
+    for tensor in poisoned.values():
+        tensor[:, :, hidden, ::2] = torch.nan
+        tensor.requires_grad_()
+    for name, grad in gradients(call | poisoned).items():
+        assert_same_bits(grad, clean[name])
+
+
 @pytest.mark.parametrize("target", ["query", "key", "value", "grad_out"])
 def test_nan_reaches_whoever_sees_it(kernel: Kernel, target: str) -> None:
     """A NaN in a valid place spoils the gradients that depend on it, and no others."""
