@@ -160,7 +160,7 @@ LONG = (
 )
 # What docs/accuracy.md states of gradients.
 GRADIENTS = tuple(
-    Case(f"gradients-{dim}{'-causal' if causal else ''}", 1024, 1024, dim, query_heads=2, causal=causal)
+    Case(f"gradients-{dim}{'-causal' if causal else ''}", 1024, 1024, dim, causal=causal)
     for dim in (64, 128)
     for causal in (False, True)
 )
