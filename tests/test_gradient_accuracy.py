@@ -17,6 +17,8 @@ LARGEST = {"float64": 1e-13, "float32": 2e-6}
 RELATIVE = {"float16": 4e-4, "bfloat16": 3e-3}
 # Beside torch's errors on the same tensors, mean and largest.
 MEAN_OF_TORCH, LARGEST_OF_TORCH = 1.05, 1.5
+# The same, root mean square, where the output's own rounding decides.
+SATURATED_OF_TORCH = 1.1
 
 NAMES = ("query", "key", "value")
 
@@ -53,7 +55,7 @@ def test_saturated_rows_beside_torch(kernel: Kernel, case: Case) -> None:
         found = gradients.errors(case, kernel.dtype, uniform=True)
     peers = gradients.torch_errors(case, kernel.dtype, uniform=True)
     for name, error, peer in zip(NAMES, found, peers, strict=True):
-        assert error.relative <= MEAN_OF_TORCH * peer.relative, f"{name}: {error}, torch {peer}"
+        assert error.relative <= SATURATED_OF_TORCH * peer.relative, f"{name}: {error}, torch {peer}"
 
 
 def test_the_formulas_are_those_of_torch() -> None:
