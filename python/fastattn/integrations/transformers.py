@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastattn.functional import attention
+from fastattn.integrations.torch_sdpa import as_autocast_would
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -79,6 +80,7 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
+    head_mask: torch.Tensor | None = None,
     output_attentions: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -98,7 +100,7 @@ def attention_forward(
     scaling : float, optional
         Factor on the scores; 1 / sqrt(D) by default.
     dropout : float
-        Must be 0 while the module is training.
+        Share of the probabilities that are dropped while `module` is training.
     is_causal : bool, optional
         Overrides ``module.is_causal``. The last query is aligned with the last key.
     sliding_window : int, optional
@@ -109,8 +111,10 @@ def attention_forward(
         (Hq,) attention sinks: one more logit per head in the normaliser.
     position_bias : torch.Tensor, optional
         Added to the scores, as in T5.
+    head_mask : torch.Tensor, optional
+        (Hq,), (1, Hq, 1, 1) or (B, Hq, 1, 1) factors on the weights of each head; transformers 4 passes them.
     output_attentions : bool, optional
-        Whether to return the weights.
+        Whether to return the weights, after dropout; that of ``module.config`` by default.
     **kwargs : Any
         Bookkeeping that transformers passes along.
 
@@ -125,19 +129,18 @@ def attention_forward(
     ------
     TypeError
         For an argument, not None, whose meaning is unknown here.
-    NotImplementedError
-        For dropout in training.
     ValueError
         For a mask that does not have four axes.
+
+    Notes
+    -----
+    Gradients reach query, key, value, float masks, `s_aux`, `position_bias` and `head_mask`, from both
+    results. Dropout draws from torch's default generator, whose state checkpointing keeps.
     """
     _refuse_unknown(kwargs, attention_mask)
-    if dropout and module.training:
-        raise NotImplementedError(
-            f"fastattn has no dropout yet, got dropout={dropout} while {type(module).__name__} is training: "
-            "set the model's attention dropout to 0, or call model.eval()"
-        )
     if query.shape[0] == 1 != key.shape[0]:  # learned queries, shared by the batch
         query = query.expand(key.shape[0], -1, -1, -1)
+    query, key, value = as_autocast_would(query, key, value)  # rotary positions leave query and key float32
 
     arguments: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
     if attention_mask is None:
@@ -148,12 +151,21 @@ def attention_forward(
         bias = position_bias[..., : key.shape[2]]
         arguments["bias"] = _as_bias(bias + arguments["bias"] if "bias" in arguments else bias, query)
 
-    batch, heads, length, _ = query.shape
-    out = query.new_empty(batch, length, heads, value.shape[-1])
+    if output_attentions is None:
+        output_attentions = getattr(getattr(module, "config", None), "output_attentions", None)
     result = attention(
-        query, key, value, out=out.transpose(1, 2), return_weights=bool(output_attentions), **arguments
+        *(rows.transpose(1, 2) for rows in (query, key, value)),
+        layout="bshd",
+        dropout_p=float(dropout) if module.training else 0.0,
+        return_weights=bool(output_attentions),
+        **arguments,
     )
-    return out, result[1] if output_attentions else None
+    out, weights = result if output_attentions else (result, None)
+    if head_mask is not None:  # a factor for all of a row, which its output has as well
+        factors = head_mask.to(out.dtype).reshape(-1, query.shape[1], 1, 1)
+        out = out * factors.transpose(1, 2)
+        weights = None if weights is None else weights * factors
+    return out, weights
 
 
 def _refuse_unknown(kwargs: dict[str, Any], mask: torch.Tensor | None) -> None:
