@@ -249,12 +249,7 @@ def test_a_rule_mask_has_the_elements_of_the_dense_one(
     elif padding == "short":  # a static cache: the keys to come are not mentioned
         pad = pad[:, : q_offset + q_length]
     ours, dense = masks(function, q_length, kv_length, q_offset, kv_offset, pad)
-    if ours is None:
-        ours = (torch.arange(q_length)[:, None] + kv_length - q_length >= torch.arange(kv_length)).expand(
-            dense.shape
-        )
-    else:
-        assert ours.shape == dense.shape and ours.rule is not None
+    assert ours.shape == dense.shape and ours.rule is not None
     assert torch.equal(ours & True, dense)
 
 
@@ -264,9 +259,15 @@ def test_what_is_not_a_band_is_dense():
     assert type(ours) is torch.Tensor and torch.equal(ours, dense)
 
 
-def test_the_plain_causal_rule_needs_no_mask():
-    assert masks(CAUSAL, 12, 12, 0, 0, torch.ones(2, 12, dtype=torch.bool))[0] is None
-    assert masks(SLIDING, WINDOW, WINDOW, 0, 0, None)[0] is None
+def test_the_plain_causal_rule_is_the_plain_argument():
+    """Calls of nothing but the causal rule take the short way."""
+    real = torch.ones(2, 12, dtype=torch.bool)
+    for mask, _ in (
+        masks(CAUSAL, 12, 12, 0, 0, real),
+        masks(CAUSAL, 1, 12, 11, 0, real),
+        masks(SLIDING, WINDOW, WINDOW, 0, 0, None),
+    ):
+        assert mask.rule.arguments() == {"causal": True}
 
 
 def test_a_rule_mask_that_was_written_to_is_what_was_written():

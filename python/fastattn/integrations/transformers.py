@@ -81,6 +81,7 @@ def attention_forward(
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
     head_mask: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
     output_attentions: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -89,7 +90,7 @@ def attention_forward(
     Parameters
     ----------
     module : torch.nn.Module
-        The calling layer; its ``is_causal`` (default True) counts where no mask and no `is_causal` is given.
+        The calling layer; its ``is_causal``, if it has one, counts where no mask and no `is_causal` is given.
     query : torch.Tensor
         (B, Hq, Lq, D).
     key, value : torch.Tensor
@@ -113,6 +114,8 @@ def attention_forward(
         Added to the scores, as in T5.
     head_mask : torch.Tensor, optional
         (Hq,), (1, Hq, 1, 1) or (B, Hq, 1, 1) factors on the weights of each head; transformers 4 passes them.
+    indices : torch.Tensor, optional
+        (B, Lq, n) keys, the only ones that a query may attend to: DeepSeek's sparse attention.
     output_attentions : bool, optional
         Whether to return the weights, after dropout; that of ``module.config`` by default.
     **kwargs : Any
@@ -150,6 +153,9 @@ def attention_forward(
     if position_bias is not None:
         bias = position_bias[..., : key.shape[2]]
         arguments["bias"] = _as_bias(bias + arguments["bias"] if "bias" in arguments else bias, query)
+    if indices is not None:
+        chosen = _chosen(indices, key.shape[2])
+        arguments["mask"] = chosen & arguments["mask"] if "mask" in arguments else chosen
 
     if output_attentions is None:
         output_attentions = getattr(getattr(module, "config", None), "output_attentions", None)
@@ -187,7 +193,7 @@ def _causal_arguments(
     module: torch.nn.Module, is_causal: bool | None, sliding_window: int | None
 ) -> dict[str, Any]:
     """Return what a call without a mask says as arguments of `fastattn.attention`."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     arguments: dict[str, Any] = {"causal": bool(causal)}
     if sliding_window is not None:
         arguments["window"] = (sliding_window - 1, sliding_window - 1)
@@ -208,6 +214,12 @@ def _mask_arguments(mask: torch.Tensor, query: torch.Tensor, seqlen_k: int) -> d
     if mask.dtype == torch.bool:
         return {"mask": mask}
     return {"bias": _as_bias(mask, query)}
+
+
+def _chosen(indices: torch.Tensor, seqlen_k: int) -> torch.Tensor:
+    """`indices` of keys as a mask, (B, 1, Lq, Lk)."""
+    mask = torch.zeros(*indices.shape[:2], seqlen_k, dtype=torch.bool, device=indices.device)
+    return mask.scatter_(-1, indices.long(), True).unsqueeze(1)
 
 
 def _as_bias(bias: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
