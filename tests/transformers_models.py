@@ -117,15 +117,64 @@ def whisper(**options: Any) -> Any:
     return transformers.WhisperForConditionalGeneration(config)
 
 
-# transformers 4 computes these without asking for an attention function.
+def pegasus_x(**options: Any) -> Any:
+    """A decoder whose layers do not know that they are causal."""
+    config = transformers.PegasusXConfig(
+        **PAIRED, max_position_embeddings=64, block_size=8, num_global_tokens=2, **(NO_DROPOUT | options)
+    )
+    return transformers.PegasusXForConditionalGeneration(config)
+
+
+def nllb_moe(**options: Any) -> Any:
+    """Routers that look at the mask."""
+    config = transformers.NllbMoeConfig(
+        **PAIRED,
+        **{"num_experts": 2, "encoder_sparse_step": 2, "decoder_sparse_step": 2, "moe_token_dropout": 0.0},
+        **{"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "max_position_embeddings": 64},
+        **(NO_DROPOUT | options),
+    )
+    return transformers.NllbMoeForConditionalGeneration(config)
+
+
+LATENT: dict[str, Any] = {
+    **SMALL,
+    **{"num_attention_heads": 6, "head_dim": 8, "q_lora_rank": 16, "pad_token_id": 0},
+    **{"n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32},
+}
+
+
+def glm_moe_dsa(**options: Any) -> Any:
+    """Layers that choose the keys of each query."""
+    config = transformers.GlmMoeDsaConfig(
+        **LATENT,
+        **{"num_key_value_heads": 6, "kv_lora_rank": 16, "n_group": 1, "topk_group": 1, "index_topk": 6},
+        **{"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
+        **options,
+    )
+    return transformers.GlmMoeDsaForCausalLM(config)
+
+
+def deepseek_v4(**options: Any) -> Any:
+    """Layers that add keys, and columns to the mask."""
+    config = transformers.DeepseekV4Config(
+        **LATENT,
+        **{"num_key_value_heads": 1, "num_local_experts": 2, "sliding_window": WINDOW},
+        layer_types=["sliding_attention", "compressed_sparse_attention"],
+        **options,
+    )
+    return transformers.DeepseekV4ForCausalLM(config)
+
+
+# transformers 4 does not have these, or computes their attention without asking for a function.
 FIVE = pytest.mark.skipif(
-    int(transformers.__version__.split(".")[0]) < 5,
-    reason="attention of this model is fixed in transformers 4",
+    int(transformers.__version__.split(".")[0]) < 5, reason="no attention function in transformers 4"
 )
 DECODERS = [llama, mistral, gemma2, gpt_oss, llama4]
-ENCODER_DECODERS = [bart, pytest.param(t5, marks=FIVE), whisper]
 ENCODERS = [pytest.param(make, marks=FIVE) for make in (bert, modern_bert)]
+ENCODER_DECODERS = [bart, pytest.param(t5, marks=FIVE), whisper]
 MODELS = [*DECODERS, *ENCODERS, *ENCODER_DECODERS]
+# Those that do something with masks themselves.
+PARTICULAR = [pegasus_x, nllb_moe, *[pytest.param(make, marks=FIVE) for make in (glm_moe_dsa, deepseek_v4)]]
 
 
 def model_name(make: Any) -> str:

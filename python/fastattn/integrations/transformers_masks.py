@@ -27,8 +27,9 @@ _READ_AS_FLOATS = frozenset({"deepseek_v4", "nllb-moe"})
 class Rule:
     """Which keys a query sees, said without a matrix.
 
-    Query i stands at key position ``i + query_offset``, or the last query at the last key if that is None. Keys count where `key_mask` (B, Lk) is True; where
-    all the padding is on the right, `kv_lengths` (B,) says the same.
+    Query i stands at key position ``i + query_offset``, or the last query at the last key if that is None.
+    Keys count where `key_mask` (B, Lk) is True; where all the padding is on the right, `kv_lengths` (B,) says
+    the same.
     """
 
     causal: bool
@@ -170,7 +171,7 @@ def make_mask(
     else:
         kwargs |= {"q_length": q_length, "q_offset": q_offset, "device": device}
     if band is None or not q_length:
-        make_dense = masking_utils.eager_mask if floats else masking_utils.sdpa_mask
+        make_dense: Callable[..., Any] = masking_utils.eager_mask if floats else masking_utils.sdpa_mask
         dense: torch.Tensor = make_dense(
             batch_size=batch_size,
             kv_length=kv_length,
