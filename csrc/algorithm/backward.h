@@ -186,6 +186,39 @@ inline bool search_rows(const AttentionParams& p, const void* tensor, const int6
   return any;
 }
 
+// What there is to do for the heads of a call, in order: do_all(tasks, run) does it with each.
+template <class E, class DoAll>
+inline void run_steps(const BackwardCall<E>& call, DoAll do_all) {
+  const BackwardPlan<E>& plan = call.plan;
+  const BackwardParams& b = call.b;
+  do_all(call.head_count * plan.head_panels, prepare_rows<E>);
+  if (plan.pack_key || plan.pack_value || plan.pack_steps) {
+    do_all(call.head_count * plan.blocks, prepare_keys<E>);
+  }
+  do_all(call.head_count * plan.key_groups, run_key_group<E>);
+  if (b.grad_bias != nullptr) {
+    do_all(bias_tasks<E>(call), run_bias_tile<E>);
+  }
+  if (b.grad_query != nullptr) {
+    do_all(call.head_count * plan.head_panels, finish_query<E>);
+  }
+  if (b.grad_slopes != nullptr || b.grad_sinks != nullptr) {
+    do_all(call.head_count, finish_head<E>);
+  }
+}
+
+// One head from end to end, in scratch that stays in the thread's cache.
+template <class E>
+void run_head(void* opaque, int64_t index, int thread) {
+  const auto& call = *static_cast<const BackwardCall<E>*>(opaque);
+  BackwardCall<E> own{call.b, call.plan, call.bad, call.threads, call.heads + thread * call.plan.head_bytes, index, 1};
+  run_steps<E>(own, [&](int64_t tasks, TaskFn run) {
+    for (int64_t task = 0; task < tasks; ++task) {
+      run(&own, task, thread);
+    }
+  });
+}
+
 inline bool hides_pairs(const AttentionParams& p) {
   return p.mask != nullptr || p.bias != nullptr || p.kv_lengths != nullptr || p.window_left < kUnbounded ||
          p.window_right < kUnbounded;
@@ -213,26 +246,18 @@ void backward(const BackwardParams& b) {
   const BackwardPlan<E> plan = plan_backward<E>(b, bad.query != nullptr);
   const int64_t heads = p.batch * p.kv_heads;
   const int64_t thread_bytes = plan.threads * plan.thread_bytes;
-  const Workspace workspace(static_cast<size_t>(thread_bytes + plan.wave * plan.head_bytes));
-  BackwardCall<E> call{b, plan, bad, workspace.data(), workspace.data() + thread_bytes, 0, 0};
+  const int64_t rooms = plan.whole_heads ? plan.threads : plan.wave;
+  const Workspace workspace(static_cast<size_t>(thread_bytes + rooms * plan.head_bytes));
+  BackwardCall<E> call{b, plan, bad, workspace.data(), workspace.data() + thread_bytes, 0, heads};
+  if (plan.whole_heads) {
+    parallel_for(heads, plan.threads, run_head<E>, &call, p.num_threads);
+    return;
+  }
   for (int64_t first = 0; first < heads; first += plan.wave) {
-    const int64_t wave = min64(plan.wave, heads - first);
     call.first_head = first;
-    call.head_count = wave;
-    parallel_for(wave * plan.head_panels, plan.threads, prepare_rows<E>, &call, p.num_threads);
-    if (plan.pack_key || plan.pack_value || plan.pack_steps) {
-      parallel_for(wave * plan.blocks, plan.threads, prepare_keys<E>, &call, p.num_threads);
-    }
-    parallel_for(wave * plan.key_groups, plan.threads, run_key_group<E>, &call, p.num_threads);
-    if (b.grad_bias != nullptr) {
-      parallel_for(bias_tasks<E>(call), plan.threads, run_bias_tile<E>, &call, p.num_threads);
-    }
-    if (b.grad_query != nullptr) {
-      parallel_for(wave * plan.head_panels, plan.threads, finish_query<E>, &call, p.num_threads);
-    }
-    if (b.grad_slopes != nullptr || b.grad_sinks != nullptr) {
-      parallel_for(wave, plan.threads, finish_head<E>, &call, p.num_threads);
-    }
+    call.head_count = min64(plan.wave, heads - first);
+    run_steps<E>(call,
+                 [&](int64_t tasks, TaskFn run) { parallel_for(tasks, plan.threads, run, &call, p.num_threads); });
   }
 }
 
