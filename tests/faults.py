@@ -37,6 +37,8 @@ SCALAR_ROWS = "csrc/scalar/rows.h"
 GRADIENT_TILE = "csrc/algorithm/gradient_tile.h"
 DROPOUT = "csrc/dropout.h"
 BACKWARD = "csrc/algorithm/backward.h"
+BACKWARD_HEAD = "csrc/algorithm/backward_head.h"
+BACKWARD_PLAN = "csrc/algorithm/backward_plan.h"
 BIAS_GRADIENT = "csrc/algorithm/bias_gradient.h"
 PROBLEM = "python/fastattn/problem.py"
 OUTPUTS = "python/fastattn/outputs.py"
@@ -411,6 +413,71 @@ FAULTS = (
         BIAS_GRADIENT,
         "for (int i = lane; i < end; ++i) {",
         "for (int i = lane; i < lane + 1; ++i) {",
+        "backward",
+    ),
+    Fault(
+        "gradient-softcap",
+        "gradients pass a cap as if it were not there",
+        GRADIENT_TILE,
+        "V::sub(V::set1(1), V::mul(ratio, ratio))",
+        "V::set1(1)",
+        "backward",
+    ),
+    Fault(
+        "gradient-dropout",
+        "dV gets the probabilities as they were before dropout",
+        GRADIENT_TILE,
+        "V::store(probs + at, V::mul(prob, V::load(context.kept + at)));",
+        "V::store(probs + at, prob);",
+        "backward",
+    ),
+    Fault(
+        "key-pairs",
+        "the two keys of a pair change places on the way to dQ",
+        GRADIENT_TILE,
+        "{rows[r][v], rows[r + 1][v]}",
+        "{rows[r + 1][v], rows[r][v]}",
+        "backward",
+        "avx512_bf16",
+    ),
+    Fault(
+        "gradient-lse",
+        "the gradient of lse is added to a row's mean, not taken from it",
+        BACKWARD_HEAD,
+        "sum -= b.grad_lse != nullptr",
+        "sum += b.grad_lse != nullptr",
+        "backward",
+    ),
+    Fault(
+        "first-head",
+        "queries of a group are those of its first head, where they are not copied",
+        BACKWARD_HEAD,
+        "const int64_t head = kv_head * (p().query_heads / p().kv_heads) + span;",
+        "const int64_t head = kv_head * (p().query_heads / p().kv_heads);",
+        "backward",
+    ),
+    Fault(
+        "gradient-left-over",
+        "dK keeps what the block before it left",
+        BACKWARD,
+        "memset(grad_key, 0, sizeof(Scalar) * static_cast<size_t>(E::kBlockKeys * plan.head_dim));",
+        "",
+        "backward",
+    ),
+    Fault(
+        "gradient-nan",
+        "rows are not searched for NaN",
+        BACKWARD,
+        "const bool searches = hides_pairs(p);",
+        "const bool searches = false && hides_pairs(p);",
+        "backward",
+    ),
+    Fault(
+        "groups-by-threads",
+        "keys fall into as many groups as there are threads",
+        BACKWARD_PLAN,
+        "clamp64(p.seqlen_k / kGroupKeys, 1, kMaxKeyGroups)",
+        "clamp64(p.num_threads, 1, kMaxKeyGroups)",
         "backward",
     ),
     Fault(
