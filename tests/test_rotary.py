@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.gptj import modeling_gptj
@@ -68,12 +69,16 @@ def llama(head_dim: int, options: dict[str, Any]) -> modeling_llama.LlamaRotaryE
     if scaling == "ntk":  # which transformers spells as another base
         factor = parameters.pop("factor") ** (head_dim / (head_dim - 2))
         parameters |= {"rope_type": "default", "rope_theta": 10000.0 * factor}
+    if transformers.__version__ < "5":  # which has the base beside them
+        named = {"rope_theta": parameters.pop("rope_theta"), "rope_scaling": parameters}
+    else:
+        named = {"rope_parameters": parameters}
     config = LlamaConfig(
         hidden_size=4 * head_dim,
         num_attention_heads=4,
         head_dim=head_dim,
         max_position_embeddings=parameters.get(ORIGINAL, 2048),
-        rope_parameters=parameters,
+        **named,
     )
     return modeling_llama.LlamaRotaryEmbedding(config)
 
