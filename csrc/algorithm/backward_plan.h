@@ -65,6 +65,15 @@ struct ScratchLayout {
   }
 };
 
+inline int64_t common_divisor(int64_t a, int64_t b) {
+  while (b != 0) {
+    const int64_t rest = a % b;
+    a = b;
+    b = rest;
+  }
+  return a;
+}
+
 template <class E>
 inline void plan_head_scratch(BackwardPlan<E>& plan, const BackwardParams& b) {
   const AttentionParams& p = b.forward;
@@ -148,10 +157,12 @@ inline BackwardPlan<E> plan_backward(const BackwardParams& b, bool clean) {
   plan_head_scratch<E>(plan, b);
   plan_thread_scratch<E>(plan, b);
   const int64_t heads = p.batch * p.kv_heads;
-  plan.wave = clamp64(kPackedBudget / plan.head_bytes, 1, heads);
   const int64_t parts = max64(plan.key_groups, plan.head_panels);
-  plan.threads = effective_threads(b.grad_bias != nullptr ? INT64_MAX : plan.wave * parts,
+  plan.threads = effective_threads(b.grad_bias != nullptr ? INT64_MAX : heads * parts,
                                    worthwhile_threads(p, heads * plan.head_panels));
+  // Few heads at once, that what is packed for them stays in cache: as many as give each thread two groups of keys.
+  const int64_t balanced = 2 * plan.threads / common_divisor(plan.threads, plan.key_groups);
+  plan.wave = clamp64(kPackedBudget / plan.head_bytes, 1, min64(heads, balanced));
   const double pairs_of_head =
       static_cast<double>(group) * static_cast<double>(p.seqlen_q) * static_cast<double>(p.seqlen_k);
   plan.whole_heads = b.grad_bias == nullptr && (heads % plan.threads == 0 || heads >= kManyHeads * plan.threads) &&
