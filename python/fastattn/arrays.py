@@ -334,11 +334,18 @@ def is_traced() -> bool:
     return compiler is not None and bool(compiler.is_compiling())
 
 
+def is_inlined() -> bool:
+    """Whether a compiler reads the caller's code rather than runs it."""
+    compiler = getattr(sys.modules.get("torch"), "compiler", None)
+    return compiler is not None and bool(compiler.is_dynamo_compiling())
+
+
 def as_autocast(query: Array, key: Array, value: Array, bias: Array | None) -> tuple[Any, ...]:
     """Cast tensors as ``torch.autocast`` casts those of torch's attention; a float32 bias stays one."""
     torch = sys.modules["torch"]
     device = query.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    known = device == "cpu" or torch.amp.is_autocast_available(device)
+    if not known or not torch.is_autocast_enabled(device):
         return query, key, value, bias
     dtype = torch.get_autocast_dtype(device)
 

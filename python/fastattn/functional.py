@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastattn.arrays import Array, as_autocast, is_tensor, is_traced
+from fastattn.arrays import Array, as_autocast, is_inlined, is_tensor, is_traced
 from fastattn.dispatch import candidates, choose, composing, run_plain
 from fastattn.outputs import check_flags, check_request, prepare_outputs, returned
 from fastattn.problem import AttentionProblem, Causal, Layout, Window
@@ -174,6 +174,10 @@ def attend(
     """Any call of `attention`, in the dtype of its arrays; `options` holds the arguments not named here."""
     names = candidates(backend)
     composer = composing(names)
+    if composer is not None and is_inlined():  # it looks at values, on which no graph may depend
+        from fastattn.torch_ops import uncompiled
+
+        return uncompiled.run(attend, query, key, value, options, return_lse, return_weights, out, backend)
     if composer is None and is_tensor(query):
         from fastattn import torch_ops  # registers operators, the first time
 
