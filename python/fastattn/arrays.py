@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -338,6 +339,13 @@ def is_inlined() -> bool:
     """Whether a compiler reads the caller's code rather than runs it."""
     compiler = getattr(sys.modules.get("torch"), "compiler", None)
     return compiler is not None and bool(compiler.is_dynamo_compiling())
+
+
+def without_graph() -> AbstractContextManager[Any]:
+    """``torch.no_grad()``, if torch is loaded: tensors that require grad may be looked at in it."""
+    no_grad = getattr(sys.modules.get("torch"), "no_grad", nullcontext)
+    context: AbstractContextManager[Any] = no_grad()
+    return context
 
 
 def as_autocast(query: Array, key: Array, value: Array, bias: Array | None) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastattn.arrays import Array, as_autocast, is_tensor
+from fastattn.arrays import Array, as_autocast, is_tensor, without_graph
 from fastattn.dispatch import candidates, composing, consider
 from fastattn.problem import AttentionProblem
 
@@ -59,7 +59,8 @@ def explain(
     composed = composing(names) is not None
     if is_tensor(query):
         query, key, value, options["bias"] = as_autocast(query, key, value, options.get("bias"))
-    problem = AttentionProblem.from_arguments(query, key, value, composed=composed, **options)
+    with without_graph():
+        problem = AttentionProblem.from_arguments(query, key, value, composed=composed, **options)
     chosen, refusals = consider(problem, names)
     batch, heads, seqlen_q, head_dim = problem.query.shape
     _, kv_heads, seqlen_k, value_dim = problem.value.shape

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def run(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call `function` between two compiled graphs."""
     return function(*arguments)
