@@ -93,13 +93,14 @@ def backward(
     r"""Compute gradients of attention from its output and its log-sum-exp.
 
     Keys and values may be a part of those that `out` and `lse` are of. The results are then exactly that
-    part's: `key` and `value` the gradients of those rows, `query` (and `bias`, `alibi_slopes`) what they add
-    to the whole, because
+    part's: `key` and `value` the gradients of those rows, `query` and `bias` what they add to the whole,
+    because
 
     .. math:: P = e^{S - lse}, \quad dV = P^T dO, \quad dS = P \circ (dO\,V^T - \delta), \quad
               \delta = \langle dO, O \rangle - dlse
 
-    need of other keys only `out` and `lse` [1]_.
+    need of other keys only `out` and `lse` [1]_. The gradient of `sinks` is made of these alone: take it from
+    one part.
 
     Parameters
     ----------

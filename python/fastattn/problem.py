@@ -351,9 +351,10 @@ def check_real(name: str, value: Any) -> float:
     # Named first, float and int spare the slow test of an abstract class.
     if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
         raise TypeError(f"{name} must be a real number, got {type_name(value)}")
-    if not -math.inf < value < math.inf:  # what a trace of torch can ask of a symbol, too
+    number = float(value)
+    if not -math.inf < number < math.inf:  # what a trace of torch can ask of a symbol, too
         raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
+    return number
 
 
 def _is_integer(value: Any) -> bool:

@@ -22,6 +22,7 @@ from fastattn.torch_ops import vmap
 from fastattn.torch_ops.arguments import OPERANDS, RULES, Operands, Rules, flatten, options_of
 from fastattn.torch_ops.graph import TWICE, with_weights
 
+_DESCRIBED = torch_descriptions(torch)
 _AT = 3 + len(Operands._fields)  # where the rules start, behind query, key, value
 
 _library: Any = torch.library.Library("fastattn", "DEF")  # type: ignore[no-untyped-call]
@@ -75,11 +76,10 @@ def backward(
     weights = query.new_empty(0)  # there are none
     arguments = (grad_out, grad_lse, None, out, lse, weights, query, key, value, *operands, *rules)
     *grads, slopes, sinks = _spread(_call_backward(arguments, wanted), wanted)
-    library = torch_descriptions(torch)
     return [
         *grads,
-        gradients.as_given(library, slopes, options["alibi_slopes"]),
-        gradients.as_given(library, sinks, options["sinks"]),
+        gradients.as_given(_DESCRIBED, slopes, options["alibi_slopes"]),
+        gradients.as_given(_DESCRIBED, sinks, options["sinks"]),
     ]
 
 
@@ -150,14 +150,13 @@ def _split(rest: Any) -> tuple[Operands, Rules, Any]:
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     operands, rules, return_weights = _split(rest)
-    library = torch_descriptions(torch)
-    q, k, v = views(library, query, key, value, rules.layout)
+    q, k, v = views(_DESCRIBED, query, key, value, rules.layout)
     (batch, heads, rows, _), keys, columns = q.shape, k.shape[2], v.shape[3]
     scores = (batch, heads, rows, keys)
     if operands.mask is not None:
-        mask_view(library, operands.mask, scores)
+        mask_view(_DESCRIBED, operands.mask, scores)
     if operands.bias is not None:
-        bias_view(library, operands.bias, q.dtype, scores)
+        bias_view(_DESCRIBED, operands.bias, q.dtype, scores)
     shape = (batch, heads, rows, columns) if rules.layout == "bhsd" else (batch, rows, heads, columns)
     wide = torch.float64 if query.dtype is torch.float64 else torch.float32
     return (
@@ -223,7 +222,7 @@ def _differentiate(
     arguments = (grad_out, grad_lse, grad_weights, out, lse, weights, query, key, value, *rest, *ctx.rules)
     of = dict(zip(gradients.NAMES, _spread(_call_backward(arguments, wanted), wanted), strict=True))
     tables = {
-        name: gradients.as_given(torch_descriptions(torch), of[name], getattr(operands, name))
+        name: gradients.as_given(_DESCRIBED, of[name], getattr(operands, name))
         for name in ("alibi_slopes", "sinks")
     }
     given = Operands(*[None] * len(rest))._replace(bias=of["bias"], **tables)
