@@ -128,7 +128,7 @@ def test_ring_attention(library: str, causal: bool) -> None:
 
 
 def test_a_part_gives_its_share_of_every_gradient() -> None:
-    """Of the bias as well. The gradient of sinks comes of out and lse alone: each part has the whole of it."""
+    """The bias too. The gradient of sinks comes of out and lse alone, and each part has all of it."""
     call = call_of()
     tables = {name: call[name] for name in ("alibi_slopes", "sinks")}
     out, lse = ops.forward(**call)
