@@ -1,4 +1,4 @@
-"""From the root of the repository: ``python -m bench SUITE``, ``... compare A B``, ``... plot A``."""
+"""From the root of the repository: ``python -m bench SUITE``, or ``compare``, ``plot``, ``figures``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from bench import compare, report
+from bench import compare, figures, report
 from bench.ceilings import Ceilings, Limit
 from bench.measure import measure
 from bench.peers import PEERS
@@ -32,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m bench",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Time fastattn beside its peers and the machine's own limits.",
-        epilog=f"suites:\n{suites}\n\nor:\n  compare A B   ratios, regressions\n  plot A        pictures",
+        epilog=f"suites:\n{suites}\n\nor:\n  compare A B   ratios, regressions\n  plot A        pictures\n"
+        "  figures A     the README's table of the same suite",
     )
     add = result.add_argument
     add("suite", help=f"one of: {', '.join(SUITES)}")
@@ -51,6 +52,8 @@ def main(arguments: list[str]) -> int:
     try:
         if arguments[:1] == ["compare"]:
             return compare.main(arguments[1:], console)
+        if arguments[:1] == ["figures"]:
+            return figures.main(arguments[1:], console)
         if arguments[:1] == ["plot"]:
             return plot(arguments[1:], console)
         options = parser().parse_args(arguments)

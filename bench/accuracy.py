@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from fastattn import reference
 from fastattn.problem import AttentionProblem
+from tests.gradients import differentiate
 from tests.shapes import Case
 
 # Of max|v|, for everything that is computed in float32; the tests hold each shape to tighter bounds.
@@ -21,6 +22,8 @@ _PEER_SLACK, _PEER_ROUNDING = 2.0, 2.0**-8
 # S512 and S2048 on randn, peers that keep theirs are at 5e-7, 2e-4 to 5e-4, and 2.3e-3 (torch, ONNX Runtime,
 # OpenVINO); one that takes float16 and computes in less is at 4e-3 (zentorch).
 PRECISION = {"float64": 1e-12, "float32": 2e-5, "float16": 1.2e-3, "bfloat16": 1e-2}
+# Of a gradient, over its largest element: as in the tests.
+_LARGEST = {"float64": 1e-12, "float32": 4e-6, "float16": 3e-3, "bfloat16": 2e-2}
 # Pairs that are checked in full; of larger calls, eight strips of rows.
 _ALL_PAIRS, _STRIPS, _STRIP_ROWS = 1 << 26, 8, 64
 _PIECE = 1 << 22  # scores held at a time
@@ -61,17 +64,64 @@ class Truth:
         bound = self.bound if peer == "fastattn" else self.peer_bound
         if (difference <= bound).all() and relative <= PRECISION[self.dtype]:
             return Verdict("right", error, relative)
-        if peer != "fastattn":
-            reached = next((dtype for dtype, limit in PRECISION.items() if relative <= limit), "")
-            if reached and PRECISION[reached] > PRECISION[self.dtype]:
-                return Verdict("lower", error, relative, f"computes {self.dtype} no better than {reached}")
+        if peer != "fastattn" and (reached := _lower(self.dtype, relative)):
+            return Verdict("lower", error, relative, reached)
         excess = float((difference / np.maximum(bound, 1e-300)).max())
         return Verdict("wrong", error, relative, f"off by {error:.1e}, {excess:.1f} times what is allowed")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Whole float64 arrays by name, and the errors allowed to each of them."""
+
+    arrays: dict[str, np.ndarray]
+    dtype: str
+    relative: float  # root mean square, over that of the array
+    largest: float = float("inf")  # over the array's largest element, or 1
+
+    def judge(self, given: dict[str, np.ndarray], peer: str) -> Verdict:
+        """Hold what a peer gave against the truth; the worst array counts, and the largest error of any."""
+        verdicts = [self._judge(name, given[name], peer) for name in self.arrays]
+        ranks = ("right", "lower", "wrong")
+        worst = max(verdicts, key=lambda verdict: (ranks.index(verdict.status), verdict.relative))
+        return replace(worst, error=max(verdict.error for verdict in verdicts))
+
+    def _judge(self, name: str, array: np.ndarray, peer: str) -> Verdict:
+        expected = self.arrays[name]
+        if array.shape != expected.shape or not np.isfinite(array).all():
+            return Verdict(
+                "wrong", float("inf"), float("inf"), f"{name}: shape {array.shape}, NaN or infinity"
+            )
+        difference = abs(array - expected)
+        error, relative = float(difference.max(initial=0)), _relative(difference, expected)
+        allowed = self.largest * max(1.0, float(abs(expected).max(initial=0)))
+        slack = 1.0 if peer == "fastattn" else _PEER_SLACK
+        if error <= slack * allowed and relative <= self.relative:
+            return Verdict("right", error, relative)
+        if peer != "fastattn" and (reached := _lower(self.dtype, relative)):
+            return Verdict("lower", error, relative, f"{name}: {reached}")
+        why = f"{name}: off by {error:.1e}, relatively {relative:.1e}"
+        return Verdict("wrong", error, relative, why)
+
+
+def _lower(dtype: str, relative: float) -> str:
+    """In which lower precision such an error would be right, in words; "" where in none."""
+    reached = next((name for name, limit in PRECISION.items() if relative <= limit), "")
+    lower = reached and PRECISION[reached] > PRECISION[dtype]
+    return f"computes {dtype} no better than {reached}" if lower else ""
 
 
 def _relative(difference: np.ndarray, out: np.ndarray) -> float:
     size = float(np.sqrt(np.mean(out**2))) if out.size else 0.0
     return float(np.sqrt(np.mean(difference**2))) / max(size, 1e-300) if size else 0.0
+
+
+def gradients(case: Case, dtype: str, mode: str) -> Answers:
+    """Differentiate the oracle on inputs rounded to `dtype`; of training, its output too."""
+    grads = differentiate(*case.tensors(dtype), case.grad_out(dtype), **case.options(dtype))._asdict()
+    if mode == "backward":
+        del grads["out"]
+    return Answers(grads, dtype, PRECISION[dtype], _LARGEST[dtype])
 
 
 def truth(case: Case, dtype: str) -> Truth:

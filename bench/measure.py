@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-
-from bench import models
-from bench.accuracy import Truth, Verdict, truth
+from bench.accuracy import Answers, Truth, gradients, truth
 from bench.ceilings import Ceilings, Limit, limit_of
 from bench.results import BASE, Row
 from bench.samples import Contestant, Sample, keep
 from bench.suites import Job
 from bench.workers import PeerError, Worker, Workers
+from tests.shapes import Case
 
 ROUNDS, FEWEST_ROUNDS = 9, 5
 # A row that loses samples to a busy machine gets more turns, up to this many times as many.
@@ -44,7 +41,7 @@ def measure(
 ) -> Row:
     """Check every contestant, then time those that are right, `seconds` each; `tick` hears what goes on."""
     limit = limit_of(job.dtype, job.reads, job.threads or threads, job.isa)
-    row = Row.of(job, limit, quotes_ceiling=not isinstance(job.case, models.ModelCase))
+    row = Row.of(job, limit, quotes_ceiling=job.unit != "ktoken/s")
     tick(f"{job}: oracle")
     try:
         expected = {id(job): _truth(job)}
@@ -53,7 +50,7 @@ def measure(
         return row
     contests = [(peer, job) for peer in peers]
     if job.base is not None:
-        same = (job.base.case, job.base.dtype) == (job.case, job.dtype)
+        same = (job.base.case, job.base.dtype, job.base.mode) == (job.case, job.dtype, job.mode)
         expected[id(job.base)] = expected[id(job)] if same else _truth(job.base)
         contests += [(peer, job.base) for peer in peers if peer in ("fastattn", "torch")]
     entries = []
@@ -73,12 +70,15 @@ def measure(
     return row
 
 
-def _truth(job: Job) -> Truth | np.ndarray:
-    return models.truth(job.case) if isinstance(job.case, models.ModelCase) else truth(job.case, job.dtype)
+def _truth(job: Job) -> Truth | Answers:
+    case, dtype, mode = job.case, job.dtype, job.mode
+    if not isinstance(case, Case):
+        return Answers(case.truth(dtype, mode), dtype, case.tolerance(dtype))
+    return truth(case, dtype) if mode == "forward" else gradients(case, dtype, mode)
 
 
 def _enter(
-    name: str, number: int, job: Job, expected: Truth | np.ndarray, workers: Workers, threads: int
+    name: str, number: int, job: Job, expected: Truth | Answers, workers: Workers, threads: int
 ) -> Entry | Contestant:
     """Prepare a call and judge its output; a Contestant alone where there is nothing to time."""
     peer = name.removesuffix(BASE)
@@ -87,14 +87,14 @@ def _enter(
     except PeerError as error:
         return Contestant("absent", str(error))
     try:
-        status, answer = worker.ask("prepare", number, job.case, job.dtype, job.library, job.reads)
+        status, answer = worker.ask("prepare", number, job.case, job.dtype, job.mode, job.library, job.reads)
     except PeerError as error:
         if worker.ended:
             workers.discard(worker)
         return Contestant("failed", str(error))
     if status == "refused":
         return Contestant("refused", answer)
-    verdict = judge(answer, expected, peer)
+    verdict = expected.judge(answer, peer)
     return Entry(
         name,
         worker,
@@ -105,18 +105,6 @@ def _enter(
 
 def _finite(error: float) -> float | None:
     return error if math.isfinite(error) else None
-
-
-def judge(out: Any, expected: Truth | np.ndarray, peer: str) -> Verdict:
-    """Whether an output may be timed."""
-    if isinstance(expected, Truth):
-        return expected.judge(out, peer)
-    difference = out - expected
-    error = float(abs(difference).max())
-    relative = float(np.sqrt((difference**2).mean() / (expected**2).mean()))
-    if relative <= models.TOLERANCE:
-        return Verdict("right", error, relative)
-    return Verdict("wrong", error, relative, f"states off by {relative:.1e} of their size")
 
 
 def _take_turns(entries: list[Entry], limit: Limit, ceilings: Ceilings, seconds: float) -> None:

@@ -3,30 +3,54 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from bench.programs import Program, Read, Run
+
 # What transformers calls the peers.
 _IMPLEMENTATIONS = {"fastattn": "fastattn", "torch": "sdpa"}
-# Of the states, root mean square: float32 rounding through 30 layers; a wrong mask is off by far more.
-TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
-class ModelCase:
+class ModelCase(Program):
     """One pass through a model."""
 
-    name: str
+    unit: ClassVar[str] = "ktoken/s"
     model: str  # smollm2 or minilm
     batch: int
     tokens: int
 
-    def __str__(self) -> str:
-        return self.name
+    def work(self, mode: str) -> float:
+        return self.batch * self.tokens / 1e3
+
+    def tolerance(self, dtype: str) -> float:
+        return 1e-4  # float32 rounding through 30 layers; a wrong mask is off by far more
+
+    def prepare(self, peer: str, dtype: str, mode: str) -> tuple[Run, Read]:
+        import torch
+
+        model, inputs = _load(self.model)[0], _inputs(self)
+        model.set_attn_implementation(_IMPLEMENTATIONS[peer])
+        extra = {"use_cache": True} if self.model == "smollm2" else {}
+
+        @torch.inference_mode()
+        def run() -> Any:
+            return model(**inputs, **extra)
+
+        return run, _read
+
+    def truth(self, dtype: str, mode: str) -> dict[str, np.ndarray]:
+        """In float64, with the attention that transformers writes out."""
+        import torch
+
+        model = _load(self.model)[0].double()
+        model.set_attn_implementation("eager")
+        with torch.inference_mode():
+            return _read(model(**_inputs(self)))
 
 
 CASES = (
@@ -37,34 +61,8 @@ CASES = (
 )
 
 
-def prepare(case: ModelCase, peer: str) -> tuple[Callable[[], Any], Callable[[Any], np.ndarray]]:
-    """A pass with the attention of `peer`, and what makes float64 states of its result."""
-    import torch
-
-    model, inputs = _load(case.model)[0], _inputs(case)
-    model.set_attn_implementation(_IMPLEMENTATIONS[peer])
-    extra = {"use_cache": True} if case.model == "smollm2" else {}
-
-    @torch.inference_mode()
-    def run() -> Any:
-        return model(**inputs, **extra)
-
-    return run, states
-
-
-def truth(case: ModelCase) -> np.ndarray:
-    """The same pass in float64, with the attention that transformers writes out."""
-    import torch
-
-    model = _load(case.model)[0].double()
-    model.set_attn_implementation("eager")
-    with torch.inference_mode():
-        return states(model(**_inputs(case)))
-
-
-def states(result: Any) -> np.ndarray:
-    out: np.ndarray = result.last_hidden_state.double().numpy()
-    return out
+def _read(result: Any) -> dict[str, np.ndarray]:
+    return {"states": result.last_hidden_state.double().numpy()}
 
 
 @cache

@@ -146,7 +146,7 @@ def lengths(run: Run) -> Figure | None:
     """Milliseconds a head over length, a panel a dtype and rule; both axes logarithmic."""
     groups: dict[tuple[str, bool], list[Row]] = {}
     for row in run.rows:
-        if re.fullmatch(r"prefill-d64-s\d+(-causal)?", row.name):
+        if re.fullmatch(r"prefill-d64-s\d+(-causal)?( backward| training)?", row.name):
             groups.setdefault((row.dtype, bool(row.case["causal"])), []).append(row)
     groups = {key: rows for key, rows in groups.items() if len({row.case["seqlen_q"] for row in rows}) > 1}
     if not groups:

@@ -114,7 +114,7 @@ def notes(run: Run, console: Console) -> None:
     best = ", ".join(f"{name} {value:.0f}" for name, value in run.ceilings.items())
     console.print(f"best readings of the ceilings, GFLOP/s or GB/s: {best}", style="dim", highlight=False)
     console.print(
-        "rate: 4 D FLOPs a visible query-key pair, or bytes of K and V for one query; of peak: of the "
+        f"rate: {SUITES[run.suite].rate}; of peak: of the "
         "higher reading beside each sample; ±: between quartiles; dropped: while the machine was slow",
         style="dim",
     )

@@ -51,7 +51,9 @@ class Row:
         )
         flops, moved = 0.0, 0.0
         if isinstance(case, Case):
-            flops, moved = float(work.useful_flops(case)), float(work.all_bytes(case, job.dtype))
+            flops, moved = map(
+                float, (work.useful_flops(case, job.mode), work.all_bytes(case, job.dtype, job.mode))
+            )
         return cls(
             job.name, job.dtype, job.unit, job.work, held_against, base.work if base else 0.0,
             flops, moved, json.loads(json.dumps(dataclasses.asdict(case))), limit, quotes_ceiling,

@@ -8,20 +8,23 @@ from fnmatch import fnmatchcase
 
 from bench import work
 from bench.models import CASES as MODELS
-from bench.models import ModelCase
+from bench.modules import CASES as MODULES
+from bench.programs import Program
 from fastattn import _core
 from tests import shapes
 from tests.shapes import Case
 
 HALVES = ("bfloat16", "float16")
+BOTH = ("fastattn", "torch")
 
 
 @dataclass(frozen=True)
 class Job:
     """One row of a table, and the job of fastattn and torch that it is held against, if any."""
 
-    case: Case | ModelCase
+    case: Case | Program
     dtype: str
+    mode: str = "forward"  # of work.MODES
     library: str = "torch"  # whose arrays fastattn gets
     threads: int = 0  # 0: as many as the run
     isa: str = ""  # "": as the machine chooses
@@ -31,6 +34,7 @@ class Job:
     def name(self) -> str:
         parts = [
             self.case.name,
+            *([self.mode] if self.mode != "forward" else []),
             *(["numpy"] if self.library == "numpy" else []),
             *([self.isa] if self.isa else []),
         ]
@@ -39,18 +43,23 @@ class Job:
     @property
     def reads(self) -> bool:
         """Whether reading K and V, not arithmetic, is what limits it."""
-        return isinstance(self.case, Case) and self.case.seqlen_q == 1 and self.case.seqlen_k >= 1024
+        case = self.case
+        one_query = isinstance(case, Case) and case.seqlen_q == 1 and case.seqlen_k >= 1024
+        return one_query and self.mode == "forward"
 
     @property
     def unit(self) -> str:
-        return "ktoken/s" if isinstance(self.case, ModelCase) else "GB/s" if self.reads else "GFLOP/s"
+        if not isinstance(self.case, Case):
+            return self.case.unit
+        return "GB/s" if self.reads else "GFLOP/s"
 
     @property
     def work(self) -> float:
         """What one call does, in what `unit` counts a second."""
-        if isinstance(self.case, ModelCase):
-            return self.case.batch * self.case.tokens / 1e3
-        return (work.kv_bytes(self.case, self.dtype) if self.reads else work.useful_flops(self.case)) / 1e9
+        if not isinstance(self.case, Case):
+            return self.case.work(self.mode)
+        done = work.kv_bytes(self.case, self.dtype) if self.reads else work.useful_flops(self.case, self.mode)
+        return done / 1e9
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype}"
@@ -64,10 +73,11 @@ class Suite:
     jobs: Callable[[], list[Job]]
     peers: tuple[str, ...] = ()
     base: str = ""  # what its jobs are held against, in words
+    rate: str = "4 D FLOPs a visible query-key pair, or bytes of K and V for one query"
 
 
-def _jobs(cases: Sequence[Case], *dtypes: str) -> list[Job]:
-    return [Job(case, dtype) for dtype in dtypes for case in cases]
+def _jobs(cases: Sequence[Case | Program], *dtypes: str, mode: str = "forward") -> list[Job]:
+    return [Job(case, dtype, mode) for dtype in dtypes for case in cases]
 
 
 def _prefill() -> list[Job]:
@@ -122,18 +132,50 @@ def _tiers() -> list[Job]:
     return jobs
 
 
+def _back(mode: str) -> list[Job]:
+    """The backward, or forward and backward: what training asks for."""
+    narrow = [case for case in shapes.PREFILL if case.head_dim == 64]
+    return [
+        *_jobs((*shapes.PREFILL, *shapes.ONE_HEAD), "float32", mode=mode),
+        *_jobs((*shapes.PREFILL, shapes.GROUPED), "bfloat16", mode=mode),
+        *_jobs(shapes.PREFILL, "float16", mode=mode),
+        *_jobs(narrow, "float64", mode=mode),
+    ]
+
+
+def _modules() -> list[Job]:
+    return [
+        job
+        for dtype in ("float32", "bfloat16")
+        for mode in ("forward", "training")
+        for job in _jobs(MODULES, dtype, mode=mode)
+    ]
+
+
 SUITES = {
     "prefill": Suite("as many queries as keys, from 512 to 8192, all head sizes", _prefill),
     "small": Suite("calls of microseconds, one query, and a few", _small),
     "masks": Suite(
         "masks, biases, softcap, ALiBi, sinks, windows, beside the plain call", _masks, base="the plain call"
     ),
-    "threads": Suite("all threads beside one", _threads, ("fastattn", "torch"), "one thread"),
+    "threads": Suite("all threads beside one", _threads, BOTH, "one thread"),
     "tiers": Suite(
         "every instruction set of this machine, forced", _tiers, ("fastattn",), "float32 in the same tier"
     ),
+    "backward": Suite(
+        "gradients alone", lambda: _back("backward"), BOTH, rate="10 D FLOPs a visible query-key pair"
+    ),
+    "training": Suite(
+        "forward and backward", lambda: _back("training"), BOTH, rate="14 D FLOPs a visible query-key pair"
+    ),
+    "modules": Suite(
+        "layers beside those of torch.nn, forward and in training",
+        _modules,
+        BOTH,
+        rate="FLOPs of linear maps and attention; in training, 3 and 3.5 times as many",
+    ),
     "models": Suite(
-        "real models beside sdpa", lambda: [Job(case, "float32") for case in MODELS], ("fastattn", "torch")
+        "real models beside sdpa", lambda: _jobs(MODELS, "float32"), BOTH, rate="thousands of tokens"
     ),
 }
 

@@ -10,12 +10,20 @@ import numpy as np
 from tests.shapes import Case
 
 # Spelled out: the environment of the other peers, where this is imported too, has no fastattn.
+MODES = ("forward", "backward", "training")  # training: forward and backward
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def useful_flops(case: Case) -> int:
-    """Multiplications and additions of both products, over visible pairs only."""
-    return 2 * useful_pairs(case) * (case.head_dim + case.value_dim)
+def useful_flops(case: Case, mode: str = "forward") -> int:
+    """Multiplications and additions of all products, over visible pairs only.
+
+    Forward: Q K^T and P V. Backward, which has no probabilities kept: Q K^T again, dO V^T, dS K, dS^T Q and
+    P^T dO, 2.5 times as many where both head sizes are one.
+    """
+    dim, value_dim = case.head_dim, case.value_dim
+    forward, backward = dim + value_dim, 3 * dim + 2 * value_dim
+    multiplications = {"forward": forward, "backward": backward, "training": forward + backward}
+    return 2 * useful_pairs(case) * multiplications[mode]
 
 
 def kv_bytes(case: Case, dtype: str) -> int:
@@ -24,10 +32,11 @@ def kv_bytes(case: Case, dtype: str) -> int:
     return rows * (case.head_dim + case.value_dim) * ITEM_BYTES[dtype]
 
 
-def all_bytes(case: Case, dtype: str) -> int:
-    """Query, key, value and output, each moved once: what a roofline counts."""
+def all_bytes(case: Case, dtype: str, mode: str = "forward") -> int:
+    """Query, key, value and output, in a backward gradients too, each moved once: what a roofline counts."""
     rows = case.batch * case.query_heads * case.seqlen_q
-    return kv_bytes(case, dtype) + rows * (case.head_dim + case.value_dim) * ITEM_BYTES[dtype]
+    forward = kv_bytes(case, dtype) + rows * (case.head_dim + case.value_dim) * ITEM_BYTES[dtype]
+    return forward * {"forward": 1, "backward": 2, "training": 3}[mode]
 
 
 def useful_pairs(case: Case) -> int:

@@ -10,12 +10,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
-from bench import models, work
+from bench import gradients, work
 from bench.peers import PEERS, Call, Peer
 from bench.peers.base import Run
 from tests.shapes import Case
@@ -35,23 +37,30 @@ class Worker:
         self.runs: dict[int, Run] = {}
         self.repeats: dict[int, int] = {}
 
-    def prepare(self, number: int, case: Any, dtype: str, library: str, cold: bool) -> tuple[str, Any]:
-        """("refused", why), or ("ready", the output of a first call)."""
-        if isinstance(case, models.ModelCase):
-            run, read = models.prepare(case, self.peer.name)
+    def prepare(
+        self, number: int, case: Any, dtype: str, mode: str, library: str = "torch", cold: bool = False
+    ) -> tuple[str, Any]:
+        """("refused", why), or ("ready", the outcome of a first call: an output, or arrays by name)."""
+        if not isinstance(case, Case):
+            run, read = case.prepare(self.peer.name, dtype, mode)
+        elif reason := self.refuses(case, dtype, mode):
+            return "refused", reason
+        elif mode != "forward":
+            run, read = gradients.prepare(self.peer, draw_to_differentiate(case, dtype), mode)
         else:
-            if reason := self.peer.refuses(case, dtype):
-                return "refused", reason
             kept = library if self.peer.name == "fastattn" else self.peer.library
             copies = -(-_COLD_BYTES // work.kv_bytes(case, dtype)) if cold else 1
             run = _rotate([self.peer.prepare(call) for call in draw(case, dtype, kept, copies)])
-
-            def read(result: Any) -> np.ndarray:
-                return self.peer.read(result, case)
-
-        out = read(run())  # the first copy's, which has the oracle's numbers
+            read = partial(self.peer.read, case=case)
+        outcome = read(run())  # the first copy's, which has the oracle's numbers
         self.runs[number] = run
-        return "ready", out
+        return "ready", outcome
+
+    def refuses(self, case: Case, dtype: str, mode: str) -> str:
+        """Why the peer cannot do it; "" where it can."""
+        if mode != "forward" and not self.peer.differentiates:
+            return "no backward"
+        return self.peer.refuses(case, dtype)
 
     def sample(self, number: int, seconds: float) -> tuple[float, float]:
         """Median seconds of a call over a turn of about `seconds`, and CPU time over wall time."""
@@ -80,6 +89,14 @@ def draw(case: Case, dtype: str, library: str, copies: int = 1) -> Iterator[Call
     for copy in range(copies):
         query, key, value = (_convert(np.roll(array, copy, axis=2), library) for array in tensors)
         yield Call(case, dtype, query, key, value, options)
+
+
+def draw_to_differentiate(case: Case, dtype: str) -> Call:
+    """The same call with a graph of torch, and what its backward starts from."""
+    (call,) = draw(case, dtype, "torch")
+    for tensor in (call.query, call.key, call.value):
+        tensor.requires_grad_()
+    return replace(call, grad_out=_convert(case.grad_out(dtype), "torch"))
 
 
 def _convert(array: np.ndarray, library: str) -> Any:

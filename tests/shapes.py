@@ -53,6 +53,11 @@ class Case:
         value = rng.standard_normal((*kv_shape, self.value_dim))
         return convert(query, dtype, library), convert(key, dtype, library), convert(value, dtype, library)
 
+    def grad_out(self, dtype: str = "float32", library: str = "numpy", *, seed: int = 0) -> Any:
+        """What a backward starts from, normally distributed."""
+        shape = (*self.scores_shape[:3], self.value_dim)
+        return convert(self._rng("grad_out", seed).standard_normal(shape), dtype, library)
+
     def options(self, dtype: str = "float32", library: str = "numpy", *, seed: int = 0) -> dict[str, Any]:
         """The other arguments of `fastattn.attention`."""
         options: dict[str, Any] = {"causal": self.causal, "window": self.window, "softcap": self.softcap}
@@ -153,6 +158,18 @@ LONG = (
     Case("long-1024", 1024, 1024, 128),
     Case("long-1024-causal", 1024, 1024, 128, causal=True),
 )
+# What docs/accuracy.md states of gradients.
+GRADIENTS = tuple(
+    Case(f"gradients-{dim}{'-causal' if causal else ''}", 1024, 1024, dim, causal=causal)
+    for dim in (64, 128)
+    for causal in (False, True)
+)
+# For large numbers: with nearly all weight on one key, dP - rowsum(dO O) is a difference of near equals.
+SATURATED = tuple(
+    Case(f"saturated-{dim}{'-causal' if causal else ''}", 128, 128, dim, query_heads=4, causal=causal)
+    for dim in (8, 16, 32, 64)
+    for causal in (False, True)
+)
 DECODE = (
     Case("decode-short", 1, 65, 64, query_heads=4),
     Case("decode-long", 1, 3000, 128, query_heads=4, kv_heads=2, causal=True),
@@ -216,11 +233,13 @@ def _decode(
 
 PREFILL = tuple(case for length in (512, 2048) for dim in (64, 128) for case in _prefill(length, dim))
 PREFILL_LONG = tuple(case for dim in (64, 128) for case in _prefill(8192, dim, query_heads=2))
+GROUPED = Case("prefill-gqa-32x8", 1024, 1024, 128, query_heads=32, kv_heads=8, causal=True)
 PREFILL_ODD = (
     *(_prefill(2048, dim)[0] for dim in (32, 80, 96, 256)),
     *(_prefill(1000, dim)[0] for dim in (64, 128)),
-    Case("prefill-gqa-32x8", 1024, 1024, 128, query_heads=32, kv_heads=8, causal=True),
+    GROUPED,
 )
+ONE_HEAD = _prefill(4096, 64, query_heads=1)  # a backward has to divide its keys among threads
 TWO_HEAD_SIZES = Case("prefill-d64-dv128", 1024, 1024, 64, 128, batch=2, query_heads=8)
 
 # Variations of a plain call, each held against the plain call that it varies.

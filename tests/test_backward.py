@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import textwrap
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,12 @@ def gradients(call: dict[str, Any], *, outputs: str = "out lse weights", seed: i
     return dict(zip(names, torch.autograd.grad(loss, [call[name] for name in names]), strict=True))
 
 
+@cache
+def expected(case: Case, dtype: str, outputs: str = "out lse weights") -> dict[str, Any]:
+    """The true gradients of a case, which all kernels of a dtype share."""
+    return gradients(widened(leaves(case, dtype)), outputs=outputs)
+
+
 def assert_close(actual: dict[str, Any], expected: dict[str, Any], dtype: str) -> None:
     assert list(actual) == list(expected)
     for name, grad in actual.items():
@@ -72,17 +79,14 @@ def assert_close(actual: dict[str, Any], expected: dict[str, Any], dtype: str) -
 
 @pytest.mark.parametrize("case", shapes.SMALL, ids=str)
 def test_every_feature(kernel: Kernel, case: Case) -> None:
-    call = leaves(case, kernel.dtype)
-    assert_close(gradients(call), gradients(widened(call)), kernel.dtype)
+    assert_close(gradients(leaves(case, kernel.dtype)), expected(case, kernel.dtype), kernel.dtype)
 
 
 @pytest.mark.parametrize("outputs", ["out", "out lse", "out weights"])
 def test_losses(kernel: Kernel, outputs: str) -> None:
-    call = leaves(
-        Case("losses", 40, 90, 24, 40, batch=2, query_heads=6, kv_heads=2, causal=True), kernel.dtype
-    )
-    expected = gradients(widened(call), outputs=outputs)
-    assert_close(gradients(call, outputs=outputs), expected, kernel.dtype)
+    case = Case("losses", 40, 90, 24, 40, batch=2, query_heads=6, kv_heads=2, causal=True)
+    actual = gradients(leaves(case, kernel.dtype), outputs=outputs)
+    assert_close(actual, expected(case, kernel.dtype, outputs), kernel.dtype)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.6, 1.0])
@@ -99,15 +103,15 @@ def test_dropout(kernel: Kernel, rows: int, p: float) -> None:
 @pytest.mark.parametrize("group", [1, 3, 5, 6, 7])
 @pytest.mark.parametrize("rows", [1, 5, 33, 70])
 def test_groups(kernel: Kernel, rows: int, group: int) -> None:
-    call = leaves(Case("group", rows, 130, 20, query_heads=2 * group, kv_heads=2, softcap=2.0), kernel.dtype)
-    assert_close(gradients(call), gradients(widened(call)), kernel.dtype)
+    case = Case("group", rows, 130, 20, query_heads=2 * group, kv_heads=2, softcap=2.0)
+    assert_close(gradients(leaves(case, kernel.dtype)), expected(case, kernel.dtype), kernel.dtype)
 
 
 @pytest.mark.parametrize("keys", [63, 64, 65, 1023, 1100, 2600])
 def test_key_groups(kernel: Kernel, keys: int) -> None:
     """Long enough for key blocks to be dealt to several tasks."""
-    call = leaves(Case("long", 70, keys, 16, query_heads=2, kv_heads=1, causal=True), kernel.dtype)
-    assert_close(gradients(call), gradients(widened(call)), kernel.dtype)
+    case = Case("long", 70, keys, 16, query_heads=2, kv_heads=1, causal=True)
+    assert_close(gradients(leaves(case, kernel.dtype)), expected(case, kernel.dtype), kernel.dtype)
 
 
 BIASES = [(2, 6, 40, 50), (1, 6, 40, 50), (2, 1, 40, 50), (40, 50), (50,), (2, 1, 40, 1), (1, 6, 1, 1)]
@@ -200,7 +204,7 @@ def test_what_is_not_asked_for_is_not_computed(kernel: Kernel) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Case("many", 70, 1100, 40, 24, batch=2, query_heads=6, kv_heads=2, causal=True),
+        Case("many", 40, 1100, 40, 24, query_heads=4, kv_heads=2, causal=True),
         Case(
             "rules",
             70,
@@ -277,6 +281,27 @@ def test_hidden_poison_reaches_no_gradient(kernel: Kernel, target: str, poison: 
         bad[:, :, 17 if target == "query" else 33, ::2] = poison
         call = call | {target: bad.requires_grad_()}
     assert_same_bits(run(call, incoming), clean)
+
+
+@pytest.mark.parametrize(
+    ("options", "hidden"),
+    [
+        ({"kv_lengths": [60, 85]}, slice(85, None)),
+        ({"window": (10, 0)}, slice(0, 40)),  # the first row stands at key 50
+        ({"causal": True, "query_offset": 10}, slice(50, None)),
+    ],
+    ids=["length", "window", "causal"],
+)
+def test_rules_hide_nan_from_every_gradient(kernel: Kernel, options: dict[str, Any], hidden: slice) -> None:
+    case = Case("hidden", 40, 90, 24, batch=2, query_heads=4, kv_heads=2, softcap=2.0)
+    call = leaves(case, kernel.dtype) | options
+    clean = gradients(call)
+    poisoned = {name: call[name].detach().clone() for name in ("key", "value")}
+    for tensor in poisoned.values():
+        tensor[:, :, hidden, ::2] = torch.nan
+        tensor.requires_grad_()
+    for name, grad in gradients(call | poisoned).items():
+        assert_same_bits(grad, clean[name])
 
 
 @pytest.mark.parametrize("target", ["query", "key", "value", "grad_out"])

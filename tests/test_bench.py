@@ -11,14 +11,16 @@ import pytest
 pytest.importorskip("rich")
 
 from bench import models, work
-from bench.accuracy import PRECISION, checked_rows, truth
+from bench.accuracy import PRECISION, Answers, checked_rows, gradients, truth
 from bench.ceilings import Limit, limit_of
+from bench.gradients import INPUTS
+from bench.modules import ModuleCase
 from bench.peers import PEERS, features
 from bench.suites import SUITES, Job, select
 from bench.worker import Worker, draw
 from bench.workers import PeerError, Workers
 from fastattn import reference
-from tests.shapes import ARRAYS, DECODE_ROWS, DENSE, FEW_QUERIES, OPTIONS, Case
+from tests.shapes import ARRAYS, DECODE_ROWS, DENSE, FEW_QUERIES, OPTIONS, Case, convert
 
 
 def test_every_suite_has_rows_of_distinct_names() -> None:
@@ -41,7 +43,7 @@ def test_patterns_and_dtypes_choose() -> None:
 @pytest.mark.parametrize(
     ("arguments", "listed"),
     [
-        (("nope",), "prefill, small, masks, threads, tiers, models"),
+        (("nope",), "prefill, small, masks, threads, tiers, backward, training, modules, models"),
         (("masks", ["nope"]), "causal-as-mask"),
         (("prefill", [], ["int8"]), "float32, bfloat16, float16, float64"),
         (("prefill", ["prefill-d64-dv128"], ["float64"]), "both a case and a dtype"),
@@ -75,6 +77,14 @@ def test_rows_of_the_speed_table_are_there() -> None:
         ):
             assert f"{case} {dtype}" in rows
         assert f"decode-32x8-s8192 {dtype}" in rows
+        assert f"prefill-d128-s2048-causal backward {dtype}" in rows
+        assert f"prefill-d128-s2048-causal training {dtype}" in rows
+        assert f"encoder-1x1024x768 training {dtype}" in rows
+    assert {
+        "prefill-d64-s4096 backward float32",
+        "prefill-gqa-32x8 training bfloat16",
+        "prefill-d64-s512 backward float64",
+    } <= rows
     assert {"prefill-d64-s2048 float64", "prefill-d64-dv128 float32", "micro-1x1x1x64 numpy float32"} <= rows
 
 
@@ -128,6 +138,8 @@ def test_useful_pairs_are_those_that_attend(case: Case) -> None:
     pairs = counted(case)
     assert work.useful_pairs(case) == pairs
     assert work.useful_flops(case) == 4 * pairs * case.head_dim
+    assert work.useful_flops(case, "backward") == 2.5 * work.useful_flops(case)
+    assert work.useful_flops(case, "training") == 3.5 * work.useful_flops(case)
     shown = np.broadcast_to(work.visible(case), case.scores_shape)
     assert shown.sum() == pairs
 
@@ -135,6 +147,8 @@ def test_useful_pairs_are_those_that_attend(case: Case) -> None:
 def test_work_is_in_the_unit_of_the_ceiling() -> None:
     decode = Job(DECODE_ROWS[0], "bfloat16")
     assert (decode.unit, decode.work) == ("GB/s", 32 * 8192 * 256 * 2 / 1e9)
+    backward = Job(DECODE_ROWS[0], "bfloat16", "backward")
+    assert (backward.unit, backward.work) == ("GFLOP/s", 10 * 32 * 8192 * 128 / 1e9)
     assert Job(models.CASES[0], "float32").unit == "ktoken/s"
     assert limit_of("float32", True, 2).kind == "read"
     assert limit_of("float64", False, 2) == Limit("fma_f64", 2)
@@ -148,9 +162,55 @@ SMALL = Case("bench-small", 64, 64, 32, query_heads=4, kv_heads=2, causal=True)
 @pytest.mark.parametrize("name", ["fastattn", "torch"])
 def test_right_answers_are_accepted(name: str, dtype: str) -> None:
     pytest.importorskip("torch")
-    status, out = Worker(PEERS[name]).prepare(0, SMALL, dtype, "torch", False)
+    status, out = Worker(PEERS[name]).prepare(0, SMALL, dtype, "forward")
     assert status == "ready"
     assert truth(SMALL, dtype).judge(out, name).status == "right"
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["fastattn", "torch"])
+@pytest.mark.parametrize("mode", ["backward", "training"])
+def test_right_gradients_are_accepted(mode: str, name: str, dtype: str) -> None:
+    pytest.importorskip("torch")
+    expected, worker = gradients(SMALL, dtype, mode), Worker(PEERS[name])
+    status, answer = worker.prepare(0, SMALL, dtype, mode)
+    assert status == "ready" and set(answer) == {*INPUTS, *(["out"] if mode == "training" else [])}
+    assert expected.judge(answer, name).status == "right"
+    assert worker.sample(0, 1e-4)[0] > 0  # the graph outlives a backward
+
+
+def test_wrong_gradients_are_found() -> None:
+    expected = gradients(SMALL, "float32", "backward")
+    for name in INPUTS:
+        right = expected.arrays[name]
+        for wrong in (right + 1e-3, right[:, :, :-1], np.where(right == right.max(), np.nan, right)):
+            for peer in ("fastattn", "torch"):
+                verdict = expected.judge({**expected.arrays, name: wrong}, peer)
+                assert verdict.status != "right" and name in verdict.why
+    coarse = {name: convert(array, "bfloat16") for name, array in expected.arrays.items()}
+    assert expected.judge(coarse, "torch").status == "lower"
+    assert expected.judge(coarse, "fastattn").status == "wrong"  # a lower precision is no excuse for us
+
+
+def test_only_peers_with_a_graph_are_asked_for_gradients() -> None:
+    assert {name for name, peer in PEERS.items() if peer.differentiates} == {"fastattn", "torch"}
+    assert Worker(PEERS["jax"]).prepare(0, SMALL, "float32", "backward") == ("refused", "no backward")
+
+
+@pytest.mark.parametrize("layer", ["MultiheadAttention", "TransformerEncoderLayer"])
+@pytest.mark.parametrize("mode", ["forward", "training"])
+def test_modules_agree(mode: str, layer: str) -> None:
+    """Both compute torch's layer, and in training every gradient of it."""
+    pytest.importorskip("torch")
+    case = ModuleCase("small", layer, 2, 24, 32, 4)
+    expected = Answers(case.truth("float32", mode), "float32", case.tolerance("float32"))
+    for name in ("fastattn", "torch"):
+        status, answer = Worker(PEERS[name]).prepare(0, case, "float32", mode)
+        assert status == "ready" and set(answer) == set(expected.arrays)
+        assert expected.judge(answer, name).status == "right"
+    assert (
+        len(expected.arrays) == {"forward": 1, "training": 6 if layer == "MultiheadAttention" else 14}[mode]
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,7 +225,7 @@ def test_rules_reach_peers_as_one_mask(name: str) -> None:
     if "kv_lengths" in case.arrays:  # torch answers NaN where nothing is visible
         case = dataclasses.replace(case, name="bench-lengths-7")
         assert case.options()["kv_lengths"].min() > 0
-    _, out = Worker(PEERS["torch"]).prepare(0, case, "float32", "torch", False)
+    _, out = Worker(PEERS["torch"]).prepare(0, case, "float32", "forward")
     verdict = truth(case, "float32").judge(out, "torch")
     assert verdict.status == "right", verdict
 
@@ -247,8 +307,8 @@ def test_a_peer_that_dies_or_raises_is_reported(monkeypatch: pytest.MonkeyPatch)
     with Workers() as workers:
         worker = workers.get("fastattn", 1)
         with pytest.raises(PeerError, match="AttributeError"):
-            worker.ask("prepare", 0, None, "float32", "numpy", False)
-        status, out = worker.ask("prepare", 0, SMALL, "float32", "numpy", False)
+            worker.ask("prepare", 0, None, "float32", "forward")
+        status, out = worker.ask("prepare", 0, SMALL, "float32", "forward", "numpy")
         assert status == "ready" and out.shape == (1, 4, 64, 32)
         seconds, cores = worker.ask("sample", 0, 0.001)
         assert 0 < seconds < 1 and cores > 0

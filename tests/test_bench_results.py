@@ -13,12 +13,13 @@ pytest.importorskip("rich")
 from rich.console import Console
 
 from bench import compare, report
+from bench import figures as figures_of_readme
 from bench.accuracy import truth
 from bench.ceilings import Limit
 from bench.measure import ROUNDS, measure
 from bench.results import Row, Run, find
 from bench.samples import TRUSTED, Contestant, Reading, Sample, figures, keep
-from bench.suites import Job
+from bench.suites import SUITES, Job
 from tests.shapes import Case
 
 CASE = Case("bench-small", 64, 64, 32, query_heads=4, kv_heads=2, causal=True)
@@ -198,7 +199,34 @@ def test_compare_tells_busy_gone_and_new_rows() -> None:
     assert [change.verdict for change in compare.compare(before, other)] == ["gone", "new"]
 
 
-def test_pictures_are_drawn(tmp_path: Path) -> None:
+def test_tables_of_the_readme_are_those_of_the_results_kept() -> None:
+    text = figures_of_readme.README.read_text()
+    tables = [names for names in figures_of_readme.places(text) if names[0] not in SUITES]
+    assert tables
+    for names in tables:
+        assert figures_of_readme.rewrite(text, names) == text
+
+
+def test_a_table_is_rewritten(tmp_path: Path) -> None:
+    run = a_run()
+    run.versions["torch"] = "2.13.0+cpu"
+    run.rows[0].case |= {"head_dim": 128, "value_dim": 128}
+    path, text = run.save(tmp_path / "new.json"), "a\n<!-- table: prefill -->\nold\n<!-- /table -->\nb\n"
+    made = figures_of_readme.rewrite(text, [str(path)])
+    assert made.startswith("a\n<!-- table: new -->\n`python -m bench prefill`: ") and made.endswith(
+        "-->\nb\n"
+    )
+    work = run.rows[0].work
+    assert f"\n| float32 S64, 4/2 heads |  |  |  | {work:.0f} (2.00x) |\n" in made and "old" not in made
+    with pytest.raises(ValueError, match="no table of 'prefill'"):
+        figures_of_readme.rewrite("nothing", [str(path)])
+    run.threads = 1
+    with pytest.raises(ValueError, match="one suite, machine and number of threads"):
+        figures_of_readme.rewrite(text, [str(path), str(run.save(tmp_path / "alone.json"))])
+
+
+@pytest.mark.parametrize("mode", ["", " backward"])
+def test_pictures_are_drawn(mode: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from bench.plot import draw
 
@@ -206,7 +234,7 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
     run.ceilings["read, 2 threads"] = 10.0
     short, long = run.rows[0], Row(**{**vars(a_run().rows[0])})
     for row, length in ((short, 512), (long, 2048)):
-        row.name, row.case = f"prefill-d64-s{length}", {**row.case, "seqlen_q": length}
+        row.name, row.case = f"prefill-d64-s{length}{mode}", {**row.case, "seqlen_q": length}
     run.rows.append(long)
     pictures = draw(run, tmp_path / "run")
     assert [path.name for path in pictures] == ["run-bars.png", "run-roofline.png", "run-lengths.png"]

@@ -1,4 +1,4 @@
-"""fastattn.nn.MultiheadAttention and the Transformer layers, against torch's own modules."""
+"""fastattn.nn.MultiheadAttention against torch's own module."""
 
 from __future__ import annotations
 
@@ -8,67 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from fastattn.nn import MultiheadAttention, TransformerDecoderLayer, TransformerEncoderLayer
+from fastattn.nn import MultiheadAttention
+from modules import HEADS, INF, WIDTH, agree, randn, shaken
+from torch_modules import (
+    BATCH,
+    KEYS,
+    QUERIES,
+    agree_with_gradients,
+    causal,
+    forbidden,
+    inputs,
+    padding,
+)
 
-BATCH, HEADS, QUERIES, KEYS, WIDTH = 3, 4, 5, 7, 16
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-INF = float("inf")
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64).to(dtype)
-
-
-def shaken(module: nn.Module) -> nn.Module:
-    """The module with parameters none of which is 0 or 1."""
-    with torch.no_grad():
-        for index, parameter in enumerate(module.parameters()):
-            parameter.add_(0.1 * randn(*parameter.shape, dtype=parameter.dtype, seed=index))
-    return module
-
-
-def agree(got: Tensor, want: Tensor, terms: int = 64) -> None:
-    """Within a share of the largest element: 1e-12, in float32 1e-6 times the root of what is added."""
-    assert got.shape == want.shape
-    assert got.dtype == want.dtype
-    share = 1e-12 if want.dtype == torch.float64 else 1e-6 * terms**0.5
-    largest = want.abs().max().item() if want.numel() else 0.0
-    assert (got - want).abs().max().item() <= share * largest
-
-
-def agree_with_gradients(
-    ours: nn.Module, theirs: nn.Module, tensors: list[Tensor], call: Any, exact: bool = True
-) -> None:
-    """Results of `call(module, *tensors)`, and gradients of tensors and parameters."""
-    results = []
-    for module in (ours, theirs):
-        leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
-        outputs = [out for out in call(module, *leaves) if out is not None]
-        loss = sum((out * randn(*out.shape, dtype=out.dtype, seed=1)).sum() for out in outputs)
-        parameters = dict(module.named_parameters())
-        wanted = [*leaves, *parameters.values()]
-        gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
-        named = dict(zip([*map(str, range(len(leaves))), *parameters], gradients, strict=True))
-        results.append((outputs, named))
-    (outputs, gradients), (want_outputs, want_gradients) = results
-    assert len(outputs) == len(want_outputs)
-    for out, want in zip(outputs, want_outputs, strict=True):
-        agree(out, want)
-    assert gradients.keys() == want_gradients.keys()
-    scale = max(gradient.abs().max().item() for gradient in want_gradients.values() if gradient is not None)
-    share = 1e-12 if outputs[0].dtype == torch.float64 else 1e-6 * 64**0.5
-    for name, want in want_gradients.items():
-        assert (gradients[name] is None) == (want is None), name
-        if want is not None:
-            # The gradient of a key's bias is 0 but for rounding: it is measured by the largest of all.
-            assert (gradients[name] - want).abs().max().item() <= share * scale, name
 
 
 def pair(
@@ -78,14 +33,6 @@ def pair(
     ours = MultiheadAttention(WIDTH, HEADS, dtype=dtype, **options)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return ours, theirs
-
-
-def inputs(dtype: torch.dtype = torch.float64, **options: Any) -> list[Tensor]:
-    widths = [WIDTH, options.get("kdim", WIDTH), options.get("vdim", WIDTH)]
-    lengths = [QUERIES, KEYS, KEYS]
-    shapes = [(length, BATCH, width) for length, width in zip(lengths, widths, strict=True)]
-    tensors = [randn(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)]
-    return [tensor.transpose(0, 1) for tensor in tensors] if options.get("batch_first") else tensors
 
 
 CONSTRUCTORS: dict[str, dict[str, Any]] = {
@@ -98,17 +45,6 @@ CONSTRUCTORS: dict[str, dict[str, Any]] = {
     "everything": {"add_bias_kv": True, "add_zero_attn": True, "kdim": 12, "vdim": 12},
 }
 EVERY_CONSTRUCTOR = pytest.mark.parametrize("options", CONSTRUCTORS.values(), ids=CONSTRUCTORS)
-
-
-def forbidden(*shape: int) -> Tensor:
-    """A bool mask in torch's sense, which leaves every row key 0."""
-    mask = torch.rand(*shape, generator=seeded(5)) < 0.4
-    mask[..., 0] = False
-    return mask
-
-
-def padding() -> Tensor:
-    return torch.arange(KEYS) >= torch.tensor([KEYS, 4, 1])[:, None]
 
 
 def as_float(mask: Tensor) -> Tensor:
@@ -225,10 +161,6 @@ def test_evaluation_is_torchs_fast_path(masks: dict[str, Tensor]) -> None:
 
 
 # Where torch has rules of its own
-
-
-def causal(rows: int = QUERIES, keys: int = KEYS) -> Tensor:
-    return torch.ones(rows, keys, dtype=torch.bool).triu(1)
 
 
 @pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
@@ -417,167 +349,3 @@ def test_nested_tensors_are_refused() -> None:
     nested = torch.nested.as_nested_tensor([torch.zeros(2, 8), torch.zeros(3, 8)])
     with pytest.raises(TypeError, match="query must be a dense tensor"):
         MultiheadAttention(8, 2)(nested, nested, nested)
-
-
-# The layers of a Transformer
-
-LAYERS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "batch-first": {"batch_first": True},
-    "norm-first": {"norm_first": True, "batch_first": True},
-    "gelu": {"activation": "gelu", "layer_norm_eps": 1e-3},
-    "callable": {"activation": F.silu, "batch_first": True},
-    "no-bias": {"bias": False, "norm_first": True},
-}
-EVERY_LAYER = pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
-KINDS = {
-    "encoder": (TransformerEncoderLayer, nn.TransformerEncoderLayer),
-    "decoder": (TransformerDecoderLayer, nn.TransformerDecoderLayer),
-}
-EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
-
-
-def layers(kind: str, dtype: torch.dtype = torch.float64, dropout: float = 0.0, **options: Any) -> Any:
-    ours, theirs = KINDS[kind]
-    other = shaken(theirs(WIDTH, HEADS, 24, dropout=dropout, dtype=dtype, **options))
-    own = ours(WIDTH, HEADS, 24, dropout=dropout, dtype=dtype, **options)
-    own.load_state_dict(other.state_dict(), strict=True)
-    return own, other
-
-
-def layer_inputs(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> list[Tensor]:
-    target, memory, _ = inputs(dtype, **options)
-    return [memory] if kind == "encoder" else [target, memory]
-
-
-def layer_masks(kind: str) -> list[dict[str, Any]]:
-    if kind == "encoder":
-        square = causal(KEYS, KEYS)
-        return [
-            {},
-            {"src_mask": square},
-            {"src_mask": square, "is_causal": True},
-            {"src_key_padding_mask": padding()},
-        ]
-    square, oblong = causal(QUERIES, QUERIES), forbidden(QUERIES, KEYS)
-    return [
-        {},
-        {"tgt_mask": square, "tgt_is_causal": True, "memory_key_padding_mask": padding()},
-        {"tgt_mask": square, "memory_mask": oblong},
-    ]
-
-
-@EVERY_KIND
-@EVERY_LAYER
-@DTYPES
-def test_layers_are_torchs(kind: str, options: dict[str, Any], dtype: torch.dtype) -> None:
-    ours, theirs = layers(kind, dtype, **options)
-    tensors = layer_inputs(kind, dtype, **options)
-    for masks in layer_masks(kind):
-        agree_with_gradients(
-            ours, theirs, tensors, lambda module, *sources, masks=masks: [module(*sources, **masks)]
-        )
-        with torch.no_grad():  # torch may take its fast path here
-            agree(ours.eval()(*tensors, **masks), theirs.eval()(*tensors, **masks))
-        ours.train(), theirs.train()
-
-
-@EVERY_KIND
-@EVERY_LAYER
-def test_layers_have_torchs_checkpoints_weights_and_copies(kind: str, options: dict[str, Any]) -> None:
-    ours, theirs = layers(kind, **options)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    shaken(ours)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    states = []
-    for layer in KINDS[kind]:
-        torch.manual_seed(3)
-        states.append(layer(WIDTH, HEADS, 24, **options).state_dict())
-    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
-    tensors = layer_inputs(kind, **options)
-    for same in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        assert torch.equal(same(*tensors), ours(*tensors))
-
-
-@EVERY_KIND
-def test_layers_drop_out_in_training_alone(kind: str) -> None:
-    ours, theirs = layers(kind, dropout=0.3)
-    tensors = layer_inputs(kind)
-    torch.manual_seed(0)
-    first = ours(*tensors)
-    assert not torch.equal(ours(*tensors), first)
-    torch.manual_seed(0)
-    assert torch.equal(ours(*tensors), first)
-    agree(ours.eval()(*tensors), theirs.eval()(*tensors))
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("masked", ["nothing", "padding", "causal", "both"])
-def test_encoder_of_torch(training: bool, masked: str) -> None:
-    """In evaluation torch's encoder hands padded batches over as nested tensors."""
-    ours, theirs = (
-        nn.TransformerEncoder(layer, 3).train(training) for layer in layers("encoder", batch_first=True)
-    )
-    masks: dict[str, Any] = {}
-    if masked in ("causal", "both"):
-        masks["mask"] = causal(KEYS, KEYS)
-    if masked in ("padding", "both"):
-        masks["src_key_padding_mask"] = padding()
-    with torch.set_grad_enabled(training):
-        x = randn(BATCH, KEYS, WIDTH)
-        agree(ours(x, **masks), theirs(x, **masks))
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_nested_input_of_a_layer() -> None:
-    ours, _ = layers("encoder", batch_first=True)
-    rows = [randn(4, WIDTH), randn(7, WIDTH)]
-    nested = torch.nested.as_nested_tensor(rows)
-    for got, alone in zip(ours(nested).unbind(), rows, strict=True):
-        agree(got, ours(alone[None])[0])
-    with pytest.raises(ValueError, match="src_key_padding_mask must be left out"):
-        ours(nested, src_key_padding_mask=padding())
-
-
-def test_decoder_and_transformer_of_torch() -> None:
-    ours, theirs = (nn.TransformerDecoder(layer, 2) for layer in layers("decoder", batch_first=True))
-    target, memory = layer_inputs("decoder", batch_first=True)
-    masks = {"tgt_mask": causal(QUERIES, QUERIES), "memory_key_padding_mask": padding()}
-    agree(ours(target, memory, **masks), theirs(target, memory, **masks))
-    encoders = [nn.TransformerEncoder(layer, 2) for layer in layers("encoder", batch_first=True)]
-    options: dict[str, Any] = {"d_model": WIDTH, "nhead": HEADS, "batch_first": True}
-    whole = [
-        nn.Transformer(custom_encoder=encoder, custom_decoder=decoder, **options)
-        for encoder, decoder in zip(encoders, (ours, theirs), strict=True)
-    ]
-    whole[0].load_state_dict(whole[1].state_dict())  # the constructor draws weights anew
-    agree(whole[0](memory, target), whole[1](memory, target))
-
-
-def test_hooks_run_in_evaluation() -> None:
-    ours, _ = layers("encoder", batch_first=True)
-    calls = []
-    ours.eval().self_attn.register_forward_hook(lambda *_: calls.append(1))
-    with torch.no_grad():
-        ours(randn(BATCH, KEYS, WIDTH))
-    assert calls == [1]
-
-
-LAYER_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"d_model": 10}, ValueError, "d_model must be a multiple of nhead = 4, got 10"),
-    ({"nhead": 0}, ValueError, "nhead must be at least 1, got 0"),
-    ({"dim_feedforward": 2.5}, TypeError, "dim_feedforward must be an integer, got float"),
-    ({"dropout": -0.1}, ValueError, "dropout must be a finite number in [0, 1], got -0.1"),
-    ({"layer_norm_eps": "1"}, TypeError, "layer_norm_eps must be a real number, got str"),
-    ({"activation": "tanh"}, RuntimeError, "tanh"),
-    ({"backend": 1}, TypeError, "backend must be a name or None, got int"),
-]
-
-
-@EVERY_KIND
-@pytest.mark.parametrize("wrong, error, message", LAYER_ERRORS, ids=[message for *_, message in LAYER_ERRORS])
-def test_layer_errors(kind: str, wrong: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error) as caught:
-        KINDS[kind][0](**{"d_model": WIDTH, "nhead": HEADS, **wrong})
-    assert message in str(caught.value)

@@ -21,22 +21,9 @@ from fastattn.nn import (
     SinusoidalPositionalEncoding,
     alibi_slopes,
 )
+from modules import HEADS, INF, OPTIONS, WIDTH, agree, make, randn, shaken
 
-BATCH, LENGTH, WIDTH, HEADS = 2, 9, 16, 4
-INF = float("inf")
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def shaken(module: Any) -> Any:
-    """The module with parameters none of which is 0 or 1."""
-    with torch.no_grad():
-        for index, parameter in enumerate(module.parameters()):
-            parameter.add_(0.2 * randn(*parameter.shape, dtype=parameter.dtype, seed=index))
-    return module
+BATCH, LENGTH = 2, 9
 
 
 def written_out(
@@ -93,45 +80,8 @@ def written_out(
     return F.linear(torch.cat(outs, -1), layer.out_proj.weight, layer.out_proj.bias), torch.stack(weights, 1)
 
 
-def agree(got: Tensor, want: Tensor, name: str = "", largest: float | None = None) -> None:
-    """Within a share of the largest element, or of `largest`: 1e-12, in float32 1e-6 sqrt(64)."""
-    assert got.shape == want.shape, name
-    assert got.dtype == want.dtype, name
-    largest = want.abs().max().item() if largest is None else largest
-    share = 1e-12 if want.dtype == torch.float64 else 1e-6 * (4 * WIDTH) ** 0.5
-    assert (got - want).abs().max().item() <= share * largest, name
-
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "eight-heads": {"num_heads": 8},
-    "grouped": {"num_kv_heads": 2},
-    "one-kv-head": {"num_kv_heads": 1, "head_dim": 5},
-    "causal": {"causal": True},
-    "window": {"window": (2, 1)},
-    "sliding": {"causal": True, "window": (3, None)},
-    "softcap": {"softcap": 1.5},
-    "scale": {"scale": 1.0},
-    "sinks": {"sinks": True},
-    "no-bias": {"bias": False, "out_bias": True},
-    "norm": {"qk_norm": True},
-    "rotary": {"position": "rotary", "causal": True},
-    "interleaved": {"position": RotaryEmbedding(4, interleaved=True, rotary_dim=2)},
-    "alibi": {"position": "alibi", "causal": True},
-    "t5": {"position": RelativePositionBias(HEADS, 8, 12, dtype=torch.float64), "scale": 1.0},
-    "all": {
-        **{"num_kv_heads": 2, "head_dim": 6, "causal": True, "window": (4, 0), "softcap": 2.0},
-        **{"sinks": True, "bias": False, "qk_norm": True, "position": "rotary"},
-    },
-}
 EVERY_OPTION = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-
-
-def make(kind: type[Attention] = SelfAttention, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
-    torch.manual_seed(0)
-    arguments = {"num_heads": HEADS, **copy.deepcopy(options)}
-    return shaken(kind(WIDTH, **arguments, dtype=dtype).to(dtype))
 
 
 # Against the formula
@@ -293,117 +243,16 @@ def test_heads_are_views_of_the_projection() -> None:
     assert len({head.untyped_storage().data_ptr() for head in heads}) == 1
 
 
-# The cache
-
-CACHED = {name: options for name, options in OPTIONS.items() if name not in ("interleaved", "window")}
-MODES = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "grad": torch.enable_grad}
-
-
-@pytest.mark.parametrize("options", CACHED.values(), ids=CACHED)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("steps", [[1] * LENGTH, [5, 1, 1, 2], [LENGTH]], ids=str)
-def test_step_by_step_is_the_whole(options: dict[str, Any], mode: str, steps: list[int]) -> None:
-    layer = make(fused=True, **{**options, "causal": True})
-    x = randn(BATCH, LENGTH, WIDTH)
-    with MODES[mode]():
-        cache = KVCache()
-        outs = [layer(rows, cache=cache) for rows in x.split(steps, 1)]
-        agree(torch.cat(outs, 1), layer(x))
-    assert len(cache) == LENGTH
-    assert cache.key.shape == cache.value.shape == (BATCH, LENGTH, layer.num_kv_heads, layer.head_dim)
-
-
-def test_gradients_pass_through_the_cache() -> None:
-    layer, cache = make(causal=True, position="rotary"), KVCache()
-    x = randn(BATCH, LENGTH, WIDTH).requires_grad_()
-    stepped = torch.cat([layer(rows, cache=cache) for rows in x.split(2, 1)], 1)
-    weight = randn(*stepped.shape, seed=1)
-    gradients = [
-        torch.autograd.grad((out * weight).sum(), [x, *layer.parameters()]) for out in (stepped, layer(x))
-    ]
-    for got, want in zip(*gradients, strict=True):
-        agree(got, want)
-
-
-def test_masks_of_a_call_count_what_the_cache_holds() -> None:
-    layer, cache, x = make(causal=True), KVCache(), randn(BATCH, LENGTH, WIDTH)
-    real = torch.arange(LENGTH) >= torch.tensor([0, 3])[:, None]  # padding on the left
-    mask = real[:, None, None]
-    whole = layer(x, mask=mask)
-    layer(x[:, :6], mask=mask[..., :6], cache=cache)
-    out, weights = layer(x[:, 6:], mask=mask, cache=cache, need_weights=True)
-    agree(out, whole[:, 6:])
-    assert weights.shape == (BATCH, HEADS, 3, LENGTH)
-
-
-@torch.no_grad()
-def test_cached_context_is_projected_once() -> None:
-    layer, cache = make(CrossAttention, position="rotary"), KVCache()
-    x, context = randn(BATCH, LENGTH, WIDTH), randn(BATCH, 5, WIDTH, seed=1)
-    layer(x[:, :1], context, cache=cache)
-    again = layer(x, cache=cache)
-    agree(again, layer(x, context))
-    assert len(cache) == 5
-
-
-@torch.no_grad()
-def test_cache_grows_seldom() -> None:
-    layer, cache, sizes = make(causal=True), KVCache(), set()
-    for row in randn(BATCH, 64, WIDTH).split(1, 1):
-        layer(row, cache=cache)
-        sizes.add(cache.key.untyped_storage().nbytes())
-    assert len(sizes) <= 7
-    roomy = KVCache(capacity=64)
-    for row in randn(BATCH, 64, WIDTH).split(1, 1):
-        layer(row, cache=roomy)
-    assert torch.equal(roomy.key, cache.key)
-    assert roomy.key.untyped_storage().nbytes() == BATCH * 64 * WIDTH * 8
-
-
-@torch.no_grad()
-def test_crop_and_reorder() -> None:
-    layer, cache, x = make(causal=True, position="alibi"), KVCache(), randn(BATCH, LENGTH, WIDTH)
-    layer(x, cache=cache)
-    cache.crop(4)
-    agree(layer(x[:, 4:], cache=cache), layer(x)[:, 4:])
-    cache.crop(4)
-    cache.reorder(torch.tensor([1, 1, 0]))
-    swapped = x[[1, 1, 0]]
-    agree(layer(swapped[:, 4:], cache=cache), layer(swapped)[:, 4:])
-    assert repr(cache) == "KVCache(length=9, shape=(3, 9, 4, 4))"
-    assert repr(KVCache()) == "KVCache(length=0, shape=None)"
-
-
-def test_cache_leaves_what_a_graph_saved() -> None:
-    """Rows of a frozen projection are saved by the graph of the query: later calls must not write there."""
-    layer, cache, x = make(causal=True), KVCache(), randn(BATCH, LENGTH, WIDTH)
-    for name in ("k_proj", "v_proj"):
-        getattr(layer, name).requires_grad_(False)
-    out = layer(x[:, :6], cache=cache)
-    want = torch.autograd.grad(layer(x[:, :6]).sum(), layer.q_proj.weight)[0]
-    cache.crop(3)
-    with torch.no_grad():
-        layer(x[:, 3:6] + 1, cache=cache)
-    agree(torch.autograd.grad(out.sum(), layer.q_proj.weight)[0], want)
-
-
-def test_cache_of_inference_mode_goes_on_elsewhere() -> None:
-    layer, cache, x = make(causal=True), KVCache(capacity=32), randn(BATCH, LENGTH, WIDTH)
-    with torch.inference_mode():
-        layer(x[:, :4], cache=cache)
-    with torch.no_grad():
-        agree(layer(x[:, 4:], cache=cache), layer(x)[:, 4:])
-
-
 # The habits of a module
 
 
 @EVERY_OPTION
+@pytest.mark.parametrize("kind", [SelfAttention, CrossAttention, Attention])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
-def test_copies(options: dict[str, Any], duplicate: Any) -> None:
-    layer, x = make(**options), randn(BATCH, LENGTH, WIDTH)
+def test_copies(options: dict[str, Any], kind: type[Attention], duplicate: Any) -> None:
+    layer, x = make(kind, fused=kind is not Attention, **options), randn(BATCH, LENGTH, WIDTH)
     same = duplicate(layer)
-    assert torch.equal(same(x), layer(x))
+    assert torch.equal(call_with(same, x, x), call_with(layer, x, x))
     assert list(same.state_dict()) == list(layer.state_dict())
 
 
@@ -554,20 +403,3 @@ def test_errors(wrong: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error) as caught:
         wrong()
     assert message in str(caught.value)
-
-
-def test_errors_of_a_cache() -> None:
-    cache = KVCache()
-    with pytest.raises(ValueError, match="key and value must have shapes"):
-        cache.append(rows(2, 3, 4, 8), rows(2, 4, 4, 8))
-    cache.append(rows(2, 3, 4, 8), rows(2, 3, 4, 5))
-    for wrong in (rows(1, 1, 4, 8), rows(2, 1, 2, 8), rows(2, 1, 4, 8).double()):
-        with pytest.raises(
-            ValueError, match="key must have the batch, heads, dim, dtype and device of the cache"
-        ):
-            cache.append(wrong, wrong)
-    with pytest.raises(ValueError, match="value must have the batch"):
-        cache.append(rows(2, 1, 4, 8), rows(2, 1, 4, 8))
-    assert len(cache) == 3
-    with pytest.raises(ValueError, match="length must be at most the 3 rows there are, got 4"):
-        cache.crop(4)

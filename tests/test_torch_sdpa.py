@@ -101,11 +101,14 @@ def test_torchs_own_samples(dtype: torch.dtype, requires_grad: bool, no_fallback
             continue
         # Numbers up to 9 make for scores of up to 9 * 9 * sqrt(8) = 229, whose rounding moves probabilities
         # by as many units; gradients lose more, in cancellation, in torch's flash attention as well.
-        flash = results(by_flash, args, sample.kwargs)
-        for mine, yours, best in zip(got, flash, exactly(args, sample.kwargs), strict=True):
+        flash, exact = results(by_flash, args, sample.kwargs), exactly(args, sample.kwargs)
+        # What is exact has errors of its own: rounded are the numbers that cancel, as large as any result.
+        uncertain = 64 * torch.finfo(torch.float64).eps * max(best.abs().max() for best in exact)
+        for mine, yours, best in zip(got, flash, exact, strict=True):
             accumulated = torch.promote_types(mine.dtype, torch.float32)
             room = 229 * torch.finfo(accumulated).eps + 4 * torch.finfo(mine.dtype).eps
-            assert (mine - best).abs().max() <= 2 * (yours - best).abs().max() + room * best.abs().max()
+            bound = 2 * (yours - best).abs().max() + room * best.abs().max() + uncertain
+            assert (mine - best).abs().max() <= bound
 
 
 def shaped(*shapes: tuple[int, ...], seed: int = 0) -> list[torch.Tensor]:

@@ -1,6 +1,8 @@
 """fastattn under transformers gives what eager attention gives: tiny random models of every kind."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from typing import Any
 
 import pytest
 
@@ -10,51 +12,24 @@ transformers = pytest.importorskip("transformers", minversion="4.57")
 from transformers import masking_utils  # noqa: E402
 
 from fastattn.integrations import transformers as integration  # noqa: E402
-
-VOCABULARY = 101
-SMALL = {"vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
-GROUPED = SMALL | {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
-BATCH, LENGTH, WINDOW = 3, 21, 8
-
-
-def llama():
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED))
-
-
-def mistral():
-    return transformers.MistralForCausalLM(transformers.MistralConfig(**GROUPED, sliding_window=WINDOW))
-
-
-def gemma2():
-    config = transformers.Gemma2Config(
-        **GROUPED, sliding_window=WINDOW, attn_logit_softcapping=2.0, query_pre_attn_scalar=4
-    )
-    return transformers.Gemma2ForCausalLM(config)
-
-
-def gpt_oss():
-    config = transformers.GptOssConfig(
-        **GROUPED, sliding_window=WINDOW, num_local_experts=2, num_experts_per_tok=1
-    )
-    model = transformers.GptOssForCausalLM(config)
-    for layer in model.model.layers:  # sinks that matter: initialised near zero, they would be hard to miss
-        torch.nn.init.normal_(layer.self_attn.sinks, std=2.0)
-    return model
-
-
-def llama4():
-    config = transformers.Llama4TextConfig(
-        **GROUPED, attention_chunk_size=WINDOW, num_local_experts=1, intermediate_size_mlp=64
-    )
-    return transformers.Llama4ForCausalLM(config)
-
-
-def bert():
-    return transformers.BertModel(transformers.BertConfig(**SMALL, num_attention_heads=6))
-
-
-DECODERS = [llama, mistral, gemma2, gpt_oss, llama4]
-PADDING = {"none": (0, 0, 0), "left": (5, 0, 2), "right": (-5, 0, -2)}
+from transformers_models import (  # noqa: E402
+    BATCH,
+    DECODERS,
+    ENCODER_DECODERS,
+    LENGTH,
+    MODELS,
+    PADDING,
+    WINDOW,
+    bart,
+    build,
+    gpt_oss,
+    llama,
+    mistral,
+    model_name,
+    sources,
+    tokens,
+    use,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,78 +37,128 @@ def registered():
     integration.register()
 
 
-@pytest.fixture(scope="module", params=[*DECODERS, bert], ids=lambda make: make.__name__)
+@pytest.fixture(scope="module", params=MODELS, ids=model_name)
 def model(request):
     return build(request.param)
 
 
-@pytest.fixture(scope="module", params=DECODERS, ids=lambda make: make.__name__)
+@pytest.fixture(scope="module", params=DECODERS, ids=model_name)
 def decoder(request):
     return build(request.param)
 
 
-def build(make: Callable):
-    torch.manual_seed(0)
-    model = make().eval()
-    for parameter in model.parameters():  # spread: the default initialisation makes attention nearly uniform
-        if parameter.ndim > 1:
-            parameter.data *= 4
-    return model
-
-
-def tokens(padding: str = "none"):
-    """(input_ids, attention_mask or None); padding counts from the left, or from the right where negative."""
-    ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
-    if padding == "none":
-        return ids, None
-    mask = torch.ones_like(ids)
-    for row, count in zip(mask, PADDING[padding], strict=True):
-        row[slice(0, count) if count >= 0 else slice(count, None)] = 0
-    return ids, mask
-
-
-def under(model, name: str, **inputs):
-    model.set_attn_implementation(name)
+def under(model, implementation: str, **inputs: Any):
     with torch.no_grad():
-        return model(**inputs)
+        return use(model, implementation)(**inputs)
+
+
+def real(inputs: dict[str, Any], which: str) -> torch.Tensor:
+    """Where rows are no padding."""
+    mask = inputs[which.format("attention_mask")]
+    ids = inputs[which.format("input_ids")]
+    return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
 
 
 # transformers 4 warns that only eager returns weights; here fastattn does.
-@pytest.mark.filterwarnings("ignore:.output_attentions=True. is not supported:UserWarning")
+OUTPUT_ATTENTIONS = pytest.mark.filterwarnings("ignore:.output_attentions=True. is not supported:UserWarning")
+
+
+@OUTPUT_ATTENTIONS
 @pytest.mark.parametrize("padding", PADDING)
 def test_hidden_states_and_weights_are_those_of_eager(model, padding):
-    ids, mask = tokens(padding)
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    inputs = {"input_ids": ids, "attention_mask": mask, "output_attentions": True}
+    inputs = sources(model, padding) | {"output_attentions": True}
     expected, actual = under(model, "eager", **inputs), under(model, "fastattn", **inputs)
-    torch.testing.assert_close(actual[0][real], expected[0][real], rtol=2e-5, atol=2e-5)
-    assert len(actual.attentions) == len(expected.attentions) == model.config.num_hidden_layers
-    for ours, theirs in zip(actual.attentions, expected.attentions, strict=True):
-        torch.testing.assert_close(
-            ours.transpose(1, 2)[real], theirs.transpose(1, 2)[real], rtol=2e-5, atol=1e-6
-        )
+    rows = {"attentions": "{}", "decoder_attentions": "decoder_{}", "cross_attentions": "decoder_{}"}
+    if "input_ids" in inputs:
+        rows["encoder_attentions"] = "{}"
+    last = "decoder_{}" if model.config.is_encoder_decoder else "{}"
+    at = real(inputs, last)
+    torch.testing.assert_close(actual.logits[at], expected.logits[at], rtol=2e-5, atol=2e-5)
+    compared = 0
+    for kind, which in rows.items():
+        for ours, theirs in zip(*(getattr(x, kind, None) or () for x in (actual, expected)), strict=True):
+            at = real(inputs, which)
+            ours, theirs = ours.transpose(1, 2)[at], theirs.transpose(1, 2)[at]
+            torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6)
+            compared += 1
+    assert compared >= model.config.num_hidden_layers
+
+
+@OUTPUT_ATTENTIONS
+def test_weights_that_the_configuration_asks_for():
+    model = use(build(llama), "eager")
+    model.config.output_attentions = True
+    expected, actual = (under(model, name, input_ids=tokens()[0]) for name in ("eager", "fastattn"))
+    torch.testing.assert_close(actual.attentions, expected.attentions, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [llama, bart], ids=model_name)
+def test_every_layer_calls_fastattn(make, monkeypatch):
+    """Models that pass by the interface would agree with eager, too."""
+    calls = []
+    attention = integration.attention
+    monkeypatch.setattr(
+        integration, "attention", lambda *args, **kw: calls.append(1) or attention(*args, **kw)
+    )
+    model = build(make)
+    under(model, "fastattn", **sources(model))
+    assert len(calls) == {llama: 2, bart: 6}[make]
+
+
+def generate(model, implementation: str, **inputs: Any):
+    return use(model, implementation).generate(
+        **inputs,
+        max_new_tokens=WINDOW + 4,
+        min_new_tokens=WINDOW + 4,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])  # on the right, text would go on from padding
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_greedy_text_is_that_of_eager(decoder, cache, padding):
+    ids, mask = tokens(padding)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
+    expected, actual = (
+        generate(decoder, implementation, **inputs, cache_implementation=cache)
+        for implementation in ("eager", "fastattn")
+    )
+    assert torch.equal(actual.sequences, expected.sequences)
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=2e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("make", [mistral, gpt_oss], ids=model_name)
+def test_sliding_caches(make, cache):
+    """Of models with a window, caches that keep no more than it: the text above ran on those."""
+    model = build(make)
+    ids, _ = tokens()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "cache_implementation": cache}
+    layers = generate(model, "fastattn", **inputs).past_key_values.layers
+    sliding = [layer for layer in layers if "SlidingWindow" in type(layer).__name__]
+    assert len(sliding) == {mistral: 2, gpt_oss: 1}[make]
+    assert all(layer.keys.shape[2] <= WINDOW < LENGTH for layer in sliding)
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_greedy_text_is_that_of_eager(decoder, cache, padding):
-    ids, mask = tokens(padding)
-    texts = []
-    for name in ("eager", "fastattn"):
-        decoder.set_attn_implementation(name)
-        mask_given = torch.ones_like(ids) if mask is None else mask
-        texts.append(
-            decoder.generate(
-                input_ids=ids,
-                attention_mask=mask_given,
-                max_new_tokens=WINDOW + 4,
-                do_sample=False,
-                cache_implementation=cache,
-                pad_token_id=0,
-                eos_token_id=None,
-            )
-        )
-    assert torch.equal(*texts)
+@pytest.mark.parametrize("make", ENCODER_DECODERS, ids=model_name)
+def test_text_of_an_encoder_and_a_decoder_is_that_of_eager(make, cache, padding):
+    model = build(make)
+    inputs = {
+        name: value
+        for name, value in sources(model, padding).items()
+        if "decoder" not in name and value is not None
+    }
+    expected, actual = (
+        generate(model, implementation, **inputs, cache_implementation=cache)
+        for implementation in ("eager", "fastattn")
+    )
+    assert torch.equal(actual.sequences, expected.sequences)
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=2e-5, atol=5e-5)
 
 
 def test_a_prompt_in_two_parts(decoder):
@@ -162,25 +187,6 @@ def test_a_float_mask_is_added(value):
     inputs = {"input_ids": ids, "attention_mask": mask}
     decoder = build(llama)
     expected, actual = under(decoder, "eager", **inputs), under(decoder, "fastattn", **inputs)
-    torch.testing.assert_close(actual.logits, expected.logits, rtol=2e-5, atol=2e-5)
-
-
-@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="T5 calls no attention interface")
-def test_position_bias_of_t5():
-    torch.manual_seed(0)
-    config = transformers.T5Config(
-        vocab_size=VOCABULARY,
-        d_model=48,
-        d_kv=16,
-        d_ff=64,
-        num_layers=2,
-        num_heads=3,
-        decoder_start_token_id=0,
-    )
-    model = transformers.T5ForConditionalGeneration(config).eval()
-    ids, mask = tokens("right")
-    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, :9]}
-    expected, actual = under(model, "eager", **inputs), under(model, "fastattn", **inputs)
     torch.testing.assert_close(actual.logits, expected.logits, rtol=2e-5, atol=2e-5)
 
 
@@ -243,12 +249,7 @@ def test_a_rule_mask_has_the_elements_of_the_dense_one(
     elif padding == "short":  # a static cache: the keys to come are not mentioned
         pad = pad[:, : q_offset + q_length]
     ours, dense = masks(function, q_length, kv_length, q_offset, kv_offset, pad)
-    if ours is None:
-        ours = (torch.arange(q_length)[:, None] + kv_length - q_length >= torch.arange(kv_length)).expand(
-            dense.shape
-        )
-    else:
-        assert ours.shape == dense.shape and ours.rule is not None
+    assert ours.shape == dense.shape and ours.rule is not None
     assert torch.equal(ours & True, dense)
 
 
@@ -258,9 +259,15 @@ def test_what_is_not_a_band_is_dense():
     assert type(ours) is torch.Tensor and torch.equal(ours, dense)
 
 
-def test_the_plain_causal_rule_needs_no_mask():
-    assert masks(CAUSAL, 12, 12, 0, 0, torch.ones(2, 12, dtype=torch.bool))[0] is None
-    assert masks(SLIDING, WINDOW, WINDOW, 0, 0, None)[0] is None
+def test_the_plain_causal_rule_is_the_plain_argument():
+    """Calls of nothing but the causal rule take the short way."""
+    real = torch.ones(2, 12, dtype=torch.bool)
+    for mask, _ in (
+        masks(CAUSAL, 12, 12, 0, 0, real),
+        masks(CAUSAL, 1, 12, 11, 0, real),
+        masks(SLIDING, WINDOW, WINDOW, 0, 0, None),
+    ):
+        assert mask.rule.arguments() == {"causal": True}
 
 
 def test_a_rule_mask_that_was_written_to_is_what_was_written():
@@ -283,9 +290,9 @@ def call(module=None, mask=None, **arguments):
 def test_an_argument_without_a_meaning_here_is_refused():
     call(position_ids=torch.arange(4), unheard_of=None)
     with pytest.raises(
-        TypeError, match="does not know what these attention arguments mean: head_mask, unheard_of"
+        TypeError, match="does not know what these attention arguments mean: sinks, unheard_of"
     ):
-        call(unheard_of=1, head_mask=torch.ones(2))
+        call(unheard_of=1, sinks=torch.ones(2))
 
 
 def test_packed_sequences_without_a_mask_are_refused():
@@ -293,14 +300,6 @@ def test_packed_sequences_without_a_mask_are_refused():
     with pytest.raises(TypeError, match="no mask that keeps them apart"):
         call(cu_seq_lens_q=cumulative, cu_seq_lens_k=cumulative)
     call(mask=torch.ones(1, 1, 4, 4, dtype=torch.bool), cu_seq_lens_q=cumulative, cu_seq_lens_k=cumulative)
-
-
-def test_dropout_in_training_is_refused():
-    call(dropout=0.1)  # not training: eager ignores it too
-    with pytest.raises(
-        NotImplementedError, match=r"no dropout yet, got dropout=0\.1 while Module is training"
-    ):
-        call(torch.nn.Module().train(), dropout=0.1)
 
 
 def test_a_mask_needs_four_axes():
@@ -311,3 +310,17 @@ def test_a_mask_needs_four_axes():
 def test_the_output_is_contiguous_with_heads_inside():
     out, weights = call()
     assert out.shape == (1, 4, 2, 8) and out.is_contiguous() and weights is None
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 2, 1, 1), (3, 2, 1, 1)], ids=str)
+def test_a_head_mask_is_a_factor(shape):
+    """As of eager attention in transformers 4; gradients reach it."""
+    query, key, value = (torch.randn(3, 2, 4, 8, dtype=torch.float64) for _ in range(3))
+    factors = torch.rand(shape, dtype=torch.float64, requires_grad=True)
+    out, weights = integration.attention_forward(
+        torch.nn.Module(), query, key, value, None, is_causal=False, head_mask=factors, output_attentions=True
+    )
+    expected = (query @ key.mT / 8**0.5).softmax(-1) * factors.view(-1, 2, 1, 1)
+    torch.testing.assert_close(weights, expected)
+    torch.testing.assert_close(out, (expected @ value).transpose(1, 2))
+    assert torch.autograd.grad(out.sum(), factors)[0].shape == shape

@@ -24,6 +24,7 @@ class Call:
     key: Any
     value: Any
     options: dict[str, Any]  # of fastattn.attention
+    grad_out: Any = None  # where gradients are asked for; query, key and value require grad then
 
     @property
     def causal(self) -> bool:
@@ -72,6 +73,7 @@ class Peer:
     library: ClassVar[str] = "torch"
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
     does: ClassVar[frozenset[str]] = frozenset()  # of what `features` returns
+    differentiates: ClassVar[bool] = False  # whether its outputs carry a graph
 
     def load(self, threads: int) -> str:
         """Import what is needed, settle the number of threads, and return the version."""
@@ -89,7 +91,7 @@ class Peer:
         raise NotImplementedError
 
     def read(self, result: Any, case: Case) -> np.ndarray:
-        """What a run returned, as (B, Hq, Lq, Dv) in float64."""
+        """What a run returned, an output or a gradient, in float64."""
         return np.asarray(result.double())
 
 

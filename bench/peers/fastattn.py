@@ -14,6 +14,7 @@ from tests.shapes import Case
 class FastAttn(Peer):
     name = "fastattn"
     at_home = True
+    differentiates = True
 
     def load(self, threads: int) -> str:
         import fastattn

@@ -11,6 +11,7 @@ from bench.peers.base import MASKED, Call, Peer, Run, register
 class Torch(Peer):
     name = "torch"
     at_home = True
+    differentiates = True
     dtypes = ("float64", "float32", "bfloat16", "float16")
     does = MASKED | {"grouped heads", "values of another size"}
 

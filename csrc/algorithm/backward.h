@@ -71,6 +71,7 @@ void run_key_group(void* opaque, int64_t index, int thread) {
                            false,
                            {},
                            {},
+                           {},
                            {}};
         run_gradient_block<E>(g, grad_key, grad_value);
       }
@@ -219,7 +220,7 @@ void backward(const BackwardParams& b) {
     call.first_head = first;
     call.head_count = wave;
     parallel_for(wave * plan.head_panels, plan.threads, prepare_rows<E>, &call, p.num_threads);
-    if (plan.pack_key || plan.pack_value || plan.clean_key) {
+    if (plan.pack_key || plan.pack_value || plan.pack_steps) {
       parallel_for(wave * plan.blocks, plan.threads, prepare_keys<E>, &call, p.num_threads);
     }
     parallel_for(wave * plan.key_groups, plan.threads, run_key_group<E>, &call, p.num_threads);

@@ -48,43 +48,42 @@ struct BackwardHead {
     return reinterpret_cast<double*>(scratch + plan().slopes_at) + group * (p().query_heads / p().kv_heads);
   }
 
-  // Rows of a span from `row` on, where they lie or packed.
-  RowBase rows(bool packed, int64_t packed_at, int64_t columns, const void* tensor, const int64_t* strides,
-               int64_t span, int64_t row) const {
+  // Steps of a span from `row` on, the first of a panel, where they lie or packed.
+  RowBase steps(bool packed, int64_t packed_at, int64_t columns, const void* tensor, const int64_t* strides,
+                int64_t span, int64_t row) const {
     constexpr auto kScalar = static_cast<int64_t>(sizeof(Scalar));
     if (packed) {
-      return {scratch + packed_at + (span * plan().span_rows + row) * columns * kScalar, columns * kScalar};
+      const int64_t step = (span * plan().span_panels * E::kLanes + row) / E::kDepth;
+      return {scratch + packed_at + step * columns * kScalar, columns * kScalar};
     }
     const int64_t head = kv_head * (p().query_heads / p().kv_heads) + span;
     const auto* first = at<Source>(tensor, batch * strides[0] + head * strides[1] + row * strides[2]);
     return {reinterpret_cast<const char*>(first), strides[2] * kScalar};
   }
-  RowBase query_rows(int64_t span, int64_t row) const {
-    return rows(plan().pack_query, plan().query_rows_at, plan().head_dim, p().query, p().query_strides, span, row);
+  RowBase query_steps(int64_t span, int64_t row) const {
+    return steps(plan().pack_query, plan().query_rows_at, plan().head_dim, p().query, p().query_strides, span, row);
   }
-  RowBase grad_out_rows(int64_t span, int64_t row) const {
-    return rows(plan().pack_grad_out, plan().grad_out_rows_at, plan().value_dim, call.b.grad_out,
-                call.b.grad_out_strides, span, row);
+  RowBase grad_out_steps(int64_t span, int64_t row) const {
+    return steps(plan().pack_grad_out, plan().grad_out_rows_at, plan().value_dim, call.b.grad_out,
+                 call.b.grad_out_strides, span, row);
   }
 
-  // Keys and values from `key` on.
-  RowBase keys(bool packed, int64_t packed_at, int64_t columns, const void* first, int64_t stride, int64_t key) const {
-    constexpr auto kScalar = static_cast<int64_t>(sizeof(Scalar));
-    if (packed) {
-      return {scratch + packed_at + key * columns * kScalar, columns * kScalar};
-    }
-    return {static_cast<const char*>(first) + key * stride * kScalar, stride * kScalar};
+  // Rows of keys and values from `key` on.
+  RowBase keys(bool packed, int64_t packed_at, int64_t lanes, const void* first, int64_t stride, int64_t key) const {
+    const auto bytes = static_cast<int64_t>(packed ? lanes * sizeof(Scalar) : stride * sizeof(typename E::Element));
+    return {(packed ? scratch + packed_at : static_cast<const char*>(first)) + key * bytes, bytes};
   }
   RowBase key_rows(int64_t key) const {
-    return keys(plan().pack_key, plan().key_rows_at, plan().head_dim, key_row<E>(p(), batch, kv_head, 0),
+    return keys(plan().pack_key, plan().key_rows_at, plan().key_lanes, key_row<E>(p(), batch, kv_head, 0),
                 p().key_strides[2], key);
   }
-  RowBase clean_key_rows(int64_t key) const {
-    return plan().clean_key ? keys(true, plan().clean_key_at, plan().head_dim, nullptr, 0, key) : key_rows(key);
-  }
   RowBase value_rows(int64_t key) const {
-    return keys(plan().pack_value, plan().value_rows_at, plan().value_dim, value_row<E>(p(), batch, kv_head, 0),
+    return keys(plan().pack_value, plan().value_rows_at, plan().value_lanes, value_row<E>(p(), batch, kv_head, 0),
                 p().value_strides[2], key);
+  }
+  RowBase key_steps(int64_t key) const {
+    return plan().pack_steps ? keys(true, plan().key_steps_at, plan().head_dim, nullptr, 0, key / E::kDepth)
+                             : key_rows(key);
   }
 };
 
@@ -95,13 +94,70 @@ inline BackwardHead<E> backward_head(const BackwardCall<E>& call, int64_t index)
   return {call, head / p.kv_heads, head % p.kv_heads, call.heads + index * call.plan.head_bytes};
 }
 
-// A row as whole vectors of the scalar, padded with zeros; all zeros for a null row.
+// A row of `count` numbers as operand elements, padded with zeros to a number of vectors; all zeros for a null row.
 template <class E>
-inline void pack_row(const typename E::Source* row, int64_t stride, int64_t count, typename E::Scalar* out,
+inline void pack_row(const typename E::Source* row, int64_t stride, int64_t count, typename E::Element* out,
                      int64_t padded) {
-  for (int64_t d = 0; d < padded; ++d) {
-    out[d] = row != nullptr && d < count ? static_cast<typename E::Scalar>(to_scalar(row[d * stride])) : 0;
+  int64_t d = 0;
+  if constexpr (E::kDepth == 1) {
+    using V = typename E::V;
+    for (; row != nullptr && stride == 1 && d + E::kWidth <= count; d += E::kWidth) {
+      V::store(out + d, V::load(row + d));
+    }
   }
+  for (; d < padded; ++d) {
+    if constexpr (E::kDepth == 1) {
+      out[d] = row != nullptr && d < count ? static_cast<typename E::Element>(to_scalar(row[d * stride])) : 0;
+    } else {
+      out[d] = row != nullptr && d < count ? row[d * stride] : typename E::Element{};
+    }
+  }
+}
+
+// A step of the second products: `depth` rows, of which null ones are zeros. Their elements pair up in lanes.
+template <class E>
+inline void pack_step(const typename E::Source* const (&rows)[E::kDepth], int64_t stride, int64_t count,
+                      typename E::Scalar* out, int64_t padded) {
+  if constexpr (E::kDepth == 1) {
+    pack_row<E>(rows[0], stride, count, out, padded);
+  } else {
+    using V = typename E::V;
+    using Source = typename E::Source;
+    constexpr int64_t kLongest = kMaxHeadDim > kMaxValueDim ? kMaxHeadDim : kMaxValueDim;
+    static const Source kZeros[kLongest] = {};
+    Source gathered[2][kLongest];
+    const Source* from[2];
+    for (int i = 0; i < 2; ++i) {
+      from[i] = rows[i] == nullptr ? kZeros : stride == 1 ? rows[i] : gather_row(rows[i], stride, count, gathered[i]);
+    }
+    for (int64_t d = 0; d < padded; d += E::kWidth) {
+      V::store(out + d, V::interleave(from[0] + d, from[1] + d, static_cast<int>(min64(E::kWidth, count - d))));
+    }
+  }
+}
+
+// The inner product of two rows.
+template <class E>
+inline double dot(const typename E::Source* a, int64_t a_stride, const typename E::Source* b, int64_t b_stride,
+                  int64_t count) {
+  using V = typename E::V;
+  double total = 0;
+  int64_t d = 0;
+  if (a_stride == 1 && b_stride == 1) {
+    auto sum = V::zero();
+    for (; d + E::kWidth <= count; d += E::kWidth) {
+      sum = V::fma(V::load(a + d), V::load(b + d), sum);
+    }
+    typename E::Scalar lanes[E::kWidth];
+    V::store(lanes, sum);
+    for (const auto lane : lanes) {
+      total += static_cast<double>(lane);
+    }
+  }
+  for (; d < count; ++d) {
+    total += static_cast<double>(to_scalar(a[d * a_stride])) * static_cast<double>(to_scalar(b[d * b_stride]));
+  }
+  return total;
 }
 
 // The reference point of each lane: its normaliser, and the mean that its gradients are taken from.
@@ -131,11 +187,7 @@ inline void place_levels(const BackwardHead<E>& head, const Panel<E>& panel, typ
     const auto* out = at<Source>(p.out, head.batch * p.out_strides[0] + panel.head[lane] * p.out_strides[1] +
                                             panel.row[lane] * p.out_strides[2]);
     const auto* grad = at<Source>(b.grad_out, row);
-    double sum = 0;
-    for (int64_t d = 0; d < p.value_dim; ++d) {
-      sum += static_cast<double>(to_scalar(grad[d * b.grad_out_strides[3]])) *
-             static_cast<double>(to_scalar(out[d * p.out_strides[3]]));
-    }
+    double sum = dot<E>(grad, b.grad_out_strides[3], out, p.out_strides[3], p.value_dim);
     sum -= b.grad_lse != nullptr ? read(b.grad_lse, b.grad_lse_strides, lane) : 0;
     level[lane] = static_cast<Scalar>(lse * (head.plan().rules.natural ? 1.0 : kLog2E) - panel.beyond[lane]);
     delta[lane] = static_cast<Scalar>(sum);
@@ -161,18 +213,21 @@ void prepare_rows(void* opaque, int64_t index, int /*thread*/) {
   for (int axis = 0; axis < 4; ++axis) {
     grads.query_strides[axis] = call.b.grad_out_strides[axis];
   }
-  panel.query = head.scalars(plan.grad_out_at) + i * E::kLanes * p.value_dim;
+  panel.query = head.scalars(plan.grad_out_at) + i * E::kLanes * plan.value_steps;
   pack_query<E>(panel, grads, head.batch, 1.0);
-  panel.query = head.scalars(plan.query_at) + i * E::kLanes * p.head_dim;
+  panel.query = head.scalars(plan.query_at) + i * E::kLanes * plan.rules.steps;
   pack_query<E>(panel, p, head.batch, plan.query_factor);
   place_levels<E>(head, panel, head.scalars(plan.level_at) + i * E::kLanes,
                   head.scalars(plan.delta_at) + i * E::kLanes);
-  const auto pack = [&](bool packs, int64_t rows_at, const AttentionParams& from, const bool* bad, int64_t columns) {
-    auto* out = head.scalars(rows_at) + (range.begin + row) * columns;
-    for (int lane = 0; packs && lane < panel.live; ++lane, out += columns) {
-      const int64_t flat = (head.batch * p.query_heads + panel.head[lane]) * p.seqlen_q + panel.row[lane];
-      pack_row<E>(bad != nullptr && bad[flat] ? nullptr : query_row<E>(panel, from, head.batch, lane),
-                  from.query_strides[3], from.head_dim, out, columns);
+  const auto pack = [&](bool packs, int64_t steps_at, const AttentionParams& from, const bool* bad, int64_t columns) {
+    auto* out = head.scalars(steps_at) + i * kKeyLanes<E> * columns;
+    for (int lane = 0; packs && lane < panel.live; lane += E::kDepth, out += columns) {
+      const typename E::Source* rows[E::kDepth] = {};
+      for (int k = 0; k < E::kDepth && lane + k < panel.live; ++k) {
+        const int64_t flat = (head.batch * p.query_heads + panel.head[lane + k]) * p.seqlen_q + panel.row[lane + k];
+        rows[k] = bad != nullptr && bad[flat] ? nullptr : query_row<E>(panel, from, head.batch, lane + k);
+      }
+      pack_step<E>(rows, from.query_strides[3], from.head_dim, out, columns);
     }
   };
   pack(plan.pack_query, plan.query_rows_at, p, call.bad.query, plan.head_dim);
@@ -182,6 +237,7 @@ void prepare_rows(void* opaque, int64_t index, int /*thread*/) {
 // Packs one block of keys and values of one head.
 template <class E>
 void prepare_keys(void* opaque, int64_t index, int /*thread*/) {
+  using Element = typename E::Element;
   const auto& call = *static_cast<const BackwardCall<E>*>(opaque);
   const BackwardPlan<E>& plan = call.plan;
   const BackwardHead<E> head = backward_head(call, index / plan.blocks);
@@ -189,21 +245,22 @@ void prepare_keys(void* opaque, int64_t index, int /*thread*/) {
   const int64_t begin = index % plan.blocks * E::kBlockKeys;
   const bool* bad =
       call.bad.key == nullptr ? nullptr : call.bad.key + (head.batch * p.kv_heads + head.kv_head) * p.seqlen_k;
-  for (int64_t key = begin; key < begin + E::kBlockKeys; ++key) {
-    const bool there = key < p.seqlen_k;
-    const auto* row = there ? key_row<E>(p, head.batch, head.kv_head, key) : nullptr;
-    if (plan.pack_key) {
-      pack_row<E>(row, p.key_strides[3], p.head_dim, head.scalars(plan.key_rows_at) + key * plan.head_dim,
-                  plan.head_dim);
+  const auto pack = [&](bool packs, int64_t rows_at, const auto& row_of, int64_t stride, int64_t count, int64_t lanes) {
+    for (int64_t key = begin; packs && key < begin + E::kBlockKeys; ++key) {
+      pack_row<E>(key < p.seqlen_k ? row_of(p, head.batch, head.kv_head, key) : nullptr, stride, count,
+                  reinterpret_cast<Element*>(head.scalars(rows_at) + key * lanes), lanes * E::kDepth);
     }
-    if (plan.clean_key) {
-      pack_row<E>(there && bad[key] ? nullptr : row, p.key_strides[3], p.head_dim,
-                  head.scalars(plan.clean_key_at) + key * plan.head_dim, plan.head_dim);
+  };
+  pack(plan.pack_key, plan.key_rows_at, key_row<E>, p.key_strides[3], p.head_dim, plan.key_lanes);
+  pack(plan.pack_value, plan.value_rows_at, value_row<E>, p.value_strides[3], p.value_dim, plan.value_lanes);
+  for (int64_t key = begin; plan.pack_steps && key < begin + E::kBlockKeys; key += E::kDepth) {
+    const typename E::Source* rows[E::kDepth] = {};
+    for (int k = 0; k < E::kDepth; ++k) {
+      const bool there = key + k < p.seqlen_k && !(plan.clean_key && bad[key + k]);
+      rows[k] = there ? key_row<E>(p, head.batch, head.kv_head, key + k) : nullptr;
     }
-    if (plan.pack_value) {
-      pack_row<E>(there ? value_row<E>(p, head.batch, head.kv_head, key) : nullptr, p.value_strides[3], p.value_dim,
-                  head.scalars(plan.value_rows_at) + key * plan.value_dim, plan.value_dim);
-    }
+    pack_step<E>(rows, p.key_strides[3], p.head_dim, head.scalars(plan.key_steps_at) + key / E::kDepth * plan.head_dim,
+                 plan.head_dim);
   }
 }
 

@@ -8,7 +8,7 @@
 namespace fastattn {
 namespace {
 
-// Panels that share a block of keys while their P and dS are in cache: 8 KiB of P a strip of keys, 64 KiB of dS.
+// Panels that share a block of keys while P and dS of both are in cache, at most.
 constexpr int kGradientPanels = 8;
 
 // Keys from which a head's key blocks fall into two groups, and on in proportion: groups can run at once, each with a
@@ -31,16 +31,21 @@ struct BackwardPlan {
   int64_t key_groups;
   int64_t wave;  // key/value heads at once
   int threads;
-  bool pack_query, pack_grad_out, pack_key, pack_value;  // rows are copied, as whole vectors of the scalar
-  bool clean_key;                                        // rows of keys without those that are not finite, for dQ
-  int64_t head_dim;                                      // padded to whole vectors, as the next
+  // Operands are copied: rows of keys and values, whose lanes are broadcast, and rows of queries, dO and keys as steps
+  // of the second products, whole vectors side by side.
+  bool pack_key, pack_value, pack_query, pack_grad_out, pack_steps;
+  bool clean_key;     // steps of keys leave out those that are not finite
+  int64_t key_lanes;  // lanes of a copied row
+  int64_t value_lanes;
+  int64_t value_steps;  // lanes of a row of values that hold numbers
+  int64_t head_dim;     // padded to whole vectors, as the next
   int64_t value_dim;
   // byte offsets of a head's scratch
   int64_t panels_at, query_at, grad_out_at, level_at, delta_at, query_rows_at, grad_out_rows_at, key_rows_at,
-      clean_key_at, value_rows_at, partial_at, slopes_at, head_bytes;
+      key_steps_at, value_rows_at, partial_at, slopes_at, head_bytes;
   // and of a thread's
-  int64_t local_at, probs_at, grads_at, raw_at, extra_at, kept_at, dense_at, lane_slopes_at, grad_key_at, grad_value_at,
-      dense_bytes, thread_bytes;
+  int64_t local_at, probs_at, grads_at, query_grads_at, tile_probs_at, tile_grads_at, raw_at, extra_at, kept_at,
+      dense_at, lane_slopes_at, grad_key_at, grad_value_at, dense_bytes, thread_bytes;
 };
 
 struct ScratchLayout {
@@ -57,19 +62,19 @@ inline void plan_head_scratch(BackwardPlan<E>& plan, const BackwardParams& b) {
   const AttentionParams& p = b.forward;
   constexpr auto kScalar = static_cast<int64_t>(sizeof(typename E::Scalar));
   const int64_t lanes = plan.head_panels * E::kLanes;
-  const int64_t rows = plan.spans * plan.span_rows;
+  const int64_t steps = lanes / E::kDepth;
   const int64_t keys = round_up(p.seqlen_k, E::kBlockKeys);
   ScratchLayout head;
   plan.panels_at = head.take(plan.head_panels * static_cast<int64_t>(sizeof(Panel<E>)));
-  plan.query_at = head.take(lanes * p.head_dim * kScalar);
-  plan.grad_out_at = head.take(lanes * p.value_dim * kScalar);
+  plan.query_at = head.take(lanes * plan.rules.steps * kScalar);
+  plan.grad_out_at = head.take(lanes * plan.value_steps * kScalar);
   plan.level_at = head.take(lanes * kScalar);
   plan.delta_at = head.take(lanes * kScalar);
-  plan.query_rows_at = head.take(plan.pack_query ? rows * plan.head_dim * kScalar : 0);
-  plan.grad_out_rows_at = head.take(plan.pack_grad_out ? rows * plan.value_dim * kScalar : 0);
-  plan.key_rows_at = head.take(plan.pack_key ? keys * plan.head_dim * kScalar : 0);
-  plan.clean_key_at = head.take(plan.clean_key ? keys * plan.head_dim * kScalar : 0);
-  plan.value_rows_at = head.take(plan.pack_value ? keys * plan.value_dim * kScalar : 0);
+  plan.query_rows_at = head.take(plan.pack_query ? steps * plan.head_dim * kScalar : 0);
+  plan.grad_out_rows_at = head.take(plan.pack_grad_out ? steps * plan.value_dim * kScalar : 0);
+  plan.key_rows_at = head.take(plan.pack_key ? keys * plan.key_lanes * kScalar : 0);
+  plan.key_steps_at = head.take(plan.pack_steps ? keys / E::kDepth * plan.head_dim * kScalar : 0);
+  plan.value_rows_at = head.take(plan.pack_value ? keys * plan.value_lanes * kScalar : 0);
   plan.partial_at = head.take(b.grad_query != nullptr ? plan.key_groups * lanes * plan.head_dim * kScalar : 0);
   plan.slopes_at = head.take(plan.key_groups * (p.query_heads / p.kv_heads) * static_cast<int64_t>(sizeof(double)));
   plan.head_bytes = head.bytes;
@@ -81,8 +86,12 @@ inline void plan_thread_scratch(BackwardPlan<E>& plan, const BackwardParams& b) 
   constexpr int64_t kTile = int64_t{E::kKeys} * E::kLanes * kScalar;
   ScratchLayout thread;
   plan.local_at = thread.take(plan.panels * static_cast<int64_t>(sizeof(Panel<E>)));
-  plan.probs_at = thread.take(plan.panels * kTile);
-  plan.grads_at = thread.take(plan.panels * int64_t{E::kBlockKeys} * E::kLanes * kScalar);
+  const int64_t coefficients = plan.panels * int64_t{E::kBlockKeys} * kKeyLanes<E> * kScalar;
+  plan.probs_at = thread.take(coefficients);
+  plan.grads_at = thread.take(coefficients);
+  plan.query_grads_at = E::kDepth == 1 ? plan.grads_at : thread.take(coefficients);
+  plan.tile_probs_at = thread.take(E::kDepth == 1 ? 0 : kTile);
+  plan.tile_grads_at = thread.take(E::kDepth == 1 ? 0 : kTile);
   plan.raw_at = thread.take(kTile);
   plan.extra_at = thread.take(kTile);
   plan.kept_at = thread.take(kTile);
@@ -97,7 +106,6 @@ inline void plan_thread_scratch(BackwardPlan<E>& plan, const BackwardParams& b) 
 // `clean`: some row of queries, keys or dO is not finite, and some pair of rows and keys is hidden.
 template <class E>
 inline BackwardPlan<E> plan_backward(const BackwardParams& b, bool clean) {
-  using Source = typename E::Source;
   const AttentionParams& p = b.forward;
   BackwardPlan<E> plan{};
   plan.rules = score_rules<E>(p);
@@ -114,16 +122,21 @@ inline BackwardPlan<E> plan_backward(const BackwardParams& b, bool clean) {
   plan.key_groups = clamp64(p.seqlen_k / kGroupKeys, 1, kMaxKeyGroups);
   plan.head_dim = round_up(p.head_dim, E::kWidth);
   plan.value_dim = round_up(p.value_dim, E::kWidth);
-  const auto scattered = [&](const int64_t* strides, int64_t columns) {
-    return sizeof(Source) != sizeof(typename E::Scalar) || strides[3] != 1 || columns % E::kWidth != 0;
-  };
+  plan.key_lanes = E::kDepth == 1 ? plan.head_dim : plan.rules.steps;
+  plan.value_steps = round_up(p.value_dim, E::kDepth) / E::kDepth;
+  plan.value_lanes = E::kDepth == 1 ? plan.value_dim : plan.value_steps;
   plan.mixed = together && group > 1;
-  plan.pack_query = clean || plan.mixed || scattered(p.query_strides, p.head_dim);
-  plan.pack_grad_out = clean || plan.mixed || scattered(b.grad_out_strides, p.value_dim);
+  const auto scattered = [&](const int64_t* strides, int64_t columns, int64_t multiple) {
+    return E::kConvert || strides[3] != 1 || columns % multiple != 0;
+  };
+  const bool pairs = E::kDepth > 1;
+  plan.pack_query = pairs || clean || plan.mixed || scattered(p.query_strides, p.head_dim, E::kWidth);
+  plan.pack_grad_out = pairs || clean || plan.mixed || scattered(b.grad_out_strides, p.value_dim, E::kWidth);
   const bool tail = p.seqlen_k % E::kKeys != 0;  // the last tile reaches past the tensor
-  plan.pack_key = tail || scattered(p.key_strides, p.head_dim);
-  plan.pack_value = tail || scattered(p.value_strides, p.value_dim);
+  plan.pack_key = tail || scattered(p.key_strides, p.head_dim, pairs ? E::kDepth : E::kWidth);
+  plan.pack_value = tail || scattered(p.value_strides, p.value_dim, pairs ? E::kDepth : E::kWidth);
   plan.clean_key = clean;
+  plan.pack_steps = pairs || clean;
   plan_head_scratch<E>(plan, b);
   plan_thread_scratch<E>(plan, b);
   const int64_t heads = p.batch * p.kv_heads;

@@ -21,13 +21,16 @@ inline int64_t bias_tasks(const BackwardCall<E>& call) {
   return bias_row_parts(call) * (call.b.grad_bias_strides[3] != 0 ? call.plan.blocks : 1);
 }
 
-// Adds dS of the block's one panel, lanes and keys in order; sums over an axis without a stride are taken here first.
+// Adds dS of one tile of the block's one panel, [key][lane], lanes and keys in order; sums over an axis without a
+// stride are taken here first.
 template <class E>
-inline void add_bias_grads(const GradientBlock<E>& g) {
+inline void add_bias_grads(const GradientBlock<E>& g, int64_t block_key, const typename E::Scalar* grads) {
   using Scalar = typename E::Scalar;
+  const int64_t keys = min64(E::kKeys, g.block_end - g.block - block_key);
   const int64_t* strides = g.head.call.b.grad_bias_strides;
   const Panel<E>& panel = g.panel(0);
-  auto* out = static_cast<Scalar*>(g.head.call.b.grad_bias) + g.head.batch * strides[0];
+  auto* out =
+      static_cast<Scalar*>(g.head.call.b.grad_bias) + g.head.batch * strides[0] + (g.block + block_key) * strides[3];
   if (strides[2] == 0) {  // one row: the lanes of each head first
     for (int lane = 0; lane < panel.live;) {
       const int64_t query_head = panel.head[lane];
@@ -35,12 +38,12 @@ inline void add_bias_grads(const GradientBlock<E>& g) {
       while (end < panel.live && panel.head[end] == query_head) {
         ++end;
       }
-      for (int64_t key = g.from[0]; key < g.to[0]; ++key) {
+      for (int64_t key = 0; key < keys; ++key) {
         double sum = 0;
         for (int i = lane; i < end; ++i) {
-          sum += static_cast<double>(g.grads(0, key)[i]);
+          sum += static_cast<double>(grads[key * E::kLanes + i]);
         }
-        out[query_head * strides[1] + (g.block + key) * strides[3]] += static_cast<Scalar>(sum);
+        out[query_head * strides[1] + key * strides[3]] += static_cast<Scalar>(sum);
       }
       lane = end;
     }
@@ -49,12 +52,12 @@ inline void add_bias_grads(const GradientBlock<E>& g) {
   for (int lane = 0; lane < panel.live; ++lane) {
     Scalar* row = out + panel.head[lane] * strides[1] + panel.row[lane] * strides[2];
     double sum = 0;
-    for (int64_t key = g.from[0]; key < g.to[0]; ++key) {
-      const Scalar grad = g.grads(0, key)[lane];
+    for (int64_t key = 0; key < keys; ++key) {
+      const Scalar grad = grads[key * E::kLanes + lane];
       if (strides[3] == 0) {
         sum += static_cast<double>(grad);
       } else {
-        row[(g.block + key) * strides[3]] += grad;
+        row[key * strides[3]] += grad;
       }
     }
     if (strides[3] == 0) {
@@ -90,14 +93,17 @@ void run_bias_tile(void* opaque, int64_t index, int thread) {
                              true,
                              {},
                              {},
+                             {},
                              {}};
           if (!enter_gradient_block<E>(g)) {
             continue;
           }
-          for (int64_t key = block; key < g.block_end; key += E::kKeys) {
-            gradient_tiles<E>(g, 0, key);
+          GradientContext<E> context = gradient_context<E>(g, 0);
+          for (int64_t key = 0; key < g.block_end - block; key += E::kKeys) {
+            if (gradient_tiles<E>(g, context, 0, key)) {
+              add_bias_grads<E>(g, key, g.grads(g.coefficients(0, key)));
+            }
           }
-          add_bias_grads<E>(g);
         }
       }
     }

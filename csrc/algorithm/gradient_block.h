@@ -22,14 +22,24 @@ struct GradientBlock {
   DenseBlock<E> dense[kGradientPanels];
   int64_t from[kGradientPanels];  // keys of the block between the first and the last tile that a panel sees
   int64_t to[kGradientPanels];
+  uint32_t seen[E::kBlockKeys / E::kKeys];  // a bit for each panel that sees a tile
 
   Panel<E>& panel(int i) const { return reinterpret_cast<Panel<E>*>(scratch + head.plan().local_at)[i]; }
-  Scalar* probs(int i) const {
-    return reinterpret_cast<Scalar*>(scratch + head.plan().probs_at) + i * E::kKeys * E::kLanes;
+  // Coefficients of the tile at `block_key`; those of a panel lie side by side.
+  Scalar* tile_scratch(int64_t offset, int i, int64_t block_key) const {
+    return reinterpret_cast<Scalar*>(scratch + offset) + (i * int64_t{E::kBlockKeys} + block_key) * kKeyLanes<E>;
   }
-  Scalar* grads(int i, int64_t block_key) const {
-    return reinterpret_cast<Scalar*>(scratch + head.plan().grads_at) +
-           (i * int64_t{E::kBlockKeys} + block_key) * E::kLanes;
+  Coefficients<E> coefficients(int i, int64_t block_key) const {
+    const BackwardPlan<E>& plan = head.plan();
+    return {tile_scratch(plan.probs_at, i, block_key), tile_scratch(plan.grads_at, i, block_key),
+            tile_scratch(plan.query_grads_at, i, block_key)};
+  }
+  // P and dS of the tile as numbers: where depth is 1 these are the coefficients.
+  Scalar* probs(const Coefficients<E>& to) const {
+    return E::kDepth == 1 ? to.probs : reinterpret_cast<Scalar*>(scratch + head.plan().tile_probs_at);
+  }
+  Scalar* grads(const Coefficients<E>& to) const {
+    return E::kDepth == 1 ? to.grads : reinterpret_cast<Scalar*>(scratch + head.plan().tile_grads_at);
   }
   int64_t span_row(int i) const { return (first_panel + i) % head.plan().span_panels * E::kLanes; }
   bool sees(int i, int lane, int64_t block_key) const {
@@ -42,6 +52,7 @@ template <class E>
 inline bool enter_gradient_block(GradientBlock<E>& g) {
   const BackwardPlan<E>& plan = g.head.plan();
   bool any = false;
+  memset(g.seen, 0, sizeof g.seen);
   for (int i = 0; i < g.panels; ++i) {
     const Panel<E>& shared = g.head.panel(g.first_panel + i);
     g.from[i] = g.to[i] = 0;
@@ -80,85 +91,122 @@ FASTATTN_NOINLINE void read_weight_grads(const BackwardParams& b, const Panel<E>
   }
 }
 
-// P and dS of the tile of panel `i` at `key`. Returns whether any row sees it.
+// What the tiles of one panel have in common.
 template <class E>
-inline bool gradient_tiles(GradientBlock<E>& g, int i, int64_t key) {
+inline GradientContext<E> gradient_context(const GradientBlock<E>& g, int i) {
+  const BackwardHead<E>& head = g.head;
+  const BackwardPlan<E>& plan = head.plan();
+  const int64_t panel = g.first_panel + i;
+  return {{g.panel(i), plan.rules, g.dense[i], nullptr, nullptr, nullptr, true, 0, {}},
+          head.scalars(plan.grad_out_at) + panel * E::kLanes * plan.value_steps,
+          plan.value_steps,
+          head.scalars(plan.level_at) + panel * E::kLanes,
+          head.scalars(plan.delta_at) + panel * E::kLanes,
+          nullptr,
+          nullptr,
+          nullptr,
+          0};
+}
+
+// What the fast tile leaves out.
+template <class E>
+FASTATTN_NOINLINE void extend_gradients(const GradientBlock<E>& g, GradientContext<E>& context,
+                                        typename E::Scalar* probs, typename E::Scalar* grads) {
   using Scalar = typename E::Scalar;
   const BackwardHead<E>& head = g.head;
   const BackwardPlan<E>& plan = head.plan();
   const BackwardParams& b = head.call.b;
-  Panel<E>& panel = g.panel(i);
-  const int64_t block_key = key - g.block;
-  Scalar* grads = g.grads(i, block_key);
-  GradientContext<E> context{{panel, plan.rules, g.dense[i], nullptr, nullptr, nullptr, true, 0, {}},
-                             head.scalars(plan.grad_out_at) + (g.first_panel + i) * E::kLanes * head.p().value_dim,
-                             head.p().value_dim,
-                             head.scalars(plan.level_at) + (g.first_panel + i) * E::kLanes,
-                             head.scalars(plan.delta_at) + (g.first_panel + i) * E::kLanes,
-                             nullptr,
-                             nullptr,
-                             nullptr,
-                             block_key};
-  const Sight sight = tile_sight<E>(context.scores, g.block, key);
-  if (sight == Sight::none) {
-    if (g.to[i] > 0) {
-      memset(grads, 0, sizeof(Scalar) * E::kKeys * E::kLanes);
-    }
-    return false;
+  const Panel<E>& panel = context.scores.panel;
+  auto* raw = reinterpret_cast<Scalar*>(g.scratch + plan.raw_at);
+  auto* extra = reinterpret_cast<Scalar*>(g.scratch + plan.extra_at);
+  auto* slopes = reinterpret_cast<double*>(g.scratch + plan.lane_slopes_at);
+  if (b.grad_weights != nullptr) {
+    read_weight_grads<E>(b, panel, head.batch, g.block + context.block_key, g.block_end, extra);
+    context.probs_grad = extra;
   }
-  g.from[i] = g.to[i] == 0 ? block_key : g.from[i];
-  g.to[i] = min64(block_key + E::kKeys, g.block_end - g.block);
+  const bool slope = b.grad_slopes != nullptr && !g.of_scores;
+  if (slope) {
+    memset(slopes, 0, sizeof(double) * E::kLanes);
+    context.slope_grad = slopes;
+  }
+  gradient_extras<E>(context, probs, g.of_scores ? nullptr : raw, grads);
+  for (int lane = 0; slope && lane < panel.live; ++lane) {
+    head.slopes(g.group)[panel.head[lane] - head.kv_head * (head.p().query_heads / head.p().kv_heads)] += slopes[lane];
+  }
+}
+
+// P and dS of the tile at `context.block_key`, of rows that see it as `sight` says.
+template <class E, int kActive>
+inline void compute_tile(const GradientBlock<E>& g, GradientContext<E>& context, Sight sight,
+                         const Coefficients<E>& to) {
+  using Scalar = typename E::Scalar;
+  const BackwardHead<E>& head = g.head;
+  const BackwardPlan<E>& plan = head.plan();
   context.scores.edge = sight == Sight::edge;
   const bool drops = plan.rules.dropout.threshold > 0;
   if (drops) {
     auto* kept = reinterpret_cast<Scalar*>(g.scratch + plan.kept_at);
-    draw_kept<E, E::kKeys>(panel, plan.rules.dropout, block_key, kept);
+    draw_kept<E, E::kKeys>(context.scores.panel, plan.rules.dropout, context.block_key, kept);
     context.kept = kept;
   }
   const bool hides = sight != Sight::all;
-  const RowBase keys = head.key_rows(key);
-  const RowBase values = head.value_rows(key);
-  auto* raw = reinterpret_cast<Scalar*>(g.scratch + plan.raw_at);
-  const bool wide = panel.live > E::kWidth;
-  const auto score = [&](auto one, auto all) { return wide ? all : one; };
+  const RowBase keys = head.key_rows(g.block + context.block_key);
+  const RowBase values = head.value_rows(g.block + context.block_key);
+  auto* raw = plan.rules.softcap > 0 ? reinterpret_cast<Scalar*>(g.scratch + plan.raw_at) : nullptr;
+  Scalar* probs = g.probs(to);
+  Scalar* grads = g.grads(to);
   auto* probability =
       plan.rules.natural
-          ? (hides ? score(probability_tile<E, TileKind::adjusted_masked, 1>,
-                           probability_tile<E, TileKind::adjusted_masked, E::kVectors>)
-                   : score(probability_tile<E, TileKind::adjusted, 1>,
-                           probability_tile<E, TileKind::adjusted, E::kVectors>))
-          : (hides ? score(probability_tile<E, TileKind::masked, 1>, probability_tile<E, TileKind::masked, E::kVectors>)
-                   : score(probability_tile<E, TileKind::plain, 1>, probability_tile<E, TileKind::plain, E::kVectors>));
-  probability(context, {keys.rows, keys.stride}, g.probs(i), plan.rules.softcap > 0 ? raw : nullptr);
-  auto* gradient = hides || drops ? score(gradient_tile<E, true, 1>, gradient_tile<E, true, E::kVectors>)
-                                  : score(gradient_tile<E, false, 1>, gradient_tile<E, false, E::kVectors>);
-  gradient(context, {values.rows, values.stride}, g.probs(i), grads);
+          ? (hides ? probability_tile<E, TileKind::adjusted_masked, kActive>
+                   : probability_tile<E, TileKind::adjusted, kActive>)
+          : (hides ? probability_tile<E, TileKind::masked, kActive> : probability_tile<E, TileKind::plain, kActive>);
+  probability(context, {keys.rows, keys.stride}, probs, raw);
+  const bool extends = plan.general || (E::kDepth > 1 && g.of_scores);  // the bias takes dS as numbers
+  (hides || drops ? gradient_tile<E, true, kActive>
+                  : gradient_tile<E, false, kActive>)(context, {values.rows, values.stride}, probs, grads,
+                                                      extends ? nullptr : &to);
   if (plan.general) {
-    auto* extra = reinterpret_cast<Scalar*>(g.scratch + plan.extra_at);
-    auto* slopes = reinterpret_cast<double*>(g.scratch + plan.lane_slopes_at);
-    if (b.grad_weights != nullptr) {
-      read_weight_grads<E>(b, panel, head.batch, key, g.block_end, extra);
-      context.probs_grad = extra;
+    extend_gradients<E>(g, context, probs, grads);
+  }
+  if (E::kDepth > 1 && extends && !g.of_scores) {
+    pack_coefficients<E, kActive>(probs, grads, to);
+  }
+}
+
+// The tile of panel `i` at `block_key`. Returns whether any row sees it.
+template <class E>
+inline bool gradient_tiles(GradientBlock<E>& g, GradientContext<E>& context, int i, int64_t block_key) {
+  const Sight sight = tile_sight<E>(context.scores, g.block, g.block + block_key);
+  const Coefficients<E> to = g.coefficients(i, block_key);
+  if (sight == Sight::none) {
+    if (g.to[i] > 0) {
+      memset(to.query_grads, 0, sizeof *to.query_grads * kTileCoefficients<E>);
     }
-    const bool slope = b.grad_slopes != nullptr && !g.of_scores;
-    if (slope) {
-      memset(slopes, 0, sizeof(double) * E::kLanes);
-      context.slope_grad = slopes;
-    }
-    gradient_extras<E>(context, g.probs(i), g.of_scores ? nullptr : raw, grads);
-    for (int lane = 0; slope && lane < panel.live; ++lane) {
-      head.slopes(g.group)[panel.head[lane] - head.kv_head * (head.p().query_heads / head.p().kv_heads)] +=
-          slopes[lane];
-    }
+    return false;
+  }
+  g.from[i] = g.to[i] == 0 ? block_key : g.from[i];
+  g.to[i] = min64(block_key + E::kKeys, round_up(g.block_end - g.block, E::kDepth));
+  g.seen[block_key / E::kKeys] |= 1U << i;
+  context.block_key = block_key;
+  if (context.scores.panel.live > E::kWidth) {
+    compute_tile<E, E::kVectors>(g, context, sight, to);
+  } else {
+    compute_tile<E, 1>(g, context, sight, to);
   }
   return true;
 }
 
-// Rows of dO, or of queries, that were left out of a product because they are not finite: added to the keys that
-// their row sees.
+// A coefficient of a tile, one query and one of its keys.
+template <class E>
+inline typename E::Scalar coefficient(const typename E::Scalar* tile, int key, int lane) {
+  return to_scalar(reinterpret_cast<const typename E::Element*>(tile)[key * E::kLanes + lane]);
+}
+
+// Rows of dO, or of queries, that were left out of a product because they are not finite: added to the keys of a tile
+// that their row sees.
 template <class E>
 FASTATTN_NOINLINE void add_bad_rows(const GradientBlock<E>& g, int i, const bool* bad, const void* tensor,
-                                    const int64_t* strides, int64_t columns, const typename E::Scalar* coefficients,
+                                    const int64_t* strides, int64_t columns, const typename E::Scalar* tile,
                                     int64_t block_key, typename E::Scalar* out, int64_t out_stride) {
   using Scalar = typename E::Scalar;
   const AttentionParams& p = g.head.p();
@@ -171,69 +219,146 @@ FASTATTN_NOINLINE void add_bad_rows(const GradientBlock<E>& g, int i, const bool
         tensor, g.head.batch * strides[0] + panel.head[lane] * strides[1] + panel.row[lane] * strides[2]);
     for (int r = 0; r < E::kKeys && g.block + block_key + r < g.block_end; ++r) {
       for (int64_t d = 0; g.sees(i, lane, block_key + r) && d < columns; ++d) {
-        out[r * out_stride + d] +=
-            coefficients[r * E::kLanes + lane] * static_cast<Scalar>(to_scalar(row[d * strides[3]]));
+        out[r * out_stride + d] += coefficient<E>(tile, r, lane) * static_cast<Scalar>(to_scalar(row[d * strides[3]]));
       }
     }
   }
 }
 
-// Adds what a run of panels gives to dK and dV of the tile at `block_key`.
+// The lanes of a panel that see some of the keys [begin, end), from the first to the last.
+struct LaneRange {
+  int64_t from;
+  int64_t to;
+};
+
 template <class E>
-inline void add_key_grads(const GradientBlock<E>& g, int first, int count, int64_t block_key,
-                          typename E::Scalar* grad_key, typename E::Scalar* grad_value) {
+inline LaneRange seeing_lanes(const Panel<E>& panel, int64_t begin, int64_t end) {
+  LaneRange lanes{0, panel.live};
+  const auto sees = [&](int64_t lane) { return panel.first[lane] < end && panel.last[lane] > begin; };
+  while (lanes.from < lanes.to && !sees(lanes.from)) {
+    ++lanes.from;
+  }
+  while (lanes.from < lanes.to && !sees(lanes.to - 1)) {
+    --lanes.to;
+  }
+  return lanes;
+}
+
+// out[key][columns] += coefficients of the block's tiles times `rows` of queries or dO, which start at the first panel.
+template <class E>
+inline void add_rows(const GradientBlock<E>& g, int64_t coefficients_at, RowBase rows, int64_t columns,
+                     typename E::Scalar* out) {
+  constexpr int64_t kSteps = kKeyLanes<E>;  // of a panel
+  for_columns<E, E::kKeys, kSteps, 1>(
+      rows, columns, [&](ProductTileFn<E> tile, RowBase base, int64_t d) FASTATTN_LAMBDA_INLINE {
+        for (int64_t key = 0; key < g.block_end - g.block; key += E::kKeys) {
+          uint32_t seen = g.seen[key / E::kKeys];
+          while (seen != 0) {  // a run of panels that see the tile
+            const int first = __builtin_ctz(seen);
+            const int count = __builtin_ctz(~(seen >> first));
+            seen &= ~(((1U << count) - 1U) << first);
+            const int64_t begin = g.block + key;
+            const LaneRange head = seeing_lanes<E>(g.panel(first), begin, begin + E::kKeys);
+            const LaneRange tail = seeing_lanes<E>(g.panel(first + count - 1), begin, begin + E::kKeys);
+            tile(g.tile_scratch(coefficients_at, first, key),
+                 {count, int64_t{E::kBlockKeys} * kSteps, kSteps, head.from / E::kDepth,
+                  round_up(tail.to, E::kDepth) / E::kDepth},
+                 {base.rows + first * kSteps * base.stride, base.stride}, out + key * columns + d, columns);
+          }
+        }
+      });
+}
+
+// Adds what the block's queries give to dV and dK of its keys.
+template <class E>
+inline void add_key_grads(const GradientBlock<E>& g, typename E::Scalar* grad_key, typename E::Scalar* grad_value) {
   const BackwardPlan<E>& plan = g.head.plan();
   const BackwardParams& b = g.head.call.b;
   const BadRows& bad = g.head.call.bad;
-  const int64_t row = g.span_row(first);
-  const int last = g.panel(first + count - 1).live;
   if (b.grad_value != nullptr) {
-    auto* out = grad_value + block_key * plan.value_dim;
-    product_rows<E, E::kKeys, E::kLanes, 1>(g.probs(first), int64_t{E::kKeys} * E::kLanes, count, E::kLanes, last,
-                                            g.head.grad_out_rows(g.span, row), out, plan.value_dim);
-    for (int i = first; bad.grad_out != nullptr && i < first + count; ++i) {
-      add_bad_rows<E>(g, i, bad.grad_out, b.grad_out, b.grad_out_strides, b.forward.value_dim, g.probs(i), block_key,
-                      out, plan.value_dim);
-    }
+    add_rows<E>(g, plan.probs_at, g.head.grad_out_steps(g.span, g.span_row(0)), plan.value_dim, grad_value);
   }
   if (b.grad_key != nullptr) {
-    auto* out = grad_key + block_key * plan.head_dim;
-    product_rows<E, E::kKeys, E::kLanes, 1>(g.grads(first, block_key), int64_t{E::kBlockKeys} * E::kLanes, count,
-                                            E::kLanes, last, g.head.query_rows(g.span, row), out, plan.head_dim);
-    for (int i = first; bad.query != nullptr && i < first + count; ++i) {
-      add_bad_rows<E>(g, i, bad.query, b.forward.query, b.forward.query_strides, b.forward.head_dim,
-                      g.grads(i, block_key), block_key, out, plan.head_dim);
+    add_rows<E>(g, plan.grads_at, g.head.query_steps(g.span, g.span_row(0)), plan.head_dim, grad_key);
+  }
+  if (bad.query == nullptr) {
+    return;
+  }
+  for (int64_t key = 0; key < g.block_end - g.block; key += E::kKeys) {
+    for (int i = 0; i < g.panels; ++i) {
+      if ((g.seen[key / E::kKeys] >> i & 1U) == 0) {
+        continue;
+      }
+      const Coefficients<E> tile = g.coefficients(i, key);
+      if (b.grad_value != nullptr) {
+        add_bad_rows<E>(g, i, bad.grad_out, b.grad_out, b.grad_out_strides, b.forward.value_dim, tile.probs, key,
+                        grad_value + key * plan.value_dim, plan.value_dim);
+      }
+      if (b.grad_key != nullptr) {
+        add_bad_rows<E>(g, i, bad.query, b.forward.query, b.forward.query_strides, b.forward.head_dim, tile.grads, key,
+                        grad_key + key * plan.head_dim, plan.head_dim);
+      }
     }
   }
 }
 
-// Adds what the block's keys give to dQ of panel `i`.
+// Keys that were left out of dQ of panel `i` because they are not finite: added to the rows that see them.
 template <class E>
-inline void add_query_grads(const GradientBlock<E>& g, int i) {
+FASTATTN_NOINLINE void add_bad_keys(const GradientBlock<E>& g, int i, typename E::Scalar* out) {
   using Scalar = typename E::Scalar;
   const BackwardHead<E>& head = g.head;
-  const BackwardPlan<E>& plan = head.plan();
   const AttentionParams& p = head.p();
-  const int64_t keys = g.to[i] - g.from[i];
-  Scalar* out = head.partial(g.group, g.first_panel + i);
-  const Panel<E>& panel = g.panel(i);
-  for (int lane = 0; keys > 0 && lane < panel.live; lane += E::kRows) {
-    product_rows<E, E::kRows, 1, E::kLanes>(g.grads(i, g.from[i]) + lane, 0, 1, 0, keys,
-                                            head.clean_key_rows(g.block + g.from[i]), out + lane * plan.head_dim,
-                                            plan.head_dim);
-  }
-  const bool* bad = head.call.bad.key;
-  for (int64_t key = g.from[i]; bad != nullptr && key < g.to[i]; ++key) {
-    if (!bad[(head.batch * p.kv_heads + head.kv_head) * p.seqlen_k + g.block + key]) {
+  const bool* bad = head.call.bad.key + (head.batch * p.kv_heads + head.kv_head) * p.seqlen_k + g.block;
+  for (int64_t key = g.from[i]; key < min64(g.to[i], g.block_end - g.block); ++key) {
+    const int64_t tile = round_down(key, E::kKeys);
+    if (!bad[key] || (g.seen[tile / E::kKeys] >> i & 1U) == 0) {
       continue;
     }
     const auto* row = key_row<E>(p, head.batch, head.kv_head, g.block + key);
-    for (int lane = 0; lane < panel.live; ++lane) {
+    const Scalar* grads = g.coefficients(i, tile).grads;
+    for (int lane = 0; lane < g.panel(i).live; ++lane) {
+      const Scalar grad = coefficient<E>(grads, static_cast<int>(key - tile), lane);
       for (int64_t d = 0; g.sees(i, lane, key) && d < p.head_dim; ++d) {
-        out[lane * plan.head_dim + d] +=
-            g.grads(i, key)[lane] * static_cast<Scalar>(to_scalar(row[d * p.key_strides[3]]));
+        out[lane * head.plan().head_dim + d] += grad * static_cast<Scalar>(to_scalar(row[d * p.key_strides[3]]));
       }
     }
+  }
+}
+
+// The keys that some of kRows lanes see, from the first to past the last, counted from `block`.
+template <class E>
+inline Interval seen_keys(const Panel<E>& panel, int lane, int64_t block) {
+  Interval seen{panel.first[lane], panel.last[lane]};
+  for (int i = lane + 1; i < min64(lane + E::kRows, panel.live); ++i) {
+    seen = {min64(seen.first, panel.first[i]), max64(seen.last, panel.last[i])};
+  }
+  return {max64(seen.first - block, 0), seen.last - block};
+}
+
+// Adds what the block's keys give to dQ of its queries.
+template <class E>
+inline void add_query_grads(const GradientBlock<E>& g) {
+  const BackwardHead<E>& head = g.head;
+  const BackwardPlan<E>& plan = head.plan();
+  for_columns<E, E::kRows, 1, E::kLanes>(
+      head.key_steps(g.block), plan.head_dim,
+      [&](ProductTileFn<E> tile, RowBase base, int64_t d) FASTATTN_LAMBDA_INLINE {
+        for (int i = 0; i < g.panels; ++i) {
+          const Panel<E>& panel = g.panel(i);
+          const auto* grads = g.tile_scratch(plan.query_grads_at, i, 0);
+          auto* out = head.partial(g.group, g.first_panel + i) + d;
+          for (int lane = 0; g.from[i] < g.to[i] && lane < panel.live; lane += E::kRows) {
+            const Interval keys = seen_keys<E>(panel, lane, g.block);
+            const int64_t from = max64(g.from[i], keys.first) / E::kDepth;
+            const int64_t to = round_up(min64(g.to[i], keys.last), E::kDepth) / E::kDepth;
+            if (from < to) {
+              tile(grads + lane, {1, 0, 0, from, to}, base, out + lane * plan.head_dim, plan.head_dim);
+            }
+          }
+        }
+      });
+  for (int i = 0; head.call.bad.key != nullptr && i < g.panels; ++i) {
+    add_bad_keys<E>(g, i, head.partial(g.group, g.first_panel + i));
   }
 }
 
@@ -242,24 +367,15 @@ inline void run_gradient_block(GradientBlock<E>& g, typename E::Scalar* grad_key
   if (!enter_gradient_block<E>(g)) {
     return;
   }
-  for (int64_t key = g.block; key < g.block_end; key += E::kKeys) {
-    int run = 0;  // panels since the last one that does not see the tile
-    for (int i = 0; i < g.panels; ++i) {
-      if (gradient_tiles<E>(g, i, key)) {
-        ++run;
-        continue;
-      }
-      if (run > 0) {
-        add_key_grads<E>(g, i - run, run, key - g.block, grad_key, grad_value);
-      }
-      run = 0;
-    }
-    if (run > 0) {
-      add_key_grads<E>(g, g.panels - run, run, key - g.block, grad_key, grad_value);
+  for (int i = 0; i < g.panels; ++i) {
+    GradientContext<E> context = gradient_context<E>(g, i);
+    for (int64_t key = 0; key < g.block_end - g.block; key += E::kKeys) {
+      gradient_tiles<E>(g, context, i, key);
     }
   }
-  for (int i = 0; g.head.call.b.grad_query != nullptr && i < g.panels; ++i) {
-    add_query_grads<E>(g, i);
+  add_key_grads<E>(g, grad_key, grad_value);
+  if (g.head.call.b.grad_query != nullptr) {
+    add_query_grads<E>(g);
   }
 }
 

@@ -18,7 +18,7 @@ using RowsF32 = RowEngine<VecF32, Source, 256, 2>;
 using EngineF64 = Engine<VecF64, double, FmaProduct<VecF64>, 8, 2, 8, 256, true>;
 // The backward keeps P and dS of a block for eight panels in cache: shorter blocks.
 template <class V, class Source>
-using GradientEngine = Engine<V, Source, FmaProduct<V>, 8, 2, 8, 64, true>;
+using GradientEngine = Engine<V, Source, FmaProduct<V>, 8, 2, 8, 128, true>;
 using RowsF64 = RowEngine<VecF64, double, 256, 2>;
 
 double peak_fma_f32(int64_t rounds) {

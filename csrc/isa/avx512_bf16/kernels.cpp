@@ -1,5 +1,6 @@
 // The AVX512_BF16 tier: bfloat16 operands stay bfloat16, two a lane, multiplied by VDPBF16PS. It overrides bfloat16
 // alone.
+#include "algorithm/backward.h"
 #include "algorithm/forward.h"
 #include "algorithm/peak_loops.h"
 #include "algorithm/row_engine.h"
@@ -10,6 +11,7 @@ namespace fastattn {
 namespace {
 
 using EngineBf16 = Engine<VecF32, Bfloat16, Bf16PairProduct, 8, 2, 8, 256, true>;
+using GradientBf16 = Engine<VecF32, Bfloat16, Bf16PairProduct, 8, 2, 8, 128, true>;
 using RowsBf16 = RowEngine<VecF32, Bfloat16, 256, 2>;
 
 double peak_dot_bf16(int64_t rounds) {
@@ -23,6 +25,7 @@ double peak_dot_bf16(int64_t rounds) {
 void register_avx512_bf16(KernelTable& table) {
   table.set_forward(DType::bfloat16, forward<RowsBf16, EngineBf16>, "avx512_bf16",
                     "bfloat16 pairs, VDPBF16PS, 8x32 tiles");
+  table.set_backward(DType::bfloat16, backward<GradientBf16>);
   table.peak_dot_bf16 = peak_dot_bf16;
 }
 

@@ -32,6 +32,10 @@ struct Bf16PairProduct {
   static FASTATTN_INLINE void pack_probs(const __m512 (&prob)[2], __m512 (&operand)[1]) {
     operand[0] = pair_halves(reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(prob[1], prob[0])));
   }
+  // Sixteen numbers and the sixteen after them, as they stand.
+  static FASTATTN_INLINE __m512 pair_lanes(__m512 low, __m512 high) {
+    return reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(high, low));
+  }
   static float scale_probability(float pair, float scale) {
     const uint32_t bits = float_to_bits(pair);
     const Bfloat16 low = to_bfloat16(bits_to_float(bits << 16) * scale);

@@ -101,7 +101,7 @@ def scaled_dot_product_attention(
         and (scale is None or (type(scale) in (float, int) and abs(scale) <= sys.float_info.max))
         and _is_ordinary(query, key, value, *(() if attn_mask is None else (attn_mask,)))
     ):
-        call = _rearrange(*_as_autocast_would(query, key, value, attn_mask), enable_gqa=enable_gqa)
+        call = _rearrange(*as_autocast_would(query, key, value, attn_mask), enable_gqa=enable_gqa)
     if call is None:
         return _torch_sdpa(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -168,7 +168,7 @@ def _is_watched() -> bool:
     return any(type(mode) is not DeviceContext for mode in modes)
 
 
-def _as_autocast_would(*tensors: Tensor | None) -> tuple[Any, ...]:
+def as_autocast_would(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Cast as torch's function casts its arguments under ``torch.autocast("cpu")``."""
     if not torch.is_autocast_enabled("cpu"):
         return tensors

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastattn.functional import attention
+from fastattn.integrations.torch_sdpa import as_autocast_would
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -79,6 +80,8 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
+    head_mask: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
     output_attentions: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -87,7 +90,7 @@ def attention_forward(
     Parameters
     ----------
     module : torch.nn.Module
-        The calling layer; its ``is_causal`` (default True) counts where no mask and no `is_causal` is given.
+        The calling layer; its ``is_causal``, if it has one, counts where no mask and no `is_causal` is given.
     query : torch.Tensor
         (B, Hq, Lq, D).
     key, value : torch.Tensor
@@ -98,7 +101,7 @@ def attention_forward(
     scaling : float, optional
         Factor on the scores; 1 / sqrt(D) by default.
     dropout : float
-        Must be 0 while the module is training.
+        Share of the probabilities that are dropped while `module` is training.
     is_causal : bool, optional
         Overrides ``module.is_causal``. The last query is aligned with the last key.
     sliding_window : int, optional
@@ -109,8 +112,12 @@ def attention_forward(
         (Hq,) attention sinks: one more logit per head in the normaliser.
     position_bias : torch.Tensor, optional
         Added to the scores, as in T5.
+    head_mask : torch.Tensor, optional
+        (Hq,), (1, Hq, 1, 1) or (B, Hq, 1, 1) factors on the weights of each head; transformers 4 passes them.
+    indices : torch.Tensor, optional
+        (B, Lq, n) keys, the only ones that a query may attend to: DeepSeek's sparse attention.
     output_attentions : bool, optional
-        Whether to return the weights.
+        Whether to return the weights, after dropout; that of ``module.config`` by default.
     **kwargs : Any
         Bookkeeping that transformers passes along.
 
@@ -125,19 +132,18 @@ def attention_forward(
     ------
     TypeError
         For an argument, not None, whose meaning is unknown here.
-    NotImplementedError
-        For dropout in training.
     ValueError
         For a mask that does not have four axes.
+
+    Notes
+    -----
+    Gradients reach query, key, value, float masks, `s_aux`, `position_bias` and `head_mask`, from both
+    results. Dropout draws from torch's default generator, whose state checkpointing keeps.
     """
     _refuse_unknown(kwargs, attention_mask)
-    if dropout and module.training:
-        raise NotImplementedError(
-            f"fastattn has no dropout yet, got dropout={dropout} while {type(module).__name__} is training: "
-            "set the model's attention dropout to 0, or call model.eval()"
-        )
     if query.shape[0] == 1 != key.shape[0]:  # learned queries, shared by the batch
         query = query.expand(key.shape[0], -1, -1, -1)
+    query, key, value = as_autocast_would(query, key, value)  # rotary positions leave query and key float32
 
     arguments: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
     if attention_mask is None:
@@ -147,13 +153,25 @@ def attention_forward(
     if position_bias is not None:
         bias = position_bias[..., : key.shape[2]]
         arguments["bias"] = _as_bias(bias + arguments["bias"] if "bias" in arguments else bias, query)
+    if indices is not None:
+        chosen = _chosen(indices, key.shape[2])
+        arguments["mask"] = chosen & arguments["mask"] if "mask" in arguments else chosen
 
-    batch, heads, length, _ = query.shape
-    out = query.new_empty(batch, length, heads, value.shape[-1])
+    if output_attentions is None:
+        output_attentions = getattr(getattr(module, "config", None), "output_attentions", None)
     result = attention(
-        query, key, value, out=out.transpose(1, 2), return_weights=bool(output_attentions), **arguments
+        *(rows.transpose(1, 2) for rows in (query, key, value)),
+        layout="bshd",
+        dropout_p=float(dropout) if module.training else 0.0,
+        return_weights=bool(output_attentions),
+        **arguments,
     )
-    return out, result[1] if output_attentions else None
+    out, weights = result if output_attentions else (result, None)
+    if head_mask is not None:  # a factor for all of a row, which its output has as well
+        factors = head_mask.to(out.dtype).reshape(-1, query.shape[1], 1, 1)
+        out = out * factors.transpose(1, 2)
+        weights = None if weights is None else weights * factors
+    return out, weights
 
 
 def _refuse_unknown(kwargs: dict[str, Any], mask: torch.Tensor | None) -> None:
@@ -175,7 +193,7 @@ def _causal_arguments(
     module: torch.nn.Module, is_causal: bool | None, sliding_window: int | None
 ) -> dict[str, Any]:
     """Return what a call without a mask says as arguments of `fastattn.attention`."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     arguments: dict[str, Any] = {"causal": bool(causal)}
     if sliding_window is not None:
         arguments["window"] = (sliding_window - 1, sliding_window - 1)
@@ -196,6 +214,12 @@ def _mask_arguments(mask: torch.Tensor, query: torch.Tensor, seqlen_k: int) -> d
     if mask.dtype == torch.bool:
         return {"mask": mask}
     return {"bias": _as_bias(mask, query)}
+
+
+def _chosen(indices: torch.Tensor, seqlen_k: int) -> torch.Tensor:
+    """`indices` of keys as a mask, (B, 1, Lq, Lk)."""
+    mask = torch.zeros(*indices.shape[:2], seqlen_k, dtype=torch.bool, device=indices.device)
+    return mask.scatter_(-1, indices.long(), True).unsqueeze(1)
 
 
 def _as_bias(bias: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

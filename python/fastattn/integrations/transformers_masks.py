@@ -19,25 +19,30 @@ __all__ = ["Rule", "RuleMask", "make_mask"]
 
 # (left, right): how many keys before and after its own position a query sees; None = all.
 Window = tuple[int | None, int | None]
+# Models with layers that do more with a mask than hand it on, and take it for eager attention's floats.
+_READ_AS_FLOATS = frozenset({"deepseek_v4", "nllb-moe"})
 
 
 @dataclass(frozen=True)
 class Rule:
     """Which keys a query sees, said without a matrix.
 
-    Query i stands at key position ``i + query_offset``. Keys count where `key_mask` (B, Lk) is True; where
-    all the padding is on the right, `kv_lengths` (B,) says the same.
+    Query i stands at key position ``i + query_offset``, or the last query at the last key if that is None.
+    Keys count where `key_mask` (B, Lk) is True; where all the padding is on the right, `kv_lengths` (B,) says
+    the same.
     """
 
     causal: bool
     window: Window
-    query_offset: int
+    query_offset: int | None
     key_mask: torch.Tensor | None = None
     kv_lengths: torch.Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Return the rule as arguments of `fastattn.attention`."""
-        arguments: dict[str, Any] = {"causal": self.causal, "query_offset": self.query_offset}
+        arguments: dict[str, Any] = {"causal": self.causal}
+        if self.query_offset is not None:
+            arguments["query_offset"] = self.query_offset
         if self.window != (None, None):
             arguments["window"] = self.window
         if self.kv_lengths is not None:
@@ -49,7 +54,8 @@ class Rule:
     def dense(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
         """Return the rule as a bool mask of `shape` (B, 1, Lq, Lk)."""
         left, right = self.window
-        position = torch.arange(shape[2], device=device)[:, None] + self.query_offset
+        offset = shape[3] - shape[2] if self.query_offset is None else self.query_offset
+        position = torch.arange(shape[2], device=device)[:, None] + offset
         key = torch.arange(shape[3], device=device)
         mask = torch.ones(shape, dtype=torch.bool, device=device)
         if self.causal:
@@ -117,11 +123,13 @@ def make_mask(
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     device: torch.device | str = "cpu",
+    config: Any = None,
     **kwargs: Any,
-) -> torch.Tensor | None:
+) -> torch.Tensor:
     """Mask with the signature that transformers calls.
 
-    4.57 says where the queries stand by `cache_position`, 5 by `q_length` and `q_offset`.
+    4.57 says where the queries stand by `cache_position`, 5 by `q_length` and `q_offset`. There is always a
+    mask: what None means, causal or nothing hidden, is left to layers, and not all of them know.
 
     Parameters
     ----------
@@ -139,18 +147,21 @@ def make_mask(
         Whether anything but a dense mask may be returned.
     device : torch.device or str
         Where the mask is to live.
+    config : transformers.PretrainedConfig, optional
+        Of the model.
     **kwargs : Any
         Further arguments of ``transformers.masking_utils.sdpa_mask``.
 
     Returns
     -------
-    torch.Tensor or None
-        (B, 1, Lq, Lk) bool, True = attend, a `RuleMask` where that says it all; None where the causal rule
-        alone does.
+    torch.Tensor
+        (B, 1, Lq, Lk) bool, True = attend, a `RuleMask` where that says it all. For models whose layers need
+        one, floats to be added to the scores.
     """
     may_be_a_rule = allow_is_causal_skip or allow_is_bidirectional_skip
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    band = _band(mask_function) if may_be_a_rule and not tracing else None
+    floats = getattr(config, "model_type", None) in _READ_AS_FLOATS
+    band = _band(mask_function) if may_be_a_rule and not tracing and not floats else None
     if cache_position is not None:
         device, q_length = cache_position.device, cache_position.shape[0]
         if band is not None and not torch.all(cache_position.diff() == 1):
@@ -160,7 +171,8 @@ def make_mask(
     else:
         kwargs |= {"q_length": q_length, "q_offset": q_offset, "device": device}
     if band is None or not q_length:
-        dense: torch.Tensor | None = masking_utils.sdpa_mask(
+        make_dense: Callable[..., Any] = masking_utils.eager_mask if floats else masking_utils.sdpa_mask
+        dense: torch.Tensor = make_dense(
             batch_size=batch_size,
             kv_length=kv_length,
             kv_offset=kv_offset,
@@ -175,10 +187,8 @@ def make_mask(
     causal, window = band
     offset = int(q_offset) - kv_offset
     padding = _padding(attention_mask, kv_length, kv_offset, seen=offset + q_length if causal else kv_length)
-    rule = Rule(causal, _cutting(window, causal, offset, q_length, kv_length), offset, *padding)
-    plain = causal and rule.window == (None, None) and rule.key_mask is None
-    if plain and offset + q_length == kv_length and (q_length == 1 or offset == 0):
-        return None
+    window = _cutting(window, causal, offset, q_length, kv_length)
+    rule = Rule(causal, window, None if offset + q_length == kv_length else offset, *padding)
     return RuleMask(rule, (batch_size, 1, q_length, kv_length), torch.device(device))
 
 

@@ -58,8 +58,7 @@ class Attention(nn.Module):
     out_bias : bool, optional
         The same for the output projection. Default: as `bias`.
     dropout : float
-        In [0, 1], of the probabilities, in training. Composed of operations of torch as yet, with every score
-        in memory.
+        In [0, 1], of the probabilities, in training.
     qk_norm : bool
         Query and key of each head are divided by their root mean square, and multiplied by the learned
         `q_norm.weight` and `k_norm.weight` of D elements, before positions are applied [4]_.

@@ -26,8 +26,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     num_heads : int
         H.
     dropout : float
-        In [0, 1], of the probabilities, in training. Composed of operations of torch as yet, with every score
-        in memory.
+        In [0, 1], of the probabilities, in training.
     bias : bool
         Projections add a learned vector.
     add_bias_kv : bool

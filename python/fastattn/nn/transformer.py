@@ -12,7 +12,45 @@ from fastattn.nn._common import check_integer, check_real
 from fastattn.nn.multihead import MultiheadAttention
 
 
-class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+class _Layer(nn.Module):
+    """The constructor that both layers have; next in line is that of torch's layer, their other base."""
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: Any = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        _check_sizes(d_model, nhead, dim_feedforward, dropout, layer_norm_eps)
+        super().__init__(
+            d_model,
+            nhead,
+            dim_feedforward,
+            dropout,
+            activation,
+            layer_norm_eps,
+            batch_first,
+            norm_first,
+            bias,
+            device=device,
+            dtype=dtype,
+        )
+        for name, child in self.named_children():
+            if isinstance(child, nn.MultiheadAttention):
+                setattr(self, name, MultiheadAttention.from_torch(child, backend=backend))
+
+
+class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     """A drop-in for `torch.nn.TransformerEncoderLayer`: same constructor, call, parameters, state_dict [1]_.
 
     Self-attention and a feedforward network, each with a residual and a layer norm. The layer goes into
@@ -62,38 +100,6 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     torch.Size([2, 5, 64])
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        activation: Any = F.relu,
-        layer_norm_eps: float = 1e-5,
-        batch_first: bool = False,
-        norm_first: bool = False,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        backend: str | None = None,
-    ) -> None:
-        _check_sizes(d_model, nhead, dim_feedforward, dropout, layer_norm_eps)
-        super().__init__(
-            d_model,
-            nhead,
-            dim_feedforward,
-            dropout,
-            activation,
-            layer_norm_eps,
-            batch_first,
-            norm_first,
-            bias,
-            device=device,
-            dtype=dtype,
-        )
-        self.self_attn = MultiheadAttention.from_torch(self.self_attn, backend=backend)
-
     def forward(
         self,
         src: Tensor,
@@ -140,39 +146,13 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         )
 
 
-class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
     """A drop-in for `torch.nn.TransformerDecoderLayer`: same constructor, call, parameters, state_dict [1]_.
 
     Self-attention, attention to the memory of an encoder, and a feedforward network, each with a residual and
     a layer norm. The layer goes into `torch.nn.TransformerDecoder`.
 
-    Parameters
-    ----------
-    d_model : int
-        E, a multiple of `nhead`.
-    nhead : int
-    dim_feedforward : int
-    dropout : float
-        In [0, 1], in training: of attention's probabilities, the network and all results.
-    activation : {"relu", "gelu"} or callable
-    layer_norm_eps : float
-    batch_first : bool
-        Axes are (N, L, E) rather than (L, N, E).
-    norm_first : bool
-        Layer norms come before attention and network, not after the residual sum.
-    bias : bool
-        Of linear maps and layer norms.
-    device, dtype : optional
-        Of the parameters.
-    backend : str, optional
-        As of `fastattn.attention`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        For an argument of the wrong type or range, and where `d_model` is no multiple of `nhead`.
-    RuntimeError
-        For the name of another activation, as in torch.
+    Parameters, defaults and errors are those of `TransformerEncoderLayer`.
 
     References
     ----------
@@ -186,39 +166,6 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     >>> layer(torch.randn(2, 5, 64), torch.randn(2, 9, 64)).shape
     torch.Size([2, 5, 64])
     """
-
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        activation: Any = F.relu,
-        layer_norm_eps: float = 1e-5,
-        batch_first: bool = False,
-        norm_first: bool = False,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        backend: str | None = None,
-    ) -> None:
-        _check_sizes(d_model, nhead, dim_feedforward, dropout, layer_norm_eps)
-        super().__init__(
-            d_model,
-            nhead,
-            dim_feedforward,
-            dropout,
-            activation,
-            layer_norm_eps,
-            batch_first,
-            norm_first,
-            bias,
-            device=device,
-            dtype=dtype,
-        )
-        self.self_attn = MultiheadAttention.from_torch(self.self_attn, backend=backend)
-        self.multihead_attn = MultiheadAttention.from_torch(self.multihead_attn, backend=backend)
 
 
 def _check_sizes(d_model: Any, nhead: Any, dim_feedforward: Any, dropout: Any, layer_norm_eps: Any) -> None:
