@@ -17,7 +17,7 @@ PACKAGE = ROOT / "python" / "fastattn"
 
 # Python: room -> the rooms that it may import. A room is a module or a subpackage of fastattn.
 PYTHON_ARROWS: dict[str, set[str]] = {
-    "__init__": {"functional", "merge", "explanation", "integrations", "_config", "_threads"},
+    "__init__": {"functional", "merge", "explanation", "ops", "torch", "integrations", "_config", "_threads"},
     "__main__": {"cli"},
     "_core": set(),
     "arrays": set(),
@@ -29,8 +29,11 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "gpu": {"problem", "outputs", "arrays"},
     "backends": {"problem", "outputs", "arrays", "reference", "philox", "gpu", "_core", "_threads"},
     "dispatch": {"backends", "problem", "arrays"},
-    "torch_ops": {"dispatch", "problem", "outputs", "arrays"},
+    "gradients": {"backends", "problem", "outputs", "arrays"},
+    "torch_ops": {"gradients", "dispatch", "backends", "problem", "outputs", "arrays"},
+    "torch": {"torch_ops"},
     "functional": {"torch_ops", "dispatch", "problem", "outputs", "arrays"},
+    "ops": {"functional", "torch_ops", "gradients", "dispatch", "problem", "arrays"},
     "merge": {"problem", "arrays"},
     "explanation": {"dispatch", "problem", "arrays"},
     "_config": {"_core", "_threads"},

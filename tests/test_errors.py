@@ -362,11 +362,11 @@ def test_forward_mode_gradients_are_not_there_yet() -> None:
 
 
 def test_inside_transforms() -> None:
-    """torch.func's wrappers have no memory; a result from what they wrap would be wrong."""
+    """The operator that is behind them checks its arguments alike."""
     query = torch.from_numpy(QUERY)
-    with pytest.raises(RuntimeError, match="query is no single block of memory"):
+    with pytest.raises(ValueError, match=r"must have 4 axes .*, got 3, 4 and 4"):
         torch.vmap(lambda q: call("torch", query=q).sum())(query)
-    with pytest.raises(RuntimeError, match="query requires grad"):
+    with pytest.raises(NotImplementedError, match="backend 'reference' computes no gradients"):
         torch.func.grad(lambda q: call("torch", query=q).sum())(query)
 
 

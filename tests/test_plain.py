@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-import fastattn
+import fastattn.torch  # the short way of tensors is open from then on
 from fastattn.backends import plain
 from fastattn.dispatch import choose
 from fastattn.outputs import prepare_outputs
 from fastattn.problem import AttentionProblem
 from kernels import assert_same_bits
+from processes import output_of
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -82,8 +83,6 @@ def _at(index: int, change: Any) -> Any:
 
 
 ODD = {
-    "requires_grad": _at(1, lambda key: key.requires_grad_()),
-    "parameter": _at(0, torch.nn.Parameter),
     "subclass": _at(2, lambda value: value.as_subclass(Subclass)),
     "negated": _at(0, lambda query: torch.complex(query, query).conj().imag),
     "meta": _at(1, lambda key: key.to("meta")),
@@ -164,3 +163,66 @@ def test_an_exhausted_memory_is_a_memory_error() -> None:
     query = np.broadcast_to(np.float32(1), (1, 1, 1 << 50, 1))
     with pytest.raises(MemoryError):
         plain.attend(query, query[:, :, :1], query[:, :, :1], False, None, False)
+
+
+@pytest.mark.parametrize("bshd", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_have_the_bits_of_the_long_way(dtype: Any, bshd: bool) -> None:
+    """Of values and log-sum-exps, for any subset of the tensors, strided ones among them."""
+    query, key, value = tensors(value_dim=40, dtype=dtype)
+    arguments = [query[:, :, 1:8], key, value.transpose(2, 3).contiguous().transpose(2, 3)]
+    if bshd:
+        arguments = [tensor.transpose(1, 2) for tensor in arguments]
+    options: dict[str, Any] = {"causal": True, "scale": 0.3, "layout": "bshd" if bshd else "bhsd"}
+    for wanted in (0, 1, 2), (0,), (1,), (2,):
+        leaves = [tensor.detach().requires_grad_(at in wanted) for at, tensor in enumerate(arguments)]
+        asked = [leaves[at] for at in wanted]
+        for weight in 0, 1:  # of the log-sum-exps in the loss
+            out, lse = fastattn.attention(*leaves, return_lse=True, **options)
+            by_long, lse_by_long = fastattn.attention(*leaves, return_lse=True, softcap=0, **options)
+            assert type(out.grad_fn) is not type(by_long.grad_fn)
+            assert_same_bits((out.detach(), lse.detach()), (by_long.detach(), lse_by_long.detach()))
+            grads = torch.autograd.grad(out.sum() + weight * lse.sum(), asked)
+            assert all(grad.is_contiguous() for grad in grads)
+            assert_same_bits(grads, torch.autograd.grad(by_long.sum() + weight * lse_by_long.sum(), asked))
+
+
+def test_a_gradient_of_the_log_sum_exp_alone() -> None:
+    leaves = [tensor.requires_grad_() for tensor in tensors()]
+    _, lse = fastattn.attention(*leaves, return_lse=True)
+    grads = torch.autograd.grad(lse.sum(), leaves)
+    _, lse = fastattn.attention(*leaves, return_lse=True, backend="math")
+    torch.testing.assert_close(grads, torch.autograd.grad(lse.sum(), leaves, materialize_grads=True))
+
+
+def test_parameters_are_plain() -> None:
+    query, key, value = tensors()
+    with torch.no_grad():
+        out = plain.attend(torch.nn.Parameter(query), key, value, False, None, False)
+    assert type(out) is torch.Tensor and not out.requires_grad
+    assert_same_bits(out, the_long_way(query, key, value))
+    recorded = plain.attend(query, torch.nn.Parameter(key), value, False, None, False)
+    assert recorded.requires_grad and torch.equal(recorded, out)
+
+
+@pytest.mark.parametrize("table", [True, False], ids=["table", "attributes"])
+def test_both_ways_to_read_a_tensor(table: bool) -> None:
+    """Through DLPack's table, where torch has it, and through attributes."""
+    found = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    hidden = "" if table else "torch.Tensor.__dlpack_c_exchange_api__ = None"
+    code = f"""
+        import torch
+        {hidden}
+        import fastattn.torch
+        from fastattn.backends import plain
+        query = torch.randn(2, 3, 4, 8, dtype=torch.bfloat16)
+        keys = torch.randn(2, 4, 3, 8, dtype=torch.bfloat16).transpose(1, 2)[:, :, 1:]
+        out = plain.attend(query, keys, keys, True, None, False)
+        assert out.equal(fastattn.attention(query, keys, keys, causal=True, softcap=0))
+        for odd in query.to_sparse(), query.to("meta"), query.int(), query[0], query.real.conj():
+            taken = plain.attend(odd, keys, keys, True, None, False)
+            assert (taken is None) == (odd is not query), odd
+        print("read")
+    """
+    assert found or not table or torch.__version__ < "2.10"
+    assert output_of(code) == "read"

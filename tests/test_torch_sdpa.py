@@ -357,8 +357,31 @@ def test_what_only_torch_understands_is_torchs(fallbacks: list[int]) -> None:
     assert counter.get_total_flops() > 0
     nested = torch.nested.nested_tensor([query, key])
     assert ours(nested, nested, nested).is_nested and fallbacks.pop()
+
+
+@pytest.mark.parametrize(
+    "shapes, options",
+    [
+        ((Q, K, V), {"is_causal": True, "scale": 0.3}),
+        ((Q, K, V), {"attn_mask": allowed(4, 6)}),
+        ((Q[1:], K[1:], V[1:]), {"attn_mask": added(3, 4, 6)}),
+        (((2, 6, 4, 8), K, V), {"enable_gqa": True}),
+    ],
+    ids=["causal", "mask", "bias", "groups"],
+)
+def test_compiled_code_is_served(shapes: Any, options: dict[str, Any], no_fallback: None) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    args: list[Any] = shaped(*shapes)
+    assert all(map(torch.equal, results(compiled, args, options), results(ours, args, options)))
+
+
+def test_compiled_code_leaves_to_torch_what_no_kernel_takes(fallbacks: list[int]) -> None:
+    torch._dynamo.reset()
+    query = torch.randn(1, 1, 2, 600)
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(query, key, value), expected)
+    torch.testing.assert_close(compiled(query, query, query), torchs_own(query, query, query))
+    assert fallbacks
 
 
 def test_a_default_device_changes_nothing(no_fallback: None) -> None:

@@ -281,12 +281,33 @@ def test_the_rest_of_torch_sees_its_own_function(served: list[Any]) -> None:
     assert function.__doc__ == torch._C._nn.scaled_dot_product_attention.__doc__
     node = list(torch.fx.symbolic_trace(attend).graph.nodes)[1]
     assert node.target is torch._C._nn.scaled_dot_product_attention
+    assert not served
+
+
+def operators(function: Callable[..., Any], x: torch.Tensor) -> list[str]:
+    """What a graph calls that is compiled now."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    found: list[str] = []
+
+    def compiler(module: torch.fx.GraphModule, example: Any) -> Any:
+        found.extend(str(node.target) for node in module.graph.nodes if "att" in str(node.target))
+        return module.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)
+    torch.testing.assert_close(compiled(x), function(x))
+    return found
+
+
+@pytest.mark.parametrize("layer", [False, True], ids=["function", "layer"])
+def test_compiled_code_calls_what_is_in_force_when_it_is_traced(layer: bool) -> None:
+    function = nn.TransformerEncoderLayer(8, 2, batch_first=True).eval() if layer else attend
+    x = X[0] if layer else X
+    assert "fastattn.forward.default" not in operators(function, x)
     with fastattn.patch_sdpa():
-        compiled = torch.compile(attend, backend="eager", fullgraph=True)(X)
-        encoder = nn.TransformerEncoderLayer(8, 2, batch_first=True).eval()
-        torch.compile(encoder, backend="aot_eager", fullgraph=True)(X[0])
-        assert not served
-    torch.testing.assert_close(compiled, attend(X))
+        assert operators(function, x) == ["fastattn.forward.default"]
+    assert "fastattn.forward.default" not in operators(function, x)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")

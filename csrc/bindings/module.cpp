@@ -9,6 +9,7 @@
 #include "bindings/gil.h"
 #include "bindings/make_params.h"
 #include "bindings/plain_call.h"
+#include "bindings/torch_tensors.h"
 #include "cpu_features.h"
 #include "dispatch.h"
 #include "parallel.h"
@@ -82,6 +83,18 @@ void attention_backward(const py::object& query, const py::object& key, const py
   without_gil([&] { run(b); });
 }
 
+// `wanted`: whether the gradients of query, key and value are, a tuple that may go on.
+py::object plain_backward(py::handle grad_out, py::handle grad_lse, py::handle query, py::handle key, py::handle value,
+                          py::handle out, py::handle lse, const py::tuple& wanted, bool causal, py::handle scale,
+                          bool bshd, int num_threads) {
+  if (wanted.size() < 3) {
+    throw std::invalid_argument("wanted: expected a flag for each of query, key and value");
+  }
+  const auto is_wanted = [&wanted](int i) { return PyTuple_GET_ITEM(wanted.ptr(), i) == Py_True; };
+  const PlainGradients gradients{out, lse, grad_out, grad_lse, is_wanted(0), is_wanted(1), is_wanted(2)};
+  return attention_plain_backward(gradients, query, key, value, causal, scale, bshd, num_threads);
+}
+
 std::string describe_path(int dtype, int64_t seqlen_q, int64_t /*head_dim*/, int64_t /*value_dim*/) {
   if (dtype < 0 || dtype >= kDTypes) {
     throw std::invalid_argument("dtype code " + std::to_string(dtype) + " is not a floating-point type");
@@ -150,11 +163,13 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         "grad_query"_a, "grad_key"_a, "grad_value"_a, "grad_bias"_a, "grad_slopes"_a, "grad_sinks"_a, "scale"_a,
         "softcap"_a, "dropout_p"_a, "dropout_seed"_a, "dropout_offset"_a, "window_left"_a, "window_right"_a,
         "num_threads"_a);
-  m.def("bind_torch", bind_torch, "tensor"_a, "strided"_a, "dtypes"_a, "empty_like"_a);
+  m.def("bind_torch", bind_torch, "tensor"_a, "parameter"_a, "strided"_a, "dtypes"_a, "empty_like"_a, "exchange"_a);
   m.def("attention_plain_numpy", attention_plain_numpy, "query"_a, "key"_a, "value"_a, "causal"_a, "scale"_a, "bshd"_a,
         "num_threads"_a);
   m.def("attention_plain_torch", attention_plain_torch, "query"_a, "key"_a, "value"_a, "causal"_a, "scale"_a, "bshd"_a,
-        "num_threads"_a);
+        "return_lse"_a, "num_threads"_a);
+  m.def("attention_plain_backward", plain_backward, "grad_out"_a, "grad_lse"_a, "query"_a, "key"_a, "value"_a, "out"_a,
+        "lse"_a, "wanted"_a, "causal"_a, "scale"_a, "bshd"_a, "num_threads"_a);
   m.def("describe_path", describe_path, "dtype"_a, "seqlen_q"_a, "head_dim"_a, "value_dim"_a);
   m.def("compiled_isas", compiled_isas);
   m.def("available_isas", available_isas);

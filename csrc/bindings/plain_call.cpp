@@ -2,92 +2,22 @@
 
 #include <pybind11/numpy.h>
 
+#include <algorithm>
 #include <cmath>
 #include <exception>
-#include <mutex>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
 #include "bindings/gil.h"
 #include "bindings/make_params.h"
+#include "bindings/torch_tensors.h"
 #include "dispatch.h"
 
 namespace py = pybind11;
 
 namespace fastattn {
 namespace {
-
-// Attributes of a tensor, and what some of them are compared with. Kept for the life of the process.
-struct TorchNames {
-  PyObject* tensor = nullptr;
-  PyObject* strided = nullptr;
-  PyObject* dtypes[kDTypes] = {};
-  PyObject* empty_like = nullptr;
-  PyObject* dtype = PyUnicode_InternFromString("dtype");
-  PyObject* layout = PyUnicode_InternFromString("layout");
-  PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
-  PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
-  PyObject* is_neg = PyUnicode_InternFromString("is_neg");
-  PyObject* shape = PyUnicode_InternFromString("shape");
-  PyObject* stride = PyUnicode_InternFromString("stride");
-  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
-  PyObject* new_empty = PyUnicode_InternFromString("new_empty");
-};
-
-TorchNames& torch_names() {
-  static TorchNames names;
-  return names;
-}
-
-py::object get(PyObject* object, PyObject* name) {
-  return py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name));
-}
-
-py::object call(PyObject* object, PyObject* method) {
-  return py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, method));
-}
-
-bool read_sizes(const py::object& from, int64_t (&to)[TensorView::kMaxRank]) {
-  if (!from || !PyTuple_Check(from.ptr()) || PyTuple_GET_SIZE(from.ptr()) != TensorView::kMaxRank) {
-    return false;
-  }
-  for (int i = 0; i < TensorView::kMaxRank; ++i) {
-    to[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(from.ptr(), i));
-  }
-  return PyErr_Occurred() == nullptr;
-}
-
-bool read_address(PyObject* tensor, TensorView& view) {
-  const py::object address = call(tensor, torch_names().data_ptr);
-  view.data = address ? PyLong_AsVoidPtr(address.ptr()) : nullptr;
-  return view.data != nullptr;
-}
-
-// Whether `tensor` is a plain dense tensor of numbers in this machine's memory, without a gradient to be recorded.
-bool read_plain_torch(PyObject* tensor, TensorView& view) {
-  const TorchNames& names = torch_names();
-  if (reinterpret_cast<PyObject*>(Py_TYPE(tensor)) != names.tensor ||
-      get(tensor, names.requires_grad).ptr() != Py_False || get(tensor, names.is_cpu).ptr() != Py_True ||
-      get(tensor, names.layout).ptr() != names.strided || call(tensor, names.is_neg).ptr() != Py_False) {
-    return false;
-  }
-  const py::object dtype = get(tensor, names.dtype);
-  for (int code = 0; code < kDTypes; ++code) {
-    view.code = dtype.ptr() == names.dtypes[code] ? code : view.code;
-  }
-  view.rank = TensorView::kMaxRank;
-  return view.code >= 0 && read_sizes(get(tensor, names.shape), view.sizes) &&
-         read_sizes(call(tensor, names.stride), view.strides) && read_address(tensor, view);
-}
-
-bool read_torch(py::handle tensor, TensorView& view) {
-  const bool plain = read_plain_torch(tensor.ptr(), view);
-  if (!plain) {
-    PyErr_Clear();  // a tensor without a single block of memory has raised
-  }
-  return plain;
-}
 
 // Whether `array` is a plain array of a type that NumPy itself has, in the machine's byte order.
 bool read_numpy(py::handle object, TensorView& view) {
@@ -126,17 +56,6 @@ bool is_empty(const TensorView& view) {
   return view.sizes[0] == 0 || view.sizes[1] == 0 || view.sizes[2] == 0 || view.sizes[3] == 0;
 }
 
-bool is_contiguous(const TensorView& view) {
-  int64_t stride = 1;
-  for (int i = TensorView::kMaxRank - 1; i >= 0; --i) {
-    if (view.strides[i] != stride) {
-      return false;
-    }
-    stride *= view.sizes[i];
-  }
-  return true;
-}
-
 // The result, contiguous in the order of the query's axes: (B, H, L, Dv) or (B, L, H, Dv). It has no address yet.
 // False if its size in bytes may not be counted in 64 bits.
 bool shape_result(const TensorView& query, int64_t value_dim, TensorView& out) {
@@ -157,22 +76,6 @@ py::object empty_numpy(py::handle query, TensorView& out) {
   py::array array(like.dtype(), {out.sizes[0], out.sizes[1], out.sizes[2], out.sizes[3]});
   out.data = array.mutable_data();
   return std::move(array);
-}
-
-py::object empty_torch(py::handle query, const TensorView& view, TensorView& out) {
-  const TorchNames& names = torch_names();
-  py::object tensor;
-  if (view.sizes[3] == out.sizes[3] && is_contiguous(view)) {
-    tensor = py::reinterpret_steal<py::object>(PyObject_CallOneArg(names.empty_like, query.ptr()));
-  } else {
-    const py::tuple shape = py::make_tuple(out.sizes[0], out.sizes[1], out.sizes[2], out.sizes[3]);
-    tensor = py::reinterpret_steal<py::object>(
-        PyObject_CallMethodObjArgs(query.ptr(), names.new_empty, shape.ptr(), nullptr));
-  }
-  if (!tensor || !read_address(tensor.ptr(), out)) {
-    throw py::error_already_set();
-  }
-  return tensor;
 }
 
 bool read_scale(py::handle scale, int64_t head_dim, double& value) {
@@ -202,43 +105,58 @@ bool read_call(TensorView query, TensorView key, TensorView value, bool causal, 
   return read_scale(scale, p.head_dim, p.scale);
 }
 
-template <class Read, class Allocate>
-py::object attention_plain(py::handle query, py::handle key, py::handle value, bool causal, py::handle scale, bool bshd,
-                           int num_threads, Read read, Allocate allocate) {
-  TensorView q;
-  TensorView k;
-  TensorView v;
-  if (!read(query, q) || !read(key, k) || !read(value, v)) {
-    return py::none();
+// A plain call, read: views with the axes (B, H, L, D) whatever the layout.
+struct PlainCall {
+  TensorView query, key, value;
+  TensorView own;  // query, with its axes as they came
+  AttentionParams params{};
+  std::vector<int64_t> offsets;
+};
+
+// Whether query, key and value make a call. The parameters point to the offsets, so `c` may not move afterwards.
+template <class Read>
+bool read_plain(py::handle query, py::handle key, py::handle value, bool causal, py::handle scale, bool bshd,
+                int num_threads, Read read, PlainCall& c) {
+  if (!read(query, c.query) || !read(key, c.key) || !read(value, c.value)) {
+    return false;
   }
-  const TensorView own = q;
-  TensorView out;
-  if (!shape_result(q, v.sizes[3], out)) {
-    return py::none();
-  }
+  c.own = c.query;
   if (bshd) {
-    swap_heads_and_rows(q);
-    swap_heads_and_rows(k);
-    swap_heads_and_rows(v);
+    swap_heads_and_rows(c.query);
+    swap_heads_and_rows(c.key);
+    swap_heads_and_rows(c.value);
   }
-  AttentionParams p{};
-  if (!read_call(q, k, v, causal, scale, p)) {
-    return py::none();
+  if (!read_call(c.query, c.key, c.value, causal, scale, c.params)) {
+    return false;
   }
-  const std::vector<int64_t> offsets(static_cast<size_t>(p.batch), p.seqlen_k - p.seqlen_q);
-  p.query_offset = offsets.data();
-  p.num_threads = num_threads;
-  py::object result = allocate(query, own, out);
+  c.offsets.assign(static_cast<size_t>(c.params.batch), c.params.seqlen_k - c.params.seqlen_q);
+  c.params.query_offset = c.offsets.data();
+  c.params.num_threads = num_threads;
+  return true;
+}
+
+bool read_tensor(py::handle tensor, TensorView& view) { return read_torch(tensor, TensorView::kMaxRank, view); }
+
+void set_plain_out(TensorView out, bool bshd, AttentionParams& p) {
   if (bshd) {
     swap_heads_and_rows(out);
   }
   check_view("out", out);
   set_out(out, p);
-  const ForwardFn run = kernels().forward[static_cast<int>(p.dtype)].run;
-  // A thread that ends with the interpreter is unwound from here without its lock: nothing may then let go of an array.
+}
+
+void set_lse(const TensorView& lse, AttentionParams& p) {
+  p.lse = lse.data;
+  std::copy_n(lse.strides, 3, p.lse_strides);
+}
+
+// Runs `work` with the interpreter unlocked, and gives `result` back. A thread that ends with the interpreter is
+// unwound from within, without its lock: nothing may then let go of an array, so no destructor holds one.
+template <class Work>
+py::object keeping(py::object&& result, Work work) {
   PyObject* const kept = result.release().ptr();
   try {
-    without_gil([&] { run(p); });
+    without_gil(work);
   } catch (const std::exception&) {
     Py_DECREF(kept);
     throw;
@@ -246,37 +164,135 @@ py::object attention_plain(py::handle query, py::handle key, py::handle value, b
   return py::reinterpret_steal<py::object>(kept);
 }
 
-}  // namespace
+DType lse_dtype(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
 
-void bind_torch(const py::object& tensor, const py::object& strided, const py::tuple& dtypes,
-                const py::object& empty_like) {
-  static std::mutex mutex;
-  const std::lock_guard<std::mutex> lock(mutex);
-  TorchNames& names = torch_names();
-  if (names.tensor != nullptr) {
-    return;
-  }
-  if (dtypes.size() != kDTypes) {
-    throw std::invalid_argument("dtypes: expected one for each element type");
-  }
-  for (int code = 0; code < kDTypes; ++code) {
-    names.dtypes[code] = py::object(dtypes[static_cast<size_t>(code)]).release().ptr();
-  }
-  names.strided = py::object(strided).release().ptr();
-  names.empty_like = py::object(empty_like).release().ptr();
-  names.tensor = py::object(tensor).release().ptr();
+py::object empty_lse(py::handle query, const AttentionParams& p, TensorView& lse) {
+  const std::initializer_list<int64_t> sizes = {p.batch, p.query_heads, p.seqlen_q};
+  const DType dtype = lse_dtype(p.dtype);
+  return dtype == p.dtype ? empty_torch(query, sizes, lse) : empty_torch(query, dtype, sizes, lse);
 }
+
+// Memory for one gradient, with the sizes of `like`; the kernel's view of it has the axes (B, H, L, D).
+py::object empty_gradient(py::handle like, TensorView view, bool bshd, void*& data, int64_t (&strides)[4]) {
+  if (bshd) {
+    swap_heads_and_rows(view);
+  }
+  TensorView gradient;
+  py::object tensor = empty_torch_like(like, view, gradient);
+  if (bshd) {
+    swap_heads_and_rows(gradient);
+  }
+  data = gradient.data;
+  std::copy_n(gradient.strides, 4, strides);
+  return tensor;
+}
+
+bool has_sizes(const TensorView& view, int code, std::initializer_list<int64_t> sizes) {
+  return view.code == code && std::equal(sizes.begin(), sizes.end(), view.sizes);
+}
+
+// Reads what the forward returned and what came in for it; false where something does not fit.
+bool read_incoming(const PlainGradients& g, bool bshd, BackwardParams& b) {
+  AttentionParams& p = b.forward;
+  const std::initializer_list<int64_t> rows = {p.batch, p.query_heads, p.seqlen_q};
+  const std::initializer_list<int64_t> elements = {p.batch, p.query_heads, p.seqlen_q, p.value_dim};
+  const int code = static_cast<int>(p.dtype);
+  const int wide = static_cast<int>(lse_dtype(p.dtype));
+  TensorView out;
+  TensorView lse;
+  TensorView grad_out;
+  TensorView grad_lse;
+  if (!read_tensor(g.out, out) || !read_tensor(g.grad_out, grad_out) || !read_torch(g.lse, 3, lse)) {
+    return false;
+  }
+  if (bshd) {
+    swap_heads_and_rows(out);
+    swap_heads_and_rows(grad_out);
+  }
+  if (!has_sizes(out, code, elements) || !has_sizes(grad_out, code, elements) || !has_sizes(lse, wide, rows)) {
+    return false;
+  }
+  if (!g.grad_lse.is_none()) {
+    if (!read_torch(g.grad_lse, 3, grad_lse) || !has_sizes(grad_lse, wide, rows)) {
+      return false;
+    }
+    b.grad_lse = grad_lse.data;
+    std::copy_n(grad_lse.strides, 3, b.grad_lse_strides);
+  }
+  for (const TensorView* view : {&out, &lse, &grad_out}) {
+    check_view("out, lse, grad_out", *view);
+  }
+  set_out(out, p);
+  set_lse(lse, p);
+  b.grad_out = grad_out.data;
+  std::copy_n(grad_out.strides, 4, b.grad_out_strides);
+  return true;
+}
+
+}  // namespace
 
 py::object attention_plain_numpy(py::handle query, py::handle key, py::handle value, bool causal, py::handle scale,
                                  bool bshd, int num_threads) {
-  return attention_plain(
-      query, key, value, causal, scale, bshd, num_threads, read_numpy,
-      [](py::handle like, const TensorView& /*view*/, TensorView& out) { return empty_numpy(like, out); });
+  PlainCall c;
+  TensorView out;
+  if (!read_plain(query, key, value, causal, scale, bshd, num_threads, read_numpy, c) ||
+      !shape_result(c.own, c.value.sizes[3], out)) {
+    return py::none();
+  }
+  py::object result = empty_numpy(query, out);
+  set_plain_out(out, bshd, c.params);
+  const ForwardFn run = kernels().forward[static_cast<int>(c.params.dtype)].run;
+  return keeping(std::move(result), [&] { run(c.params); });
 }
 
 py::object attention_plain_torch(py::handle query, py::handle key, py::handle value, bool causal, py::handle scale,
-                                 bool bshd, int num_threads) {
-  return attention_plain(query, key, value, causal, scale, bshd, num_threads, read_torch, empty_torch);
+                                 bool bshd, bool return_lse, int num_threads) {
+  PlainCall c;
+  TensorView out;
+  if (!read_plain(query, key, value, causal, scale, bshd, num_threads, read_tensor, c) ||
+      !shape_result(c.own, c.value.sizes[3], out)) {
+    return py::none();
+  }
+  AttentionParams& p = c.params;
+  py::object result = c.own.sizes[3] == out.sizes[3]
+                          ? empty_torch_like(query, c.own, out)
+                          : empty_torch(query, {out.sizes[0], out.sizes[1], out.sizes[2], out.sizes[3]}, out);
+  set_plain_out(out, bshd, p);
+  if (return_lse) {
+    TensorView lse;
+    py::object log_sums = empty_lse(query, p, lse);
+    set_lse(lse, p);
+    result = py::make_tuple(std::move(result), std::move(log_sums));
+  }
+  const ForwardFn run = kernels().forward[static_cast<int>(p.dtype)].run;
+  return keeping(std::move(result), [&] { run(p); });
+}
+
+py::object attention_plain_backward(const PlainGradients& g, py::handle query, py::handle key, py::handle value,
+                                    bool causal, py::handle scale, bool bshd, int num_threads) {
+  PlainCall c;
+  BackwardParams b{};
+  if (!read_plain(query, key, value, causal, scale, bshd, num_threads, read_tensor, c)) {
+    return py::none();
+  }
+  b.forward = c.params;
+  if (!read_incoming(g, bshd, b)) {
+    return py::none();
+  }
+  py::object grad_query = py::none();
+  py::object grad_key = py::none();
+  py::object grad_value = py::none();
+  if (g.of_query) {
+    grad_query = empty_gradient(query, c.query, bshd, b.grad_query, b.grad_query_strides);
+  }
+  if (g.of_key) {
+    grad_key = empty_gradient(key, c.key, bshd, b.grad_key, b.grad_key_strides);
+  }
+  if (g.of_value) {
+    grad_value = empty_gradient(value, c.value, bshd, b.grad_value, b.grad_value_strides);
+  }
+  const BackwardFn run = kernels().backward[static_cast<int>(b.forward.dtype)];
+  return keeping(py::make_tuple(std::move(grad_query), std::move(grad_key), std::move(grad_value)), [&] { run(b); });
 }
 
 }  // namespace fastattn

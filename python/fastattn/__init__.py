@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -44,3 +45,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_NEED_TORCH})
+
+
+if hasattr(sys.modules.get("torch"), "library"):  # loaded: compiled code is to find the operators
+    import_module("fastattn.torch")

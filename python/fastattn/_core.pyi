@@ -64,13 +64,39 @@ def attention_backward(
     num_threads: int,
 ) -> None: ...
 def bind_torch(
-    tensor: type, strided: object, dtypes: tuple[object, ...], empty_like: Callable[..., Any]
+    tensor: type,
+    parameter: type,
+    strided: object,
+    dtypes: tuple[object, ...],
+    empty_like: Callable[..., Any],
+    exchange: object,
 ) -> None: ...
 def attention_plain_numpy(
     query: Any, key: Any, value: Any, causal: bool, scale: float | None, bshd: bool, num_threads: int
 ) -> Any: ...
 def attention_plain_torch(
-    query: Any, key: Any, value: Any, causal: bool, scale: float | None, bshd: bool, num_threads: int
+    query: Any,
+    key: Any,
+    value: Any,
+    causal: bool,
+    scale: float | None,
+    bshd: bool,
+    return_lse: bool,
+    num_threads: int,
+) -> Any: ...
+def attention_plain_backward(
+    grad_out: Any,
+    grad_lse: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    out: Any,
+    lse: Any,
+    wanted: tuple[bool, ...],
+    causal: bool,
+    scale: float | None,
+    bshd: bool,
+    num_threads: int,
 ) -> Any: ...
 def describe_path(dtype: int, seqlen_q: int, head_dim: int, value_dim: int) -> str: ...
 def compiled_isas() -> list[str]: ...

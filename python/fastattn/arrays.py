@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -100,6 +101,9 @@ class ArrayLibrary(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: str, like: Array) -> Strided:
         """Allocate an output of `dtype`, which is `like`'s or a dtype of NumPy, where `like` lives."""
 
+    def as_given(self, array: Array, given: Any) -> Array:
+        """`array` in the dtype of `given`; as it is where that is no array."""
+
     def draw_seed(self, like: Array) -> int:
         """Draw a seed for dropout, from the generator of `like`'s device where there is one."""
 
@@ -126,6 +130,9 @@ class _NumpyArrays:
         own, _ = _in_elements(like.dtype, ())  # NumPy does not know bfloat16 by name
         array = np.empty(shape, like.dtype if own == dtype else dtype)
         return Strided(array, dtype, shape, _contiguous(shape), _address(array))
+
+    def as_given(self, array: Array, given: Any) -> Array:
+        return array.astype(given.dtype, copy=False) if isinstance(given, np.ndarray) else array
 
     def draw_seed(self, like: Array) -> int:
         return int(np.random.default_rng().integers(2**64, dtype=np.uint64))
@@ -188,9 +195,7 @@ class _TorchTensors:
 
     def view(self, name: str, array: Array, *, to_write: bool = False) -> Strided:
         self._check_kind(name, array)
-        if not array.is_cpu:
-            got = f"{name} is on device '{array.device}'"
-            raise RuntimeError(f"{got}, expected 'cpu': the GPU backend is not there yet")
+        self._check_device(name, array)
         if array.requires_grad or self._forward_ad._current_level >= 0:
             self._check_no_graph(name, array, to_write)
         if array.is_neg():  # lazily negated, as the imaginary part of a conjugate: memory has the other sign
@@ -214,6 +219,11 @@ class _TorchTensors:
         if array.layout is not self._strided:
             raise TypeError(f"{name} must be a dense tensor (torch.strided), got layout {array.layout}")
 
+    def _check_device(self, name: str, array: Array) -> None:
+        if not array.is_cpu:
+            got = f"{name} is on device '{array.device}'"
+            raise RuntimeError(f"{got}, expected 'cpu': the GPU backend is not there yet")
+
     def _check_no_graph(self, name: str, array: Array, to_write: bool) -> None:
         dual = (
             self._forward_ad._current_level >= 0 and self._forward_ad.unpack_dual(array).tangent is not None
@@ -236,6 +246,9 @@ class _TorchTensors:
         else:
             tensor = like.new_empty(shape, dtype=getattr(self._torch, dtype))
         return Strided(tensor, dtype, shape, _contiguous(shape), tensor.data_ptr())
+
+    def as_given(self, array: Array, given: Any) -> Array:
+        return array.to(given.dtype) if isinstance(given, self._torch.Tensor) else array
 
     def draw_seed(self, like: Array) -> int:
         return int(self._torch.randint(2**63 - 1, (), device=like.device))
@@ -269,6 +282,16 @@ class _TorchOperands(_TorchTensors):
             return super().view(name, array)
 
 
+class _TorchDescriptions(_TorchTensors):
+    """Tensors of which only type, dtype and shape are there, as in a trace; sizes may be symbols."""
+
+    def view(self, name: str, array: Array, *, to_write: bool = False) -> Strided:
+        if not isinstance(array, self._torch.Tensor):
+            raise _not_a_plain("a torch tensor", self._torch.Tensor, name, array)
+        self._check_device(name, array)
+        return Strided(array, _torch_name(array.dtype), tuple(array.shape), tuple(array.stride()), 0)
+
+
 @lru_cache
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of a new array."""
@@ -283,6 +306,7 @@ def _torch_name(dtype: object) -> str:
 NUMPY: ArrayLibrary = _NumpyArrays()
 _torch_tensors = cache(_TorchTensors)
 _torch_operands = cache(_TorchOperands)
+torch_descriptions = cache(_TorchDescriptions)
 
 
 def library_of(name: str, array: object, *, composed: bool = False) -> ArrayLibrary:
@@ -298,16 +322,48 @@ def library_of(name: str, array: object, *, composed: bool = False) -> ArrayLibr
     raise TypeError(f"{name} must be a NumPy array or a torch tensor, got {type_name(array)}")
 
 
-def wants_graph(*arrays: object) -> bool:
-    """Whether torch is to record what becomes of these."""
-    if not any(getattr(array, "requires_grad", False) is True for array in arrays):
-        return False
+def is_tensor(array: object) -> bool:
+    """Whether `array` is a torch tensor."""
     torch = sys.modules.get("torch")
-    if torch is None or not torch.is_grad_enabled():
-        return False
-    # Inside torch.func's transforms no memory can be read: left to what says so.
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return not any(isinstance(array, torch.Tensor) and wrapped(array) for array in arrays)
+    return torch is not None and isinstance(array, getattr(torch, "Tensor", ()))
+
+
+def is_traced() -> bool:
+    """Whether torch is compiling or exporting the caller: cheap, and what any trace is asked first."""
+    torch = sys.modules.get("torch")
+    compiler = getattr(torch, "compiler", None)  # None: absent, or still loading
+    return compiler is not None and bool(compiler.is_compiling())
+
+
+def is_inlined() -> bool:
+    """Whether a compiler reads the caller's code rather than runs it."""
+    compiler = getattr(sys.modules.get("torch"), "compiler", None)
+    return compiler is not None and bool(compiler.is_dynamo_compiling())
+
+
+def without_graph() -> AbstractContextManager[Any]:
+    """``torch.no_grad()``, if torch is loaded: tensors that require grad may be looked at in it."""
+    no_grad = getattr(sys.modules.get("torch"), "no_grad", nullcontext)
+    context: AbstractContextManager[Any] = no_grad()
+    return context
+
+
+def as_autocast(query: Array, key: Array, value: Array, bias: Array | None) -> tuple[Any, ...]:
+    """Cast tensors as ``torch.autocast`` casts those of torch's attention; a float32 bias stays one."""
+    torch = sys.modules["torch"]
+    device = query.device.type
+    known = device == "cpu" or torch.amp.is_autocast_available(device)
+    if not known or not torch.is_autocast_enabled(device):
+        return query, key, value, bias
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(array: Array, kept: tuple[Any, ...]) -> Array:
+        if not isinstance(array, torch.Tensor) or not array.is_floating_point() or array.dtype in kept:
+            return array
+        return array.to(dtype)
+
+    query, key, value = (cast(array, (torch.float64,)) for array in (query, key, value))
+    return query, key, value, cast(bias, (torch.float64, torch.float32))
 
 
 def type_name(value: object) -> str:

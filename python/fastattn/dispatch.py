@@ -44,18 +44,28 @@ def candidates(name: Any) -> tuple[str, ...]:
     return _named("backend", name)
 
 
+# Compilers of torch call it and keep the answer, rather than look into it.
+candidates._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def composing(names: tuple[str, ...]) -> ComposingBackend | None:
     """Return the backend of `names` if it composes operations of torch; such a one is always alone."""
     return COMPOSING.get(names[0])
 
 
 def run_plain(
-    query: Array, key: Array, value: Array, causal: bool, scale: float | None, bshd: bool
-) -> Array | None:
+    query: Array,
+    key: Array,
+    value: Array,
+    causal: bool,
+    scale: float | None,
+    bshd: bool,
+    return_lse: bool = False,
+) -> Any:
     """Run a call without other arguments the short way; None where it has to go the long one."""
     if _default_candidates() is not AUTOMATIC:
         return None
-    return plain.attend(query, key, value, causal, scale, bshd)
+    return plain.attend(query, key, value, causal, scale, bshd, return_lse)
 
 
 def choose(problem: AttentionProblem, names: tuple[str, ...]) -> Backend:

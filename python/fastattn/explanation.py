@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastattn.arrays import Array
+from fastattn.arrays import Array, as_autocast, is_tensor, without_graph
 from fastattn.dispatch import candidates, composing, consider
 from fastattn.problem import AttentionProblem
 
@@ -57,7 +57,10 @@ def explain(
         options.pop(returned, None)
     names = candidates(backend)
     composed = composing(names) is not None
-    problem = AttentionProblem.from_arguments(query, key, value, composed=composed, **options)
+    if is_tensor(query):
+        query, key, value, options["bias"] = as_autocast(query, key, value, options.get("bias"))
+    with without_graph():
+        problem = AttentionProblem.from_arguments(query, key, value, composed=composed, **options)
     chosen, refusals = consider(problem, names)
     batch, heads, seqlen_q, head_dim = problem.query.shape
     _, kv_heads, seqlen_k, value_dim = problem.value.shape

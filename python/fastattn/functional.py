@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastattn.arrays import Array, wants_graph
+from fastattn.arrays import Array, as_autocast, is_inlined, is_tensor, is_traced
 from fastattn.dispatch import candidates, choose, composing, run_plain
 from fastattn.outputs import check_flags, check_request, prepare_outputs, returned
 from fastattn.problem import AttentionProblem, Causal, Layout, Window
@@ -128,18 +128,18 @@ def attention(
     if (
         (mask is None and bias is None and kv_lengths is None and window is None and query_offset is None)
         and (alibi_slopes is None and sinks is None and out is None and backend is None)
-        and (return_lse is False and return_weights is False and type(softcap) is float and softcap == 0)
+        and (return_lse is False or return_lse is True)
+        and (return_weights is False and type(softcap) is float and softcap == 0)
         and (causal is False or causal is True)
         and (dropout_seed is None and type(dropout_p) is float and dropout_p == 0)
         and (type(dropout_offset) is int and dropout_offset == 0)
         and isinstance(layout, str)
         and (layout == "bhsd" or layout == "bshd")
+        and not is_traced()
     ):
-        plain = run_plain(query, key, value, causal, scale, layout == "bshd")
+        plain = run_plain(query, key, value, causal, scale, layout == "bshd", return_lse)
         if plain is not None:
             return plain
-    names = candidates(backend)
-    composer = composing(names)
     options: dict[str, Any] = {
         "causal": causal,
         "window": window,
@@ -156,13 +156,40 @@ def attention(
         "dropout_offset": dropout_offset,
         "layout": layout,
     }
-    if composer is None and out is None and wants_graph(query, key, value, bias, alibi_slopes, sinks):
-        from fastattn import torch_ops  # torch is loaded: a tensor of it came in
+    if is_tensor(query):
+        query, key, value, options["bias"] = as_autocast(query, key, value, bias)
+    return attend(query, key, value, options, return_lse, return_weights, out, backend)
 
-        check_flags(return_lse, return_weights)
-        return torch_ops.attention(
-            names, query, key, value, return_lse=return_lse, return_weights=return_weights, **options
-        )
+
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    options: dict[str, Any],
+    return_lse: bool,
+    return_weights: bool,
+    out: Array | None,
+    backend: str | None,
+) -> Any:
+    """Any call of `attention`, in the dtype of its arrays; `options` holds the arguments not named here."""
+    names = candidates(backend)
+    composer = composing(names)
+    if composer is not None and is_inlined():  # it looks at values, on which no graph may depend
+        from fastattn.torch_ops import uncompiled
+
+        return uncompiled.run(attend, query, key, value, options, return_lse, return_weights, out, backend)
+    if composer is None and is_tensor(query):
+        from fastattn import torch_ops  # registers operators, the first time
+
+        flags: dict[str, Any] = {"return_lse": return_lse, "return_weights": return_weights}
+        if is_traced() or torch_ops.is_watched(query, key, value):
+            return torch_ops.operator_attention(
+                query, key, value, **options, **flags, out=out, backend=backend
+            )
+        may_differ = (query, key, value, options["bias"], options["alibi_slopes"], options["sinks"])
+        if out is None and torch_ops.wants_graph(*may_differ):
+            check_flags(return_lse, return_weights)
+            return torch_ops.recorded_attention(names, query, key, value, **options, **flags)
     problem = AttentionProblem.from_arguments(query, key, value, **options, composed=composer is not None)
     chosen = choose(problem, names)
     problem = problem.seeded()

@@ -77,12 +77,11 @@ class AttentionProblem(NamedTuple):
         `composed`: the backend composes operations of torch: tensors may be on any device and in any graph.
         """
         library = library_of("query", query, composed=composed)
-        check_layout(layout)
-        q, k, v = _tensors(library, query, key, value, layout)
+        q, k, v = views(library, query, key, value, layout)
         batch, heads, seqlen_q, head_dim = q.shape
         seqlen_k = k.shape[2]
         scores = (batch, heads, seqlen_q, seqlen_k)
-        top_left = _is_top_left(causal)
+        top_left = check_causal(causal)
         left, right = (UNBOUNDED, UNBOUNDED) if window is None else _window(window)
         if query_offset is None:
             query_offset = 0 if top_left else seqlen_k - seqlen_q
@@ -94,19 +93,19 @@ class AttentionProblem(NamedTuple):
             q,
             k,
             v,
-            None if mask is None else _mask(library, mask, scores),
-            None if bias is None else _bias(library, bias, q.dtype, scores),
+            None if mask is None else mask_view(library, mask, scores),
+            None if bias is None else bias_view(library, bias, q.dtype, scores),
             None if kv_lengths is None else _kv_lengths(library, kv_lengths, batch, seqlen_k),
             query_offset,
             left,
             0 if causal else right,  # right >= 0, so the causal rule is always the tighter one
             None if alibi_slopes is None else _alibi_slopes(library, alibi_slopes, batch, heads),
             None if sinks is None else _sinks(library, sinks, heads),
-            _softcap(softcap),
-            1.0 / math.sqrt(head_dim) if scale is None else _real("scale", scale),
-            _dropout_p(dropout_p),
-            None if dropout_seed is None else _word("dropout_seed", dropout_seed, 64),
-            _word("dropout_offset", dropout_offset, 32),
+            check_softcap(softcap),
+            1.0 / math.sqrt(head_dim) if scale is None else check_real("scale", scale),
+            check_dropout_p(dropout_p),
+            None if dropout_seed is None else check_word("dropout_seed", dropout_seed, 64),
+            check_word("dropout_offset", dropout_offset, 32),
             alibi_slopes,
             sinks,
         )
@@ -162,10 +161,11 @@ class AttentionProblem(NamedTuple):
         return batch, heads, seqlen_q, self.value.shape[3]
 
 
-def _tensors(
+def views(
     library: ArrayLibrary, query: Array, key: Array, value: Array, layout: Layout
 ) -> tuple[Strided, Strided, Strided]:
     """Query, key and value in the order (B, H, L, D), with agreeing dtypes and shapes."""
+    check_layout(layout)
     q, k, v = library.view("query", query), library.view("key", key), library.view("value", value)
     if q.dtype not in FLOATS:
         raise TypeError(f"query must be one of {', '.join(FLOATS)}, got {q.dtype}")
@@ -210,8 +210,8 @@ def _check_shapes(query: Shape, key: Shape, value: Shape) -> None:
         raise ValueError(f"query's heads must be a positive multiple of key's heads, got {got} (see layout)")
 
 
-def _is_top_left(causal: Any) -> bool:
-    """Whether the diagonal starts at key 0 rather than ends at the last one."""
+def check_causal(causal: Any) -> bool:
+    """Whether the diagonal starts at key 0 rather than ends at the last one; raise for no such rule."""
     if isinstance(causal, bool):
         return False
     if not isinstance(causal, (np.bool_, str)):
@@ -235,7 +235,8 @@ def _window(window: Any) -> tuple[int, int]:
     return left, right
 
 
-def _mask(library: ArrayLibrary, mask: Array, shape: Shape) -> Strided:
+def mask_view(library: ArrayLibrary, mask: Array, shape: Shape) -> Strided:
+    """The mask broadcast to (B, Hq, Lq, Lk)."""
     view = library.view("mask", mask)
     if view.dtype != "bool":
         advice = (
@@ -245,7 +246,8 @@ def _mask(library: ArrayLibrary, mask: Array, shape: Shape) -> Strided:
     return _broadcast("mask", view, shape)
 
 
-def _bias(library: ArrayLibrary, bias: Array, dtype: str, shape: Shape) -> Strided:
+def bias_view(library: ArrayLibrary, bias: Array, dtype: str, shape: Shape) -> Strided:
+    """The bias broadcast to (B, Hq, Lq, Lk)."""
     view = library.view("bias", bias)
     if view.dtype not in (dtype, "float32"):
         expected = "float32" if dtype == "float32" else f"{dtype} like query, or float32"
@@ -319,21 +321,24 @@ def _listed(name: str, values: Any) -> NDArray[Any]:
         raise ValueError(f"{name} must be a flat sequence of numbers: {error}") from error
 
 
-def _softcap(softcap: Any) -> float:
-    value = _real("softcap", softcap)
+def check_softcap(softcap: Any) -> float:
+    """Return it as a float; raise unless it is finite and at least 0."""
+    value = check_real("softcap", softcap)
     if value < 0:
         raise ValueError(f"softcap must be at least 0 (0: none), got {value}")
     return value
 
 
-def _dropout_p(p: Any) -> float:
-    value = _real("dropout_p", p)
+def check_dropout_p(p: Any) -> float:
+    """Return it as a float; raise unless it is from 0 to 1."""
+    value = check_real("dropout_p", p)
     if not 0 <= value <= 1:
         raise ValueError(f"dropout_p must be from 0 to 1, got {value}")
     return value
 
 
-def _word(name: str, value: Any, bits: int) -> int:
+def check_word(name: str, value: Any, bits: int) -> int:
+    """Return it as an int; raise unless it is an integer of so many bits."""
     if not _is_integer(value):
         raise TypeError(f"{name} must be an integer, got {type_name(value)}")
     if not 0 <= value < 2**bits:
@@ -341,13 +346,15 @@ def _word(name: str, value: Any, bits: int) -> int:
     return int(value)
 
 
-def _real(name: str, value: Any) -> float:
+def check_real(name: str, value: Any) -> float:
+    """Return it as a float; raise unless it is a finite number."""
     # Named first, float and int spare the slow test of an abstract class.
     if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
         raise TypeError(f"{name} must be a real number, got {type_name(value)}")
-    if not math.isfinite(value):
+    number = float(value)
+    if not -math.inf < number < math.inf:  # what a trace of torch can ask of a symbol, too
         raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
+    return number
 
 
 def _is_integer(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The short way for plain calls: from the arrays straight to the compiled kernels.
+"""The short way for plain calls: from the arrays straight to the compiled kernels, and back.
 
 A call on few tokens takes microseconds, and making an `AttentionProblem` of it several more. Here C++ reads
 the arrays itself; what it does not know at sight goes the long way, which then answers or says what is wrong.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,43 +22,95 @@ except ImportError:  # the long way says so
 else:
     _numpy_call = _core.attention_plain_numpy
 
-_torch_is_plain: Callable[[], bool] | None = None
+
+class PlainCall(NamedTuple):
+    """What a plain call has besides its arrays."""
+
+    causal: bool
+    scale: float | None
+    bshd: bool
+    return_lse: bool
+
+
+# Wraps query, key, value and their results in a node of torch's graph; given by who can make one.
+Record = Callable[[Array, Array, Array, tuple[Array, Array], PlainCall], Any]
+
+
+class _TorchLane(NamedTuple):
+    is_ordinary: Callable[[], bool]  # no mode, transform, trace or autocast is in force
+    records: Callable[[], bool]  # gradients are on
+    record: Record
+
+
+_torch_lane: _TorchLane | None = None
 
 
 def attend(
-    query: Array, key: Array, value: Array, causal: bool, scale: float | None, bshd: bool
-) -> Array | None:
+    query: Array,
+    key: Array,
+    value: Array,
+    causal: bool,
+    scale: float | None,
+    bshd: bool,
+    return_lse: bool = False,
+) -> Any:
     """Attention without another argument, or None where the call has to go the long way."""
     if type(query) is np.ndarray:
-        if _numpy_call is None:
+        if _numpy_call is None or return_lse:
             return None
         return _numpy_call(query, key, value, causal, scale, bshd, resolve_num_threads())
-    if _torch_is_plain is None and not _bind_torch():
+    if _torch_lane is None or not _torch_lane.is_ordinary():
         return None
-    assert _torch_is_plain is not None
-    if not _torch_is_plain():
-        return None
-    return _core.attention_plain_torch(query, key, value, causal, scale, bshd, resolve_num_threads())
+    recorded = _torch_lane.records() and (
+        getattr(query, "requires_grad", False)
+        or getattr(key, "requires_grad", False)
+        or getattr(value, "requires_grad", False)
+    )
+    results = _core.attention_plain_torch(
+        query, key, value, causal, scale, bshd, return_lse or recorded, resolve_num_threads()
+    )
+    if recorded and results is not None:
+        return _torch_lane.record(query, key, value, results, PlainCall(causal, scale, bshd, return_lse))
+    return results
 
 
-def _bind_torch() -> bool:
-    """Whether torch is loaded, and has told how to read its tensors."""
-    global _torch_is_plain
-    torch = sys.modules.get("torch")
-    if torch is None or _numpy_call is None or not hasattr(torch, "compile"):  # None, or still loading
-        return False
+def backward(
+    grad_out: Array,
+    grad_lse: Array | None,
+    tensors: tuple[Array, ...],
+    wanted: tuple[bool, ...],
+    call: PlainCall,
+) -> Any:
+    """The gradients of query, key and value that are wanted, or None for the long way.
+
+    `tensors`: query, key, value, out and lse.
+    """
+    query, key, value, out, lse = tensors
+    causal, scale, bshd, _ = call
+    return _core.attention_plain_backward(
+        grad_out, grad_lse, query, key, value, out, lse, wanted, causal, scale, bshd, resolve_num_threads()
+    )
+
+
+def bind_torch(record: Record) -> None:
+    """Open the short way to tensors, torch being loaded; `record` makes nodes of its graph."""
+    global _torch_lane
+    torch = sys.modules["torch"]
+    if _numpy_call is None:
+        return
     names = sorted(_core.DTYPE_CODES, key=_core.DTYPE_CODES.__getitem__)[:4]
-    try:
-        dtypes = tuple(getattr(torch, name) for name in names)
-        is_plain = _plainness(torch)
-        _core.bind_torch(torch.Tensor, torch.strided, dtypes, torch.empty_like)
-    except AttributeError:  # a stand-in for torch
-        return False
-    _torch_is_plain = is_plain
-    return True
+    _core.bind_torch(
+        torch.Tensor,
+        torch.nn.Parameter,
+        torch.strided,
+        tuple(getattr(torch, name) for name in names),
+        torch.empty_like,
+        getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
+    )
+    _torch_lane = _TorchLane(_ordinariness(torch), torch.is_grad_enabled, record)
 
 
-def _plainness(torch: Any) -> Callable[[], bool]:
+def _ordinariness(torch: Any) -> Callable[[], bool]:
     """Make a test that no mode, transform, trace or autocast of torch is in force.
 
     Some of what it asks is torch's own affair and may move between versions; without it nothing is plain.
@@ -75,7 +127,7 @@ def _plainness(torch: Any) -> Callable[[], bool]:
     except (AttributeError, TypeError):
         return lambda: False
 
-    def is_plain() -> bool:
+    def is_ordinary() -> bool:
         return not (
             function_mode()
             or dispatch_modes()
@@ -85,4 +137,4 @@ def _plainness(torch: Any) -> Callable[[], bool]:
             or autocast("cpu")
         )
 
-    return is_plain
+    return is_ordinary

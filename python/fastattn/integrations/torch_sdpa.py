@@ -2,7 +2,7 @@
 
 What fastattn can serve, tensors on the CPU of one floating dtype whose shapes fit, is rearranged into a call
 of `fastattn.attention`. Everything else is torch's own: other devices, what only torch's machinery
-understands (subclasses, transforms, traces), and every input that torch refuses, so that it is refused in
+understands (subclasses, transforms), and every input that torch refuses, so that it is refused in
 torch's words.
 """
 
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._device import DeviceContext
 
 from fastattn.functional import attention
@@ -20,6 +22,8 @@ from fastattn.functional import attention
 _torch_sdpa = torch._C._nn.scaled_dot_product_attention
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
+_TRACED = (FakeTensor, FunctionalTensor)  # what stands for them in a trace
+_WIDEST = 512  # head dimensions that every kernel reaches; a trace cannot try and see
 
 Size = tuple[int, ...]
 
@@ -72,8 +76,9 @@ def scaled_dot_product_attention(
     Notes
     -----
     Torch's own function computes calls on tensors that are not on the CPU, of a subclass, nested, sparse or
-    of other dtypes; under forward-mode differentiation, ``torch.func``, tracing and compilation, and modes
-    that watch operations; and with heads or head dimensions of size 0, or a scale that is not finite.
+    of other dtypes; under forward-mode differentiation, ``torch.func``, ``torch.jit.trace`` and modes that
+    watch operations; in compiled code with head dimensions above 512; and with heads or head dimensions of
+    size 0, or a scale that is not finite.
     `fastattn.attention` with ``backend="math"`` computes what its kernels do not take.
 
     See Also
@@ -137,15 +142,19 @@ def _attend(call: _Call, dropout_p: float, is_causal: bool, scale: float | None)
 
 
 def _is_ordinary(*tensors: Tensor) -> bool:
-    """Whether these are dense tensors of the CPU, and nothing but eager execution looks at them."""
+    """Whether these are dense tensors of the CPU, and nothing but a compiler looks at them."""
+    compiled = torch.compiler.is_compiling()
     for tensor in tensors:
-        if type(tensor) not in _PLAIN or not tensor.is_cpu:
+        if type(tensor) not in _PLAIN and not (compiled and type(tensor) in _TRACED):
+            return False
+        if not tensor.is_cpu:
             return False
         if tensor.layout is not torch.strided or tensor.is_nested:
             return False
+    if compiled:
+        return all(tensor.shape[-1] <= _WIDEST for tensor in tensors[:3] if tensor.ndim)
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
+        torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0

@@ -48,7 +48,8 @@ class patch_sdpa:  # noqa: N801 - a verb, as torch.no_grad is one
     -----
     Reached is whoever looks the name up in ``torch.nn.functional`` at the call, or has looked it up since
     `patch_sdpa` was first used. Not reached: ``from torch.nn.functional import scaled_dot_product_attention``
-    that ran before, compiled and scripted code, which calls the operator, and code in C++.
+    that ran before, scripted code, which calls the operator, and code in C++. What compiled code calls is
+    decided when it is traced: `torch.compile` in a block, and call for the first time in it.
 
     See Also
     --------
@@ -181,6 +182,10 @@ def _is_patched() -> bool:
     return blocks[-1].enabled if blocks else _process_wide
 
 
+# What is in force when a compiler of torch comes by holds for what it compiles.
+_is_patched._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _install() -> None:
     """Put both functions in their places, the first time."""
     global _installed
@@ -196,7 +201,7 @@ def _install() -> None:
 def _trampoline(previous: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(previous)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not _is_patched():
+        if not _is_patched():
             return previous(*args, **kwargs)
         return _fastattn_sdpa(*args, **kwargs)
 
@@ -215,7 +220,7 @@ def _fastpath(previous: Callable[[], bool]) -> Callable[[], bool]:
             if (
                 torch.compiler.is_compiling()
             ):  # which knows torch's function by its name, and now meets this one
-                return torch.backends.mha._is_fastpath_enabled
+                return torch.backends.mha._is_fastpath_enabled and not _is_patched()
             return previous() and not _is_patched()
         return True
 

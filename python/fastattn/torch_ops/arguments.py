@@ -1,0 +1,175 @@
+"""The arguments of `fastattn.attention` as operators of torch take them: tensors first, then the rules."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastattn.arrays import type_name
+from fastattn.problem import Layout, check_causal, check_dropout_p, check_real, check_softcap, check_word
+
+_UINT64 = 2**64
+
+
+class Operands(NamedTuple):
+    """Tensors besides query, key and value."""
+
+    mask: Tensor | None
+    bias: Tensor | None
+    kv_lengths: Tensor | None
+    query_offsets: Tensor | None  # one for each sequence
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    drawn_seed: Tensor | None  # of dropout, (), int64
+
+
+class Rules(NamedTuple):
+    """What is no tensor. Integers may be symbols in a trace."""
+
+    causal: str  # "", "bottom_right" or "top_left"
+    window_left: int | None
+    window_right: int | None
+    query_offset: int | None  # one for all sequences
+    softcap: float
+    scale: float | None
+    dropout_p: float
+    dropout_seed: int | None  # 64 bits, as a signed number
+    dropout_offset: int
+    layout: Layout
+    backend: str | None
+
+
+OPERANDS = ", ".join(f"Tensor? {name}" for name in Operands._fields)
+RULES = (
+    "str causal, SymInt? window_left, SymInt? window_right, SymInt? query_offset, float softcap, "
+    "float? scale, float dropout_p, SymInt? dropout_seed, SymInt dropout_offset, str layout, str? backend"
+)
+
+
+def flatten(
+    query: Tensor,
+    *,
+    causal: Any,
+    window: Any,
+    mask: Any,
+    bias: Any,
+    kv_lengths: Any,
+    query_offset: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    softcap: Any,
+    scale: Any,
+    dropout_p: Any,
+    dropout_seed: Any,
+    dropout_offset: Any,
+    layout: Any,
+    backend: str | None,
+) -> tuple[Operands, Rules]:
+    """Bring the arguments of `fastattn.attention` into a form that has a schema; traces go through this."""
+    check_causal(causal)
+    left, right = _window(window)
+    offset = _plain_integer(query_offset) if _is_integer(query_offset) else None
+    offsets = _table("query_offset", query_offset) if offset is None else None
+    dropout_p = check_dropout_p(dropout_p)
+    drawn = None
+    if dropout_seed is not None:
+        dropout_seed = _word("dropout_seed", dropout_seed, 64)
+        if dropout_seed >= _UINT64 // 2:
+            dropout_seed -= _UINT64
+    elif dropout_p > 0:
+        drawn = torch.randint(2**63 - 1, (), device=query.device)
+    operands = Operands(
+        _tensor("mask", mask),
+        _tensor("bias", bias),
+        _table("kv_lengths", kv_lengths),
+        offsets,
+        _table("alibi_slopes", alibi_slopes),
+        _table("sinks", sinks),
+        drawn,
+    )
+    rules = Rules(
+        causal if isinstance(causal, str) else "bottom_right" if causal else "",
+        left,
+        right,
+        offset,
+        check_softcap(softcap),
+        None if scale is None else check_real("scale", scale),
+        dropout_p,
+        dropout_seed,
+        _word("dropout_offset", dropout_offset, 32),
+        layout,
+        backend,
+    )
+    return operands, rules
+
+
+def options_of(operands: Operands, rules: Rules) -> dict[str, Any]:
+    """The keyword arguments of `AttentionProblem.from_arguments`, back again."""
+    seed = rules.dropout_seed if operands.drawn_seed is None else int(operands.drawn_seed)
+    window = (rules.window_left, rules.window_right)
+    return {
+        "causal": rules.causal or False,
+        "window": None if window == (None, None) else window,
+        "mask": operands.mask,
+        "bias": operands.bias,
+        "kv_lengths": operands.kv_lengths,
+        "query_offset": rules.query_offset if operands.query_offsets is None else operands.query_offsets,
+        "alibi_slopes": operands.alibi_slopes,
+        "sinks": operands.sinks,
+        "softcap": rules.softcap,
+        "scale": rules.scale,
+        "dropout_p": rules.dropout_p,
+        "dropout_seed": None if seed is None else seed % _UINT64,
+        "dropout_offset": rules.dropout_offset,
+        "layout": rules.layout,
+    }
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _plain_integer(value: Any) -> Any:
+    return int(value) if isinstance(value, np.integer) else value
+
+
+def _window(window: Any) -> tuple[Any, Any]:
+    if window is None:
+        return None, None
+    if not isinstance(window, (tuple, list)):
+        raise TypeError(f"window must be a pair (left, right), got {type_name(window)}")
+    if len(window) != 2:
+        raise ValueError(f"window must be a pair (left, right), got {len(window)} elements")
+    for bound in window:
+        if bound is not None and not _is_integer(bound):
+            raise TypeError(f"window must hold integers or None, got {type_name(bound)}")
+    left, right = map(_plain_integer, window)
+    return left, right  # their range is checked when the operator runs
+
+
+def _word(name: str, value: Any, bits: int) -> Any:
+    return value if isinstance(value, torch.SymInt) else check_word(name, value, bits)
+
+
+def _tensor(name: str, value: Any) -> Tensor | None:
+    if value is not None and not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch tensor like the first argument, got {type_name(value)}")
+    return value
+
+
+def _table(name: str, value: Any) -> Tensor | None:
+    """A short argument: a tensor, or numbers that become one; they are checked when they are read."""
+    if isinstance(value, (tuple, list)):
+        if not value:
+            return torch.empty(0, dtype=torch.int64)
+        return torch.tensor(value, dtype=_wide(value))
+    return _tensor(name, value)
+
+
+def _wide(values: Any) -> torch.dtype | None:
+    """float64 for floats: rounded to float32 they would be other numbers than those that were given."""
+    flat = values[0] if isinstance(values[0], (tuple, list)) else values
+    return torch.float64 if any(isinstance(value, float) for value in flat) else None
