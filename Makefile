@@ -52,11 +52,17 @@ $(DONE)/build-tools: $(DONE)/venv
 	@$(PIP) install "scikit-build-core>=0.10" "pybind11>=2.13" cmake ninja
 	@touch $@
 
+# An editable install knows the Python files that were there: one that is added or moved calls for another.
+FILES := $(DONE)/files-$(shell find python -name '*.py' | LC_ALL=C sort | cksum | cut -d ' ' -f 1)
+$(FILES): $(DONE)/venv
+	@rm -f $(DONE)/files-*
+	@touch $@
+
 # Editable: Python sources are used in place. The build folder is kept, so that a changed C++ file recompiles alone.
 # After `make dev` it stays an install that recompiles at import.
 EDITABLE = install --no-build-isolation -Cbuild-dir=$(BUILD) $(if $(wildcard $(DONE)/dev),-Ceditable.rebuild=true)
 
-$(DONE)/package: $(DONE)/build-tools CMakeLists.txt pyproject.toml $(CSRC)
+$(DONE)/package: $(DONE)/build-tools $(FILES) CMakeLists.txt pyproject.toml $(CSRC)
 	@echo "==> compiling and installing fastattn (about a minute the first time)"
 	@$(PIP) $(EDITABLE) -e .
 	@touch $@
