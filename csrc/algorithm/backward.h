@@ -56,8 +56,9 @@ void run_key_group(void* opaque, int64_t index, int thread) {
     }
     const int64_t block = dealt * E::kBlockKeys;
     const int64_t block_end = min64(block + E::kBlockKeys, p.seqlen_k);
-    memset(grad_key, 0, sizeof(Scalar) * static_cast<size_t>(E::kBlockKeys * plan.head_dim));
-    memset(grad_value, 0, sizeof(Scalar) * static_cast<size_t>(E::kBlockKeys * plan.value_dim));
+    const int64_t rows = round_up(block_end - block, E::kKeys);
+    memset(grad_key, 0, sizeof(Scalar) * static_cast<size_t>(rows * plan.head_dim));
+    memset(grad_value, 0, sizeof(Scalar) * static_cast<size_t>(rows * plan.value_dim));
     for (int64_t span = 0; span < plan.spans; ++span) {
       for (int64_t first = 0; first < plan.span_panels; first += plan.panels) {
         GradientBlock<E> g{head,

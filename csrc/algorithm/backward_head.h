@@ -98,20 +98,23 @@ inline BackwardHead<E> backward_head(const BackwardCall<E>& call, int64_t index)
 template <class E>
 inline void pack_row(const typename E::Source* row, int64_t stride, int64_t count, typename E::Element* out,
                      int64_t padded) {
+  using Element = typename E::Element;
+  const int64_t there = row == nullptr ? 0 : count;
   int64_t d = 0;
   if constexpr (E::kDepth == 1) {
     using V = typename E::V;
-    for (; row != nullptr && stride == 1 && d + E::kWidth <= count; d += E::kWidth) {
+    for (; stride == 1 && d + E::kWidth <= there; d += E::kWidth) {
       V::store(out + d, V::load(row + d));
     }
   }
-  for (; d < padded; ++d) {
-    if constexpr (E::kDepth == 1) {
-      out[d] = row != nullptr && d < count ? static_cast<typename E::Element>(to_scalar(row[d * stride])) : 0;
+  for (; d < there; ++d) {
+    if constexpr (E::kConvert) {
+      out[d] = to_scalar(row[d * stride]);
     } else {
-      out[d] = row != nullptr && d < count ? row[d * stride] : typename E::Element{};
+      out[d] = row[d * stride];
     }
   }
+  memset(static_cast<void*>(out + there), 0, sizeof(Element) * static_cast<size_t>(padded - there));
 }
 
 // A step of the second products: `depth` rows, of which null ones are zeros. Their elements pair up in lanes.
@@ -243,17 +246,18 @@ void prepare_keys(void* opaque, int64_t index, int /*thread*/) {
   const BackwardHead<E> head = backward_head(call, index / plan.blocks);
   const AttentionParams& p = head.p();
   const int64_t begin = index % plan.blocks * E::kBlockKeys;
+  const int64_t end = min64(begin + E::kBlockKeys, round_up(p.seqlen_k, E::kKeys));
   const bool* bad =
       call.bad.key == nullptr ? nullptr : call.bad.key + (head.batch * p.kv_heads + head.kv_head) * p.seqlen_k;
   const auto pack = [&](bool packs, int64_t rows_at, const auto& row_of, int64_t stride, int64_t count, int64_t lanes) {
-    for (int64_t key = begin; packs && key < begin + E::kBlockKeys; ++key) {
+    for (int64_t key = begin; packs && key < end; ++key) {
       pack_row<E>(key < p.seqlen_k ? row_of(p, head.batch, head.kv_head, key) : nullptr, stride, count,
                   reinterpret_cast<Element*>(head.scalars(rows_at) + key * lanes), lanes * E::kDepth);
     }
   };
   pack(plan.pack_key, plan.key_rows_at, key_row<E>, p.key_strides[3], p.head_dim, plan.key_lanes);
   pack(plan.pack_value, plan.value_rows_at, value_row<E>, p.value_strides[3], p.value_dim, plan.value_lanes);
-  for (int64_t key = begin; plan.pack_steps && key < begin + E::kBlockKeys; key += E::kDepth) {
+  for (int64_t key = begin; plan.pack_steps && key < end; key += E::kDepth) {
     const typename E::Source* rows[E::kDepth] = {};
     for (int k = 0; k < E::kDepth; ++k) {
       const bool there = key + k < p.seqlen_k && !(plan.clean_key && bad[key + k]);
