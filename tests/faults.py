@@ -171,8 +171,16 @@ FAULTS = (
         "plain-offset",
         "plain calls put the causal diagonal at the first key",
         "csrc/bindings/plain_call.cpp",
-        "p.seqlen_k - p.seqlen_q",
+        "c.params.seqlen_k - c.params.seqlen_q",
         "0",
+        "plain",
+    ),
+    Fault(
+        "plain-lse-gradient",
+        "plain calls leave the gradient of the log-sum-exp out",
+        "csrc/bindings/plain_call.cpp",
+        "b.grad_lse = grad_lse.data;",
+        "b.grad_lse = nullptr;",
         "plain",
     ),
     Fault(

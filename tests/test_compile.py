@@ -209,7 +209,6 @@ def make_modules() -> dict[str, torch.nn.Module]:
         "alibi": fnn.SelfAttention(16, 4, position="alibi", sinks=True, qk_norm=True, window=(3, 3)),
         "relative": fnn.SelfAttention(16, 4, position=fnn.RelativePositionBias(4), fused=True),
         "multihead": fnn.MultiheadAttention(16, 4, batch_first=True),
-        "layer": fnn.TransformerEncoderLayer(16, 4, batch_first=True, dropout=0.0),
     }
 
 

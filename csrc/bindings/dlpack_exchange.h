@@ -27,6 +27,9 @@ struct DLTensor {
   uint64_t byte_offset;
 };
 
+// Fills a view that lives as long as the object is not touched; -1 with an error set.
+using ViewOfObject = int (*)(void* object, DLTensor* view);
+
 struct DLPackExchange {
   struct {
     uint32_t major;
@@ -36,8 +39,7 @@ struct DLPackExchange {
   void* allocate;
   void* from_object;
   void* to_object;
-  // Fills a view that lives as long as the object is not touched; -1 with an error set. May be null.
-  int (*view_of_object)(void* object, DLTensor* view);
+  ViewOfObject view_of_object;  // may be null
   void* current_work_stream;
 };
 

@@ -18,7 +18,7 @@ struct TorchNames {
   PyObject* strided = nullptr;
   PyObject* dtypes[kDTypes] = {};
   PyObject* empty_like = nullptr;
-  int (*view_of_object)(void*, DLTensor*) = nullptr;
+  ViewOfObject view_of_object = nullptr;
   PyObject* dtype = PyUnicode_InternFromString("dtype");
   PyObject* layout = PyUnicode_InternFromString("layout");
   PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
@@ -75,9 +75,9 @@ int code_of(const DLTensor& view) {
                                  : -1;
 }
 
-bool read_by_table(PyObject* tensor, int rank, TensorView& view) {
+bool read_by_table(ViewOfObject view_of_object, PyObject* tensor, int rank, TensorView& view) {
   DLTensor from;
-  if (torch_names().view_of_object(tensor, &from) != 0 || from.device.type != kDLCpu || from.ndim != rank) {
+  if (view_of_object(tensor, &from) != 0 || from.device.type != kDLCpu || from.ndim != rank) {
     return false;
   }
   view.code = code_of(from);
@@ -113,8 +113,8 @@ bool read(PyObject* tensor, int rank, TensorView& view) {
     return false;
   }
   view.rank = rank;
-  const bool readable =
-      names.view_of_object != nullptr ? read_by_table(tensor, rank, view) : read_by_attributes(tensor, rank, view);
+  const bool readable = names.view_of_object != nullptr ? read_by_table(names.view_of_object, tensor, rank, view)
+                                                        : read_by_attributes(tensor, rank, view);
   // Lazily negated, as the imaginary part of a conjugate: memory has the other sign.
   return readable && call(tensor, names.is_neg).ptr() == Py_False;
 }

@@ -69,7 +69,6 @@ def attention(
         Defaults to ``1 / sqrt(D)``.
     dropout_p : float
         Probabilities are set to 0 with this probability, and multiplied by ``1 / (1 - dropout_p)`` otherwise.
-        Backends "math" and "reference" alone have it yet.
     dropout_seed : int, optional
         From 0 to 2**64 - 1. One seed and offset drop the same probabilities on every backend. By default it
         is drawn: for tensors from torch's default generator of their device, for NumPy anew each time.
@@ -100,8 +99,8 @@ def attention(
     ValueError
         For shapes that do not fit and values out of range, and for an `out` that overlaps an input or itself.
     RuntimeError
-        For tensors on other devices than the CPU, or that require grad, unless the backend is "math"; for an
-        `out` where anything requires grad.
+        For tensors on other devices than the CPU, unless the backend is "math"; for an `out` where anything
+        requires grad; for gradients of gradients, unless the backend is "math".
     NotImplementedError
         If no backend can run the call; the message holds the reasons of each.
     MemoryError
@@ -109,6 +108,8 @@ def attention(
 
     Notes
     -----
+    Tensors that require grad get a graph. ``torch.autocast`` casts query, key and value.
+
     What is masked, or lies past a length, changes no bit of the output, not even NaN. Dropout keeps a
     probability where a word of Philox 4x32-10 [2]_ says so; `fastattn.philox` is its definition.
 

@@ -70,7 +70,7 @@ def _plain_backward(
         return gradients.backward(backend, problem, out, lse, grad_out, grad_lse, None, flags)[:3]
 
 
-# Function.apply asks for transforms of torch.func first, of which a plain call knows that there are none.
+# Function.apply asks for transforms of torch.func first. They make a call an operator, and none gets here.
 _apply_plain: Any = super(Function, _Plain).apply
 
 
@@ -105,8 +105,7 @@ def attention(
 ) -> Any:
     """`fastattn.attention` where some of its tensors require grad: the same results, which carry a graph."""
     call = _Call(names, return_weights, options)
-    apply: Any = _Attention.apply
-    out, lse, weights = apply(call, query, key, value, mask, bias, alibi_slopes, sinks)
+    out, lse, weights = _apply(call, query, key, value, mask, bias, alibi_slopes, sinks)
     return returned(out, lse if return_lse else None, weights)
 
 
@@ -170,6 +169,9 @@ class _Attention(Function):
         if torch.is_grad_enabled():  # create_graph=True
             grads = final((query, key, value), grads)
         return None, *grads[:3], None, *grads[3:]
+
+
+_apply: Any = super(Function, _Attention).apply
 
 
 def with_weights(
