@@ -1,6 +1,9 @@
 #include "workspace.h"
 
 #include <pthread.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <cstdio>
@@ -86,12 +89,26 @@ class ScratchError : public std::bad_alloc {
   char text_[64];
 };
 
-char* allocate(size_t bytes) { return static_cast<char*>(std::aligned_alloc(kScratchAlign, bytes)); }
+// Pages of 2 MiB where the system gives them on request: packed operands and partial sums are walked in many streams at
+// once, more of them than there are entries for small pages.
+constexpr size_t kHugePage = size_t{2} << 20;
+
+char* allocate(size_t bytes) {
+  const bool huge = bytes >= kHugePage;
+  auto* data = static_cast<char*>(std::aligned_alloc(huge ? kHugePage : kScratchAlign, bytes));
+#ifdef MADV_HUGEPAGE
+  if (huge && data != nullptr) {
+    madvise(data, bytes, MADV_HUGEPAGE);  // advice: without it the pages are small
+  }
+#endif
+  return data;
+}
 
 }  // namespace
 
 Workspace::Workspace(size_t bytes) : data_(nullptr), size_(0) {
-  const size_t rounded = (std::max<size_t>(bytes, 4096) + kScratchAlign - 1) / kScratchAlign * kScratchAlign;
+  const size_t step = bytes < kHugePage ? kScratchAlign : kHugePage;
+  const size_t rounded = (std::max<size_t>(bytes, 4096) + step - 1) / step * step;
   Block block{};
   if (take(rounded, block)) {
     data_ = block.data;
