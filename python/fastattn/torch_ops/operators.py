@@ -8,6 +8,7 @@ it is traced.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,11 +51,7 @@ def attention(
     check_flags(return_lse, return_weights)
     operands, rules = flatten(query, **options)
     arguments = (query, key, value, *operands, *rules, bool(return_weights))
-    if not is_traced() and is_transformed():
-        apply: Any = _Transformed.apply
-        result, lse, weights = apply(*arguments)
-    else:
-        result, lse, weights = torch.ops.fastattn.forward(*arguments)
+    result, lse, weights = _call_forward(*arguments)
     if out is not None:
         result = _written(out, result)
     return returned(result, lse if return_lse else None, weights if return_weights else None)
@@ -75,7 +72,7 @@ def backward(
     operands, rules = flatten(query, **options)
     weights = query.new_empty(0)  # there are none
     arguments = (grad_out, grad_lse, None, out, lse, weights, query, key, value, *operands, *rules)
-    *grads, slopes, sinks = _spread(_call_backward(arguments, wanted), wanted)
+    *grads, slopes, sinks = _spread(_call_backward(*arguments, list(wanted)), wanted)
     return [
         *grads,
         gradients.as_given(_DESCRIBED, slopes, options["alibi_slopes"]),
@@ -83,11 +80,18 @@ def backward(
     ]
 
 
-def _call_backward(arguments: tuple[Any, ...], wanted: tuple[bool, ...]) -> Any:
+def _call_forward(*arguments: Any) -> Any:
+    if not is_traced() and is_transformed():
+        apply: Any = _Transformed.apply
+        return apply(*arguments)
+    return torch.ops.fastattn.forward(*arguments)
+
+
+def _call_backward(*arguments: Any) -> Any:
     if not is_traced() and is_transformed():
         apply: Any = _TransformedBackward.apply
-        return apply(*arguments, list(wanted))
-    return torch.ops.fastattn.backward(*arguments, list(wanted))
+        return apply(*arguments)
+    return torch.ops.fastattn.backward(*arguments)
 
 
 def is_watched(*tensors: object) -> bool:
@@ -220,7 +224,7 @@ def _differentiate(
     of_query, of_key, of_value, _, of_bias, _, _, of_slopes, of_sinks, *_ = ctx.needs_input_grad
     wanted = (of_query, of_key, of_value, of_bias, of_slopes, of_sinks)
     arguments = (grad_out, grad_lse, grad_weights, out, lse, weights, query, key, value, *rest, *ctx.rules)
-    of = dict(zip(gradients.NAMES, _spread(_call_backward(arguments, wanted), wanted), strict=True))
+    of = dict(zip(gradients.NAMES, _spread(_call_backward(*arguments, list(wanted)), wanted), strict=True))
     tables = {
         name: gradients.as_given(_DESCRIBED, of[name], getattr(operands, name))
         for name in ("alibi_slopes", "sinks")
@@ -243,12 +247,16 @@ def _refuse(ctx: Any, *grads: Any) -> Any:
     raise RuntimeError(TWICE)
 
 
+_vmap_forward = partial(vmap.forward, _call_forward)
+_vmap_backward = partial(vmap.backward, _call_backward)
+
+
 class _Transformed(torch.autograd.Function):
     """The operator under ``torch.func``, which does not take what `register_autograd` makes."""
 
     setup_context = staticmethod(_keep)
     backward = staticmethod(_differentiate)
-    vmap = staticmethod(vmap.forward)
+    vmap = staticmethod(_vmap_forward)
 
     @staticmethod
     def forward(*args: Any) -> Any:
@@ -260,7 +268,7 @@ class _TransformedBackward(torch.autograd.Function):
 
     setup_context = staticmethod(_keep_nothing)
     backward = staticmethod(_refuse)
-    vmap = staticmethod(vmap.backward)
+    vmap = staticmethod(_vmap_backward)
 
     @staticmethod
     def forward(*args: Any) -> Any:
@@ -273,5 +281,5 @@ torch.library.register_fake("fastattn::forward", _fake_forward, lib=_library)
 torch.library.register_fake("fastattn::backward", _fake_backward, lib=_library)
 torch.library.register_autograd("fastattn::forward", _differentiate, setup_context=_keep, lib=_library)
 torch.library.register_autograd("fastattn::backward", _refuse, setup_context=_keep_nothing, lib=_library)
-torch.library.register_vmap("fastattn::forward", vmap.forward, lib=_library)
-torch.library.register_vmap("fastattn::backward", vmap.backward, lib=_library)
+torch.library.register_vmap("fastattn::forward", _vmap_forward, lib=_library)
+torch.library.register_vmap("fastattn::backward", _vmap_backward, lib=_library)

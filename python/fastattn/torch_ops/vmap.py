@@ -3,10 +3,13 @@
 Operands that are not mapped are repeated, by strides of 0 where a batch of 1 allows it. Two things say what
 they mean by the place in the batch, or have no axis for it, and are computed one by one: dropout, whose
 random numbers are counted by batch and head, and sinks that are mapped.
+
+The rules are given what to call: below the axis that they merge, there may be another transform.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,27 +21,29 @@ _Dims = tuple[Any, ...]
 _N_OPERANDS, _N_RULES = len(Operands._fields), len(Rules._fields)
 
 
-def forward(info: Any, in_dims: _Dims, *args: Any) -> tuple[Any, Any]:
+def forward(operator: Callable[..., Any], info: Any, in_dims: _Dims, *args: Any) -> tuple[Any, Any]:
     """The rule of ``fastattn::forward``."""
     call = _Mapped(info.batch_size, args[:3], in_dims[:3], args[3:-1], in_dims[3:-1])
     if call.must_be_taken_apart():
-        return _one_by_one(torch.ops.fastattn.forward, info.batch_size, in_dims, args)
-    results = torch.ops.fastattn.forward(*call.tensors(), *call.operands(False, False), *call.rules, args[-1])
+        parts = _one_by_one(operator, info.batch_size, in_dims, args)
+        return tuple(parts), (0,) * len(parts)
+    results = operator(*call.tensors(), *call.operands(False, False), *call.rules, args[-1])
     out, lse, weights = results
     if not args[-1]:  # no weights, and nothing to divide
         return (call.divided(out), call.divided(lse), weights), (0, 0, None)
     return tuple(map(call.divided, results)), (0, 0, 0)
 
 
-def backward(info: Any, in_dims: _Dims, *args: Any) -> tuple[Any, Any]:
+def backward(operator: Callable[..., Any], info: Any, in_dims: _Dims, *args: Any) -> tuple[Any, Any]:
     """The rule of ``fastattn::backward``."""
     call = _Mapped(info.batch_size, args[6:9], in_dims[6:9], args[9:-1], in_dims[9:-1])
     wanted = args[-1]
     if call.must_be_taken_apart():
-        return _one_by_one(torch.ops.fastattn.backward, info.batch_size, in_dims, args)
+        parts = _one_by_one(operator, info.batch_size, in_dims, args)
+        return parts, [0] * len(parts)
     *outputs, weights = (call.merged(x, dim) for x, dim in zip(args[:6], in_dims[:6], strict=True))
     _, _, _, of_bias, of_slopes, _ = wanted
-    results = torch.ops.fastattn.backward(
+    results = operator(
         *outputs, weights, *call.tensors(), *call.operands(of_bias, of_slopes), *call.rules, wanted
     )
     results = [call.divided(result) for result in results]
@@ -124,7 +129,7 @@ class _Mapped:
         return grad.reshape(self.size, *shape)
 
 
-def _one_by_one(operator: Any, size: int, in_dims: _Dims, args: _Dims) -> tuple[Any, Any]:
+def _one_by_one(operator: Callable[..., Any], size: int, in_dims: _Dims, args: _Dims) -> list[Tensor]:
     def one(index: int) -> Any:
         return operator(
             *(
@@ -133,6 +138,4 @@ def _one_by_one(operator: Any, size: int, in_dims: _Dims, args: _Dims) -> tuple[
             )
         )
 
-    results = [torch.stack(parts) for parts in zip(*map(one, range(size)), strict=True)]
-    kind = tuple if operator is torch.ops.fastattn.forward else list
-    return kind(results), kind([0] * len(results))
+    return [torch.stack(parts) for parts in zip(*map(one, range(size)), strict=True)]
