@@ -83,7 +83,10 @@ def test_every_argument(options: dict[str, Any]) -> None:
     extra = [options[n].requires_grad_() if options[n].is_floating_point() else options[n] for n in names]
 
     def function(query: Any, key: Any, value: Any, *more: Any) -> Any:
-        return fa.attention(query, key, value, **options | dict(zip(names, more, strict=True)))
+        given = dict(options)
+        for at, name in enumerate(names):
+            given[name] = more[at]
+        return fa.attention(query, key, value, **given)
 
     assert_same(function, compiled(function), *call, *extra)
 

@@ -169,7 +169,8 @@ class Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Any) -> Any:
         query, key, value, out, lse = ctx.saved_tensors
-        return ops.backward(dout * 2, query, key, value, out, lse, causal=True)[:3]
+        grads = ops.backward(dout * 2, query, key, value, out, lse, causal=True)
+        return grads.query, grads.key, grads.value
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -154,7 +154,7 @@ def backward(
         given = (out, lse, query, key, value)
         if is_traced() or torch_ops.is_watched(dout, *given):
             options["backend"] = backend
-            return Gradients._make(torch_ops.operator_backward(dout, dlse, given, flags, options))
+            return Gradients(*torch_ops.operator_backward(dout, dlse, given, flags, options))
     problem = AttentionProblem.from_arguments(query, key, value, **options)
     differentiable = choose_differentiable(problem, candidates(backend))
     _check_results(problem, dout, out, lse, dlse)
@@ -162,7 +162,7 @@ def backward(
     for at, name in enumerate(gradients.NAMES):
         if name in ("alibi_slopes", "sinks"):
             grads[at] = gradients.as_given(problem.library, grads[at], options[name])
-    return Gradients._make(grads)
+    return Gradients(*grads)
 
 
 _DEFAULTS: dict[str, Any] = {

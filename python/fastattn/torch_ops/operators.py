@@ -247,16 +247,12 @@ def _refuse(ctx: Any, *grads: Any) -> Any:
     raise RuntimeError(TWICE)
 
 
-_vmap_forward = partial(vmap.forward, _call_forward)
-_vmap_backward = partial(vmap.backward, _call_backward)
-
-
 class _Transformed(torch.autograd.Function):
     """The operator under ``torch.func``, which does not take what `register_autograd` makes."""
 
     setup_context = staticmethod(_keep)
     backward = staticmethod(_differentiate)
-    vmap = staticmethod(_vmap_forward)
+    vmap = staticmethod(partial(vmap.forward, _call_forward))
 
     @staticmethod
     def forward(*args: Any) -> Any:
@@ -268,7 +264,7 @@ class _TransformedBackward(torch.autograd.Function):
 
     setup_context = staticmethod(_keep_nothing)
     backward = staticmethod(_refuse)
-    vmap = staticmethod(_vmap_backward)
+    vmap = staticmethod(partial(vmap.backward, _call_backward))
 
     @staticmethod
     def forward(*args: Any) -> Any:
@@ -281,5 +277,6 @@ torch.library.register_fake("fastattn::forward", _fake_forward, lib=_library)
 torch.library.register_fake("fastattn::backward", _fake_backward, lib=_library)
 torch.library.register_autograd("fastattn::forward", _differentiate, setup_context=_keep, lib=_library)
 torch.library.register_autograd("fastattn::backward", _refuse, setup_context=_keep_nothing, lib=_library)
-torch.library.register_vmap("fastattn::forward", _vmap_forward, lib=_library)
-torch.library.register_vmap("fastattn::backward", _vmap_backward, lib=_library)
+for _name, _rule in ("forward", vmap.forward), ("backward", vmap.backward):
+    _operator = getattr(torch.ops.fastattn, _name)
+    torch.library.register_vmap(f"fastattn::{_name}", partial(_rule, _operator), lib=_library)
