@@ -153,6 +153,7 @@ def test_a_part_gives_its_share_of_every_gradient() -> None:
     ]
     torch.testing.assert_close(shares[0].query + shares[1].query, expected.query)
     torch.testing.assert_close(torch.cat([s.bias for s in shares], -1), expected.bias)
+    torch.testing.assert_close(shares[0].alibi_slopes + shares[1].alibi_slopes, expected.alibi_slopes)
     for share in shares:
         torch.testing.assert_close(share.sinks, expected.sinks)
 

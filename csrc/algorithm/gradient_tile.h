@@ -190,10 +190,15 @@ FASTATTN_NOINLINE void gradient_extras(const GradientContext<E>& context, typena
       }
       if (context.slope_grad != nullptr) {
         const auto distance = V::abs(V::sub(V::load(panel.block_position + v * E::kWidth), key));
-        alignas(64) Scalar lanes[E::kWidth];
-        V::store(lanes, V::mul(x, distance));
-        for (int lane = 0; lane < E::kWidth; ++lane) {
-          context.slope_grad[v * E::kWidth + lane] -= static_cast<double>(lanes[lane]);
+        alignas(64) Scalar grad[E::kWidth];
+        alignas(64) Scalar near[E::kWidth];
+        V::store(grad, x);
+        V::store(near, V::mul(x, distance));
+        for (int i = 0; i < E::kWidth; ++i) {  // the way to the nearest key, then to this one
+          const int lane = v * E::kWidth + i;
+          const int64_t away = panel.position[lane] - panel.nearest[lane];
+          context.slope_grad[lane] -= static_cast<double>(near[i]) +
+                                      static_cast<double>(grad[i]) * static_cast<double>(away < 0 ? -away : away);
         }
       }
       if (rules.softcap > 0 && raw != nullptr) {
