@@ -15,6 +15,7 @@ struct GradientContext {
   const Scalar* grad_out;    // the panel's rows of dO as operands: [padded Dv / depth][kLanes]
   int64_t value_steps;       // lanes of operands a row of V has
   const Scalar* level;       // lse of each lane, in the unit of the scores; +inf in lanes without a row
+  const Scalar* excess;      // of each lane: log2 of what P under that level adds up to, where it is not 1
   const Scalar* delta;       // of each lane: <dO, O> - dlse
   const Scalar* kept;        // null, or what dropout multiplies P by, [kKeys][kLanes] of this tile
   const Scalar* probs_grad;  // null, or what is added to dP, [kKeys][kLanes] of this tile
@@ -60,11 +61,12 @@ FASTATTN_NOINLINE void probability_tile(GradientContext<E>& context, TileRows ke
 #pragma GCC unroll 4
   for (int v = 0; v < kActive; ++v) {
     const auto level = V::load(context.level + v * E::kWidth);
+    const auto excess = V::load(context.excess + v * E::kWidth);
 #pragma GCC unroll 8
     for (int r = 0; r < E::kKeys; ++r) {
       typename E::Reg x;
       if constexpr (adjusts(kind)) {
-        x = V::mul(V::sub(s[r][v], level), V::set1(static_cast<Scalar>(kLog2E)));
+        x = V::fms(V::sub(s[r][v], level), V::set1(static_cast<Scalar>(kLog2E)), excess);
       } else if constexpr (E::Product::kScaleQuery) {
         x = V::sub(s[r][v], level);
       } else {
@@ -162,6 +164,26 @@ FASTATTN_NOINLINE void pack_coefficients(const typename E::Scalar* probs, const 
   store_key_pairs<E, kActive>(s, coefficients.query_grads);
 }
 
+// What one key of the tile gives to the slopes of a vector of lanes. Scores hold the distance up to the key nearest to
+// the position. Beyond it all keys are as far, which is worth only what dS adds up to: of that the part here is
+// `extra`, what comes in for the weights.
+template <class E>
+inline void add_slope_grads(const GradientContext<E>& context, int first_lane, int64_t block_key, typename E::Reg grad,
+                            typename E::Reg extra) {
+  using V = typename E::V;
+  using Scalar = typename E::Scalar;
+  const Panel<E>& panel = context.scores.panel;
+  const auto key = V::set1(static_cast<Scalar>(block_key));
+  alignas(64) Scalar near[E::kWidth];
+  alignas(64) Scalar extras[E::kWidth];
+  V::store(near, V::mul(grad, V::abs(V::sub(V::load(panel.block_position + first_lane), key))));
+  V::store(extras, extra);
+  for (int i = 0; i < E::kWidth; ++i) {
+    context.slope_grad[first_lane + i] -=
+        static_cast<double>(near[i]) + static_cast<double>(extras[i]) * panel.overshoot(first_lane + i);
+  }
+}
+
 // What the fast tile leaves out: gradients of the weights that come in, of ALiBi's slopes, and through softcap. `grads`
 // holds dS without these and gets it with them; `probs` gets P as dropout leaves it, for dV. `raw` is null where
 // softcap's derivative is to be left out.
@@ -169,32 +191,27 @@ template <class E>
 FASTATTN_NOINLINE void gradient_extras(const GradientContext<E>& context, typename E::Scalar* probs,
                                        const typename E::Scalar* raw, typename E::Scalar* grads) {
   using V = typename E::V;
-  using Scalar = typename E::Scalar;
   const Panel<E>& panel = context.scores.panel;
   const ScoreRules<E>& rules = context.scores.rules;
   const auto cap = V::set1(rules.softcap);
   const auto inverse = V::set1(rules.softcap > 0 ? 1 / rules.softcap : 0);
   for (int r = 0; r < E::kKeys; ++r) {
-    const auto key = V::set1(static_cast<Scalar>(context.block_key + r));
     for (int v = 0; v * E::kWidth < panel.live; ++v) {
       const int64_t at = r * E::kLanes + v * E::kWidth;
       const auto prob = V::load(probs + at);
       const auto hidden = V::less_equal(prob, V::zero());
       auto x = V::load(grads + at);
+      auto extra = V::zero();
       if (context.probs_grad != nullptr) {
         auto grad = V::load(context.probs_grad + at);
         if (context.kept != nullptr) {
           grad = V::mul(grad, V::load(context.kept + at));
         }
-        x = V::add(x, V::select(hidden, V::zero(), V::mul(prob, grad)));
+        extra = V::select(hidden, V::zero(), V::mul(prob, grad));
+        x = V::add(x, extra);
       }
       if (context.slope_grad != nullptr) {
-        const auto distance = V::abs(V::sub(V::load(panel.block_position + v * E::kWidth), key));
-        alignas(64) Scalar lanes[E::kWidth];
-        V::store(lanes, V::mul(x, distance));
-        for (int lane = 0; lane < E::kWidth; ++lane) {
-          context.slope_grad[v * E::kWidth + lane] -= static_cast<double>(lanes[lane]);
-        }
+        add_slope_grads<E>(context, v * E::kWidth, context.block_key + r, x, extra);
       }
       if (rules.softcap > 0 && raw != nullptr) {
         const auto ratio = V::mul(softcap<V>(scale_score<E>(rules, V::load(raw + at)), cap, inverse), inverse);
