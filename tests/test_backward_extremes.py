@@ -1,4 +1,4 @@
-"""The backward at the ends: positions far from all keys, scores too large for their type, sizes past memory."""
+"""The backward at the ends: positions far from all keys, scores too large for their type, endless sizes."""
 
 from __future__ import annotations
 
