@@ -19,6 +19,7 @@ NUMERIC = [
     "views",
     "bitwise",
     "backward",
+    "backward_extremes",
     "philox",
     "plain",
     "properties",

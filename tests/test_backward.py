@@ -89,17 +89,6 @@ def test_losses(kernel: Kernel, outputs: str) -> None:
     assert_close(actual, expected(case, kernel.dtype, outputs), kernel.dtype)
 
 
-@pytest.mark.parametrize("offset", [28, -20])
-def test_slopes_of_rows_that_stand_beyond_the_keys(kernel: Kernel, offset: int) -> None:
-    """The distance to the nearest key counts where the gradients of a row's scores do not cancel."""
-    call = leaves(
-        Case("beyond", 20, 15, 16, query_heads=4, kv_heads=2, arrays=("alibi_slopes",)), kernel.dtype
-    )
-    call["query_offset"] = offset
-    outputs = "out lse"
-    assert_close(gradients(call, outputs=outputs), gradients(widened(call), outputs=outputs), kernel.dtype)
-
-
 @pytest.mark.parametrize("p", [0.1, 0.6, 1.0])
 @pytest.mark.parametrize("rows", [3, 70])
 def test_dropout(kernel: Kernel, rows: int, p: float) -> None:

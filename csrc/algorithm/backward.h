@@ -7,6 +7,7 @@
 #pragma once
 
 #include "algorithm/bias_gradient.h"
+#include "algorithm/far_levels.h"
 #include "algorithm/finish.h"
 #include "algorithm/gradient_block.h"
 
@@ -123,29 +124,27 @@ void finish_head(void* opaque, int64_t index, int /*thread*/) {
   const BackwardParams& b = call.b;
   const AttentionParams& p = b.forward;
   const int64_t heads = p.query_heads / p.kv_heads;
-  const int64_t first = head.batch * p.query_heads + head.kv_head * heads;
-  for (int64_t h = 0; b.grad_slopes != nullptr && h < heads; ++h) {
-    b.grad_slopes[first + h] = 0;
-    for (int64_t group = 0; group < plan.key_groups; ++group) {
-      b.grad_slopes[first + h] += head.slopes(group)[h];
-    }
-  }
-  if (b.grad_sinks == nullptr) {
-    return;
-  }
+  const int64_t first = head.kv_head * heads;
+  double* slopes = b.grad_slopes == nullptr ? nullptr : b.grad_slopes + head.batch * p.query_heads;
+  double* sinks = b.grad_sinks == nullptr ? nullptr : b.grad_sinks + head.batch * p.query_heads;
   for (int64_t h = 0; h < heads; ++h) {
-    b.grad_sinks[first + h] = 0;
+    if (sinks != nullptr) {
+      sinks[first + h] = 0;
+    }
+    if (slopes != nullptr) {
+      slopes[first + h] = 0;
+      for (int64_t group = 0; group < plan.key_groups; ++group) {
+        slopes[first + h] += head.slopes(group)[h];
+      }
+    }
   }
   for (int64_t i = 0; i < plan.head_panels; ++i) {
     const Panel<E>& panel = head.panel(i);
-    const auto* level = head.scalars(plan.level_at) + i * E::kLanes;
     const auto* delta = head.scalars(plan.delta_at) + i * E::kLanes;
     for (int lane = 0; lane < panel.live; ++lane) {
-      const double lse = (static_cast<double>(level[lane]) + panel.beyond[lane]) * plan.rules.to_natural();
-      const int64_t query_head = panel.head[lane];
-      const double sink = p.sinks[query_head];
-      if (sink != -__builtin_inf()) {  // its share of the normaliser, which no value answers for
-        b.grad_sinks[head.batch * p.query_heads + query_head] -= ::exp(sink - lse) * static_cast<double>(delta[lane]);
+      const double share = sinks == nullptr ? 0 : sink_share<E>(head, panel, i, lane);
+      if (share != 0) {  // of the normaliser, for which no value answers
+        sinks[panel.head[lane]] -= share * static_cast<double>(delta[lane]);
       }
     }
   }
@@ -195,6 +194,9 @@ inline void run_steps(const BackwardCall<E>& call, DoAll do_all) {
   do_all(call.head_count * plan.head_panels, prepare_rows<E>);
   if (plan.pack_key || plan.pack_value || plan.pack_steps) {
     do_all(call.head_count * plan.blocks, prepare_keys<E>);
+  }
+  if (b.forward.bias != nullptr || b.forward.alibi_slopes != nullptr) {
+    do_all(call.head_count * plan.head_panels, settle_levels<E>);
   }
   do_all(call.head_count * plan.key_groups, run_key_group<E>);
   if (b.grad_bias != nullptr) {

@@ -48,6 +48,14 @@ struct BackwardHead {
     return reinterpret_cast<double*>(scratch + plan().slopes_at) + group * (p().query_heads / p().kv_heads);
   }
 
+  // A lane's number of a tensor of lse's type.
+  double row_number(const Panel<E>& panel, int lane, const void* tensor, const int64_t* strides) const {
+    const int64_t index = batch * strides[0] + panel.head[lane] * strides[1] + panel.row[lane] * strides[2];
+    return p().dtype == DType::float64 ? *at<double>(tensor, index) : static_cast<double>(*at<float>(tensor, index));
+  }
+
+  double lse(const Panel<E>& panel, int lane) const { return row_number(panel, lane, p().lse, p().lse_strides); }
+
   // Steps of a span from `row` on, the first of a panel, where they lie or packed.
   RowBase steps(bool packed, int64_t packed_at, int64_t columns, const void* tensor, const int64_t* strides,
                 int64_t span, int64_t row) const {
@@ -163,25 +171,36 @@ inline double dot(const typename E::Source* a, int64_t a_stride, const typename 
   return total;
 }
 
+// Whether a row has seen nothing but its sink: its dO is then of no account, even if it is not finite.
+template <class E>
+inline bool saw_sink_alone(const AttentionParams& p, int64_t query_head, double lse, const typename E::Source* out) {
+  if (p.sinks == nullptr || lse != static_cast<double>(static_cast<typename E::Scalar>(p.sinks[query_head]))) {
+    return false;
+  }
+  int64_t d = 0;
+  while (d < p.value_dim && to_scalar(out[d * p.out_strides[3]]) == 0) {
+    ++d;
+  }
+  return d == p.value_dim;
+}
+
 // The reference point of each lane: its normaliser, and the mean that its gradients are taken from.
 template <class E>
-inline void place_levels(const BackwardHead<E>& head, const Panel<E>& panel, typename E::Scalar* level,
-                         typename E::Scalar* delta) {
+inline void place_levels(const BackwardHead<E>& head, const Panel<E>& panel, int64_t i) {
   using Scalar = typename E::Scalar;
   using Source = typename E::Source;
   const BackwardParams& b = head.call.b;
   const AttentionParams& p = b.forward;
-  const auto read = [&](const void* tensor, const int64_t* strides, int lane) {
-    const int64_t index = head.batch * strides[0] + panel.head[lane] * strides[1] + panel.row[lane] * strides[2];
-    return p.dtype == DType::float64 ? *at<double>(tensor, index) : static_cast<double>(*at<float>(tensor, index));
-  };
+  auto* level = head.scalars(head.plan().level_at) + i * E::kLanes;
+  auto* excess = head.scalars(head.plan().excess_at) + i * E::kLanes;
+  auto* delta = head.scalars(head.plan().delta_at) + i * E::kLanes;
   for (int lane = 0; lane < E::kLanes; ++lane) {
     level[lane] = static_cast<Scalar>(__builtin_inf());  // P = 0 where there is no row, or nothing to attend to
-    delta[lane] = 0;
+    excess[lane] = delta[lane] = 0;
     if (lane >= panel.live) {
       continue;
     }
-    const double lse = read(p.lse, p.lse_strides, lane);
+    const double lse = head.lse(panel, lane);
     if (lse == -__builtin_inf()) {
       continue;
     }
@@ -191,7 +210,10 @@ inline void place_levels(const BackwardHead<E>& head, const Panel<E>& panel, typ
                                             panel.row[lane] * p.out_strides[2]);
     const auto* grad = at<Source>(b.grad_out, row);
     double sum = dot<E>(grad, b.grad_out_strides[3], out, p.out_strides[3], p.value_dim);
-    sum -= b.grad_lse != nullptr ? read(b.grad_lse, b.grad_lse_strides, lane) : 0;
+    if (sum != sum && saw_sink_alone<E>(p, panel.head[lane], lse, out)) {
+      sum = 0;
+    }
+    sum -= b.grad_lse != nullptr ? head.row_number(panel, lane, b.grad_lse, b.grad_lse_strides) : 0;
     level[lane] = static_cast<Scalar>(lse * (head.plan().rules.natural ? 1.0 : kLog2E) - panel.beyond[lane]);
     delta[lane] = static_cast<Scalar>(sum);
   }
@@ -220,8 +242,7 @@ void prepare_rows(void* opaque, int64_t index, int /*thread*/) {
   pack_query<E>(panel, grads, head.batch, 1.0);
   panel.query = head.scalars(plan.query_at) + i * E::kLanes * plan.rules.steps;
   pack_query<E>(panel, p, head.batch, plan.query_factor);
-  place_levels<E>(head, panel, head.scalars(plan.level_at) + i * E::kLanes,
-                  head.scalars(plan.delta_at) + i * E::kLanes);
+  place_levels<E>(head, panel, i);
   const auto pack = [&](bool packs, int64_t steps_at, const AttentionParams& from, const bool* bad, int64_t columns) {
     auto* out = head.scalars(steps_at) + i * kKeyLanes<E> * columns;
     for (int lane = 0; packs && lane < panel.live; lane += E::kDepth, out += columns) {

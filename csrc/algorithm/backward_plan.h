@@ -49,18 +49,26 @@ struct BackwardPlan {
   int64_t head_dim;     // padded to whole vectors, as the next
   int64_t value_dim;
   // byte offsets of a head's scratch
-  int64_t panels_at, query_at, grad_out_at, level_at, delta_at, query_rows_at, grad_out_rows_at, key_rows_at,
+  int64_t panels_at, query_at, grad_out_at, level_at, excess_at, delta_at, query_rows_at, grad_out_rows_at, key_rows_at,
       key_steps_at, value_rows_at, partial_at, slopes_at, head_bytes;
   // and of a thread's
   int64_t local_at, probs_at, grads_at, query_grads_at, tile_probs_at, tile_grads_at, raw_at, extra_at, kept_at,
       dense_at, lane_slopes_at, grad_key_at, grad_value_at, dense_bytes, thread_bytes;
 };
 
+// What scratch that 64 bits cannot count comes to: nobody has as much, and asking for it is an error.
+constexpr int64_t kEndlessScratch = int64_t{1} << 60;
+
 struct ScratchLayout {
   int64_t bytes = 0;
-  int64_t take(int64_t size) {
+
+  // Room for a product of sizes. Where strides are 0, rows may be more than could be stored.
+  template <class... Sizes>
+  int64_t take(Sizes... sizes) {
     const int64_t start = bytes;
-    bytes += round_up(size, kScratchAlign);
+    int64_t size = 1;
+    const bool counted = (!__builtin_mul_overflow(size, static_cast<int64_t>(sizes), &size) && ...);
+    bytes = counted && size < kEndlessScratch - bytes ? bytes + round_up(size, kScratchAlign) : kEndlessScratch;
     return start;
   }
 };
@@ -82,18 +90,19 @@ inline void plan_head_scratch(BackwardPlan<E>& plan, const BackwardParams& b) {
   const int64_t steps = lanes / E::kDepth;
   const int64_t keys = round_up(p.seqlen_k, E::kBlockKeys);
   ScratchLayout head;
-  plan.panels_at = head.take(plan.head_panels * static_cast<int64_t>(sizeof(Panel<E>)));
-  plan.query_at = head.take(lanes * plan.rules.steps * kScalar);
-  plan.grad_out_at = head.take(lanes * plan.value_steps * kScalar);
-  plan.level_at = head.take(lanes * kScalar);
-  plan.delta_at = head.take(lanes * kScalar);
-  plan.query_rows_at = head.take(plan.pack_query ? steps * plan.head_dim * kScalar : 0);
-  plan.grad_out_rows_at = head.take(plan.pack_grad_out ? steps * plan.value_dim * kScalar : 0);
-  plan.key_rows_at = head.take(plan.pack_key ? keys * plan.key_lanes * kScalar : 0);
-  plan.key_steps_at = head.take(plan.pack_steps ? keys / E::kDepth * plan.head_dim * kScalar : 0);
-  plan.value_rows_at = head.take(plan.pack_value ? keys * plan.value_lanes * kScalar : 0);
-  plan.partial_at = head.take(b.grad_query != nullptr ? plan.key_groups * lanes * plan.head_dim * kScalar : 0);
-  plan.slopes_at = head.take(plan.key_groups * (p.query_heads / p.kv_heads) * static_cast<int64_t>(sizeof(double)));
+  plan.panels_at = head.take(plan.head_panels, sizeof(Panel<E>));
+  plan.query_at = head.take(lanes, plan.rules.steps, kScalar);
+  plan.grad_out_at = head.take(lanes, plan.value_steps, kScalar);
+  plan.level_at = head.take(lanes, kScalar);
+  plan.excess_at = head.take(lanes, kScalar);
+  plan.delta_at = head.take(lanes, kScalar);
+  plan.query_rows_at = head.take(plan.pack_query ? steps : 0, plan.head_dim, kScalar);
+  plan.grad_out_rows_at = head.take(plan.pack_grad_out ? steps : 0, plan.value_dim, kScalar);
+  plan.key_rows_at = head.take(plan.pack_key ? keys : 0, plan.key_lanes, kScalar);
+  plan.key_steps_at = head.take(plan.pack_steps ? keys / E::kDepth : 0, plan.head_dim, kScalar);
+  plan.value_rows_at = head.take(plan.pack_value ? keys : 0, plan.value_lanes, kScalar);
+  plan.partial_at = head.take(b.grad_query != nullptr ? lanes : 0, plan.key_groups, plan.head_dim, kScalar);
+  plan.slopes_at = head.take(p.query_heads / p.kv_heads, plan.key_groups, sizeof(double));
   plan.head_bytes = head.bytes;
 }
 

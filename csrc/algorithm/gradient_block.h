@@ -101,6 +101,7 @@ inline GradientContext<E> gradient_context(const GradientBlock<E>& g, int i) {
           head.scalars(plan.grad_out_at) + panel * E::kLanes * plan.value_steps,
           plan.value_steps,
           head.scalars(plan.level_at) + panel * E::kLanes,
+          head.scalars(plan.excess_at) + panel * E::kLanes,
           head.scalars(plan.delta_at) + panel * E::kLanes,
           nullptr,
           nullptr,
@@ -135,14 +136,30 @@ FASTATTN_NOINLINE void extend_gradients(const GradientBlock<E>& g, GradientConte
   }
 }
 
-// P and dS of the tile at `context.block_key`, of rows that see it as `sight` says.
+// P of the tile at `context.block_key`, of rows that see it as `sight` says.
+template <class E, int kActive>
+inline void compute_probabilities(const GradientBlock<E>& g, GradientContext<E>& context, Sight sight,
+                                  typename E::Scalar* probs) {
+  const BackwardPlan<E>& plan = g.head.plan();
+  context.scores.edge = sight == Sight::edge;
+  const bool hides = sight != Sight::all;
+  const RowBase keys = g.head.key_rows(g.block + context.block_key);
+  auto* raw = plan.rules.softcap > 0 ? reinterpret_cast<typename E::Scalar*>(g.scratch + plan.raw_at) : nullptr;
+  auto* probability =
+      plan.rules.natural
+          ? (hides ? probability_tile<E, TileKind::adjusted_masked, kActive>
+                   : probability_tile<E, TileKind::adjusted, kActive>)
+          : (hides ? probability_tile<E, TileKind::masked, kActive> : probability_tile<E, TileKind::plain, kActive>);
+  probability(context, {keys.rows, keys.stride}, probs, raw);
+}
+
+// The same with dS.
 template <class E, int kActive>
 inline void compute_tile(const GradientBlock<E>& g, GradientContext<E>& context, Sight sight,
                          const Coefficients<E>& to) {
   using Scalar = typename E::Scalar;
   const BackwardHead<E>& head = g.head;
   const BackwardPlan<E>& plan = head.plan();
-  context.scores.edge = sight == Sight::edge;
   const bool drops = plan.rules.dropout.threshold > 0;
   if (drops) {
     auto* kept = reinterpret_cast<Scalar*>(g.scratch + plan.kept_at);
@@ -150,17 +167,10 @@ inline void compute_tile(const GradientBlock<E>& g, GradientContext<E>& context,
     context.kept = kept;
   }
   const bool hides = sight != Sight::all;
-  const RowBase keys = head.key_rows(g.block + context.block_key);
   const RowBase values = head.value_rows(g.block + context.block_key);
-  auto* raw = plan.rules.softcap > 0 ? reinterpret_cast<Scalar*>(g.scratch + plan.raw_at) : nullptr;
   Scalar* probs = g.probs(to);
   Scalar* grads = g.grads(to);
-  auto* probability =
-      plan.rules.natural
-          ? (hides ? probability_tile<E, TileKind::adjusted_masked, kActive>
-                   : probability_tile<E, TileKind::adjusted, kActive>)
-          : (hides ? probability_tile<E, TileKind::masked, kActive> : probability_tile<E, TileKind::plain, kActive>);
-  probability(context, {keys.rows, keys.stride}, probs, raw);
+  compute_probabilities<E, kActive>(g, context, sight, probs);
   const bool extends = plan.general || (E::kDepth > 1 && g.of_scores);  // the bias takes dS as numbers
   (hides || drops ? gradient_tile<E, true, kActive>
                   : gradient_tile<E, false, kActive>)(context, {values.rows, values.stride}, probs, grads,

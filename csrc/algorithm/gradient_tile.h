@@ -15,6 +15,7 @@ struct GradientContext {
   const Scalar* grad_out;    // the panel's rows of dO as operands: [padded Dv / depth][kLanes]
   int64_t value_steps;       // lanes of operands a row of V has
   const Scalar* level;       // lse of each lane, in the unit of the scores; +inf in lanes without a row
+  const Scalar* excess;      // of each lane: log2 of what P under that level adds up to, where it is not 1
   const Scalar* delta;       // of each lane: <dO, O> - dlse
   const Scalar* kept;        // null, or what dropout multiplies P by, [kKeys][kLanes] of this tile
   const Scalar* probs_grad;  // null, or what is added to dP, [kKeys][kLanes] of this tile
@@ -60,11 +61,12 @@ FASTATTN_NOINLINE void probability_tile(GradientContext<E>& context, TileRows ke
 #pragma GCC unroll 4
   for (int v = 0; v < kActive; ++v) {
     const auto level = V::load(context.level + v * E::kWidth);
+    const auto excess = V::load(context.excess + v * E::kWidth);
 #pragma GCC unroll 8
     for (int r = 0; r < E::kKeys; ++r) {
       typename E::Reg x;
       if constexpr (adjusts(kind)) {
-        x = V::mul(V::sub(s[r][v], level), V::set1(static_cast<Scalar>(kLog2E)));
+        x = V::fms(V::sub(s[r][v], level), V::set1(static_cast<Scalar>(kLog2E)), excess);
       } else if constexpr (E::Product::kScaleQuery) {
         x = V::sub(s[r][v], level);
       } else {
@@ -162,6 +164,25 @@ FASTATTN_NOINLINE void pack_coefficients(const typename E::Scalar* probs, const 
   store_key_pairs<E, kActive>(s, coefficients.query_grads);
 }
 
+// What one key of the tile gives to the slopes of a vector of lanes. Scores hold the distance up to the key nearest to
+// the position; the way from there counts as far as dS does not add up to 0, as where keys are a part of all.
+template <class E>
+FASTATTN_NOINLINE void add_slope_grads(const GradientContext<E>& context, int first_lane, int64_t block_key,
+                                       typename E::Reg grad) {
+  using V = typename E::V;
+  using Scalar = typename E::Scalar;
+  const Panel<E>& panel = context.scores.panel;
+  const auto key = V::set1(static_cast<Scalar>(block_key));
+  alignas(64) Scalar grads[E::kWidth];
+  alignas(64) Scalar near[E::kWidth];
+  V::store(grads, grad);
+  V::store(near, V::mul(grad, V::abs(V::sub(V::load(panel.block_position + first_lane), key))));
+  for (int i = 0; i < E::kWidth; ++i) {
+    context.slope_grad[first_lane + i] -=
+        static_cast<double>(near[i]) + static_cast<double>(grads[i]) * panel.overshoot(first_lane + i);
+  }
+}
+
 // What the fast tile leaves out: gradients of the weights that come in, of ALiBi's slopes, and through softcap. `grads`
 // holds dS without these and gets it with them; `probs` gets P as dropout leaves it, for dV. `raw` is null where
 // softcap's derivative is to be left out.
@@ -169,13 +190,11 @@ template <class E>
 FASTATTN_NOINLINE void gradient_extras(const GradientContext<E>& context, typename E::Scalar* probs,
                                        const typename E::Scalar* raw, typename E::Scalar* grads) {
   using V = typename E::V;
-  using Scalar = typename E::Scalar;
   const Panel<E>& panel = context.scores.panel;
   const ScoreRules<E>& rules = context.scores.rules;
   const auto cap = V::set1(rules.softcap);
   const auto inverse = V::set1(rules.softcap > 0 ? 1 / rules.softcap : 0);
   for (int r = 0; r < E::kKeys; ++r) {
-    const auto key = V::set1(static_cast<Scalar>(context.block_key + r));
     for (int v = 0; v * E::kWidth < panel.live; ++v) {
       const int64_t at = r * E::kLanes + v * E::kWidth;
       const auto prob = V::load(probs + at);
@@ -189,17 +208,7 @@ FASTATTN_NOINLINE void gradient_extras(const GradientContext<E>& context, typena
         x = V::add(x, V::select(hidden, V::zero(), V::mul(prob, grad)));
       }
       if (context.slope_grad != nullptr) {
-        const auto distance = V::abs(V::sub(V::load(panel.block_position + v * E::kWidth), key));
-        alignas(64) Scalar grad[E::kWidth];
-        alignas(64) Scalar near[E::kWidth];
-        V::store(grad, x);
-        V::store(near, V::mul(x, distance));
-        for (int i = 0; i < E::kWidth; ++i) {  // the way to the nearest key, then to this one
-          const int lane = v * E::kWidth + i;
-          const int64_t away = panel.position[lane] - panel.nearest[lane];
-          context.slope_grad[lane] -= static_cast<double>(near[i]) +
-                                      static_cast<double>(grad[i]) * static_cast<double>(away < 0 ? -away : away);
-        }
+        add_slope_grads<E>(context, v * E::kWidth, context.block_key + r, x);
       }
       if (rules.softcap > 0 && raw != nullptr) {
         const auto ratio = V::mul(softcap<V>(scale_score<E>(rules, V::load(raw + at)), cap, inverse), inverse);

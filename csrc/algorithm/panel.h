@@ -42,6 +42,12 @@ struct Panel {
   bool mask_shared;    // every lane reads the same mask row
   bool bias_shared;
 
+  // How far a position lies outside of the keys.
+  double overshoot(int lane) const {
+    const auto distance = static_cast<double>(position[lane] - nearest[lane]);
+    return distance < 0 ? -distance : distance;
+  }
+
   Scalar* query;   // operands: [padded D / depth][kLanes], or [kLanes][padded D] for Method::rows
   Scalar* output;  // sums of p * v, see output_index
 };
@@ -86,9 +92,8 @@ FASTATTN_NOINLINE void place_extras(Panel<E>& panel, const AttentionParams& p, i
     }
     if (p.alibi_slopes != nullptr) {
       const double slope = p.alibi_slopes[b * p.alibi_strides[0] + head * p.alibi_strides[1]];
-      const auto distance = static_cast<double>(panel.position[lane] - panel.nearest[lane]);
       panel.slope[lane] = static_cast<Scalar>(slope);
-      panel.beyond[lane] = -slope * (distance < 0 ? -distance : distance);
+      panel.beyond[lane] = -slope * panel.overshoot(lane);
     }
   }
 }

@@ -215,6 +215,9 @@ BackwardParams make_backward_params(const GradientArguments& tensors) {
   if (p.lse == nullptr) {
     fail("lse", "the backward needs it");
   }
+  if (p.query_heads < 1) {
+    fail("query", "the backward needs a head");
+  }
   const int own = static_cast<int>(p.dtype);
   const int wide = static_cast<int>(p.dtype == DType::float64 ? DType::float64 : DType::float32);
   const auto read = [](const char* name, const py::object& from, int code, std::initializer_list<int64_t> sizes,

@@ -1,4 +1,4 @@
-// The scalar backward: obvious loops in double precision. Query rows first, then keys, each pair computed twice.
+// The scalar backward: obvious loops in double precision. Query rows first, twice over their keys, then keys.
 #pragma once
 
 #include "parallel.h"
@@ -8,13 +8,19 @@
 namespace fastattn {
 namespace {
 
-// One call, and of each query row <dO, O> - dlse.
+// What is known of a query row before its pairs.
+struct RowState {
+  double delta;  // <dO, O> - dlse
+  double total;  // of exp(s - lse): 1, but for what lse has lost to its type
+};
+
+// One call, and of each query row what is known.
 struct ScalarBackward {
   const BackwardParams& b;
-  double* deltas;  // (B, Hq, Lq)
+  RowState* states;  // (B, Hq, Lq)
 
-  double& delta(const Row& r) const {
-    return deltas[(r.batch * b.forward.query_heads + r.head) * b.forward.seqlen_q + r.row];
+  RowState& state(const Row& r) const {
+    return states[(r.batch * b.forward.query_heads + r.head) * b.forward.seqlen_q + r.row];
   }
 };
 
@@ -48,7 +54,7 @@ Pair make_pair(ScalarBackward& call, const Row& r, int64_t key) {
     return {};
   }
   Pair pair;
-  pair.prob = std::exp(score<T>(p, r, key) - lse);
+  pair.prob = std::exp(score<T>(p, r, key) - lse) / call.state(r).total;
   double grad = b.grad_weights == nullptr ? 0 : load<T>(b.grad_weights, offset(b.grad_weights_strides, r, key));
   const int64_t v = r.batch * p.value_strides[0] + r.kv_head * p.value_strides[1] + key * p.value_strides[2];
   for (int64_t d = 0; d < p.value_dim; ++d) {
@@ -56,7 +62,7 @@ Pair make_pair(ScalarBackward& call, const Row& r, int64_t key) {
   }
   const double factor = kept(p, r, key);
   pair.weight = pair.prob * factor;
-  pair.grad = pair.prob * (grad * factor - call.delta(r));
+  pair.grad = pair.prob * (grad * factor - call.state(r).delta);
   pair.product = pair.grad;
   if (p.softcap > 0) {
     const double ratio = std::tanh(product<T>(p, r, key) / p.softcap);
@@ -66,14 +72,24 @@ Pair make_pair(ScalarBackward& call, const Row& r, int64_t key) {
 }
 
 template <class T>
-void find_delta(ScalarBackward& call, const Row& r) {
+void find_state(ScalarBackward& call, const Row& r) {
   const BackwardParams& b = call.b;
   const AttentionParams& p = b.forward;
-  double sum = b.grad_lse == nullptr ? 0 : -row_number(p.dtype, b.grad_lse, b.grad_lse_strides, r);
-  for (int64_t d = 0; d < p.value_dim; ++d) {
-    sum += load<T>(b.grad_out, offset(b.grad_out_strides, r, d)) * load<T>(p.out, offset(p.out_strides, r, d));
+  const double lse = row_number(p.dtype, p.lse, p.lse_strides, r);
+  double total = p.sinks == nullptr ? 0 : std::exp(p.sinks[r.head] - lse);
+  bool sees = false;
+  for (int64_t key = 0; key < p.seqlen_k; ++key) {
+    if (visible<T>(p, r, key)) {
+      sees = true;
+      total += std::exp(score<T>(p, r, key) - lse);
+    }
   }
-  call.delta(r) = sum;
+  const bool counts = std::isfinite(lse) && std::isfinite(total) && total > 0;
+  double delta = b.grad_lse == nullptr ? 0 : -row_number(p.dtype, b.grad_lse, b.grad_lse_strides, r);
+  for (int64_t d = 0; sees && d < p.value_dim; ++d) {  // what nothing was seen for is of no account, even if NaN
+    delta += load<T>(b.grad_out, offset(b.grad_out_strides, r, d)) * load<T>(p.out, offset(p.out_strides, r, d));
+  }
+  call.state(r) = {delta, counts ? total : 1};
 }
 
 // dQ, and what is summed over the rows of a head.
@@ -86,7 +102,7 @@ void run_query_head(void* context, int64_t index, int /*thread*/) {
   double sink = 0;
   for (int64_t row = 0; row < p.seqlen_q; ++row) {
     const Row r = row_at(p, index * p.seqlen_q + row);
-    find_delta<T>(call, r);
+    find_state<T>(call, r);
     double sums[kMaxHeadDim] = {};
     for (int64_t key = 0; key < p.seqlen_k; ++key) {
       const Pair pair = make_pair<T>(call, r, key);
@@ -107,7 +123,7 @@ void run_query_head(void* context, int64_t index, int /*thread*/) {
     }
     const double lse = row_number(p.dtype, p.lse, p.lse_strides, r);
     if (p.sinks != nullptr && lse != -kInfinity) {
-      sink -= std::exp(p.sinks[r.head] - lse) * call.delta(r);
+      sink -= std::exp(p.sinks[r.head] - lse) / call.state(r).total * call.state(r).delta;
     }
   }
   if (b.grad_slopes != nullptr) {
@@ -155,8 +171,8 @@ void run_key(void* context, int64_t index, int /*thread*/) {
 template <class T>
 void backward(const BackwardParams& b) {
   const AttentionParams& p = b.forward;
-  const Workspace workspace(sizeof(double) * static_cast<size_t>(p.batch * p.query_heads * p.seqlen_q));
-  ScalarBackward call{b, reinterpret_cast<double*>(workspace.data())};
+  const Workspace workspace(sizeof(RowState) * static_cast<size_t>(p.batch * p.query_heads * p.seqlen_q));
+  ScalarBackward call{b, reinterpret_cast<RowState*>(workspace.data())};
   // Heads may add to one bias: they take turns.
   parallel_for(p.batch * p.query_heads, b.grad_bias != nullptr ? 1 : p.num_threads, run_query_head<T>, &call);
   if (b.grad_key != nullptr || b.grad_value != nullptr) {
