@@ -69,8 +69,6 @@ def test_a_part_of_the_keys_under_a_large_normaliser() -> None:
     generator = torch.Generator().manual_seed(0)
     shape = 1, 2, 40, 16
     query, key, value = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
-        torch.randn(1, 2, 40, 16, generator=generator, dtype=torch.float64) for _ in range(3)
-    )
     bias = torch.full((40, 40), 2000.0, dtype=torch.float64)
     out, lse = fa.ops.forward(query, key, value, bias=bias)
     whole = fa.ops.backward(out, query, key, value, out, lse, bias=bias)

@@ -93,8 +93,8 @@ def backward(
     r"""Compute gradients of attention from its output and its log-sum-exp.
 
     Keys and values may be a part of those that `out` and `lse` are of. The results are then exactly that
-    part's: `key` and `value` the gradients of those rows, `query`, `bias` and `alibi_slopes` what they add to the whole,
-    because
+    part's: `key` and `value` the gradients of those rows, `query`, `bias` and `alibi_slopes` what they add to
+    the whole, because
 
     .. math:: P = e^{S - lse}, \quad dV = P^T dO, \quad dS = P \circ (dO\,V^T - \delta), \quad
               \delta = \langle dO, O \rangle - dlse
