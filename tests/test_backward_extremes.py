@@ -64,6 +64,22 @@ def test_a_row_that_sees_its_sink_alone(kernel: Kernel, target: str, poison: flo
     assert_same_bits(spoiled, clean)
 
 
+def test_nan_that_comes_in_for_hidden_weights(kernel: Kernel) -> None:
+    call = leaves(
+        Case("hidden", 40, 50, 24, query_heads=4, kv_heads=2, causal=True, arrays=("sinks",)), kernel.dtype
+    )
+    _, weights = fa.attention(**call, return_weights=True)
+    incoming = torch.randn(weights.shape, generator=torch.Generator().manual_seed(0)).to(weights.dtype)
+    poisoned = incoming.masked_fill(torch.ones(40, 50, dtype=torch.bool).triu(11), torch.nan)
+    assert poisoned.isnan().any()
+    names = ("query", "key", "sinks")
+    clean, spoiled = (
+        torch.autograd.grad(weights, [call[name] for name in names], grad, retain_graph=True)
+        for grad in (incoming, poisoned)
+    )
+    assert_same_bits(spoiled, clean)
+
+
 def test_a_part_of_the_keys_under_a_large_normaliser() -> None:
     """P of a part does not add up to 1 because it is a part, and is not to be mended."""
     generator = torch.Generator().manual_seed(0)

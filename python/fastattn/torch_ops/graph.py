@@ -181,7 +181,8 @@ def with_weights(
     if grad_weights is None:
         return grad_lse
     assert weights is not None
-    mean = (weights.to(lse.dtype) * grad_weights).sum(-1)
+    # A hidden weight is 0, and silences no NaN that comes in for it.
+    mean = (weights.to(lse.dtype) * grad_weights).masked_fill(weights == 0, 0).sum(-1)
     return -mean if grad_lse is None else grad_lse - mean
 
 
