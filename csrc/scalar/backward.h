@@ -84,7 +84,14 @@ void find_state(ScalarBackward& call, const Row& r) {
       total += std::exp(score<T>(p, r, key) - lse);
     }
   }
-  const bool counts = std::isfinite(lse) && std::isfinite(total) && total > 0;
+  // What rounding does not account for says that the keys are a part of those that lse is of.
+  const bool wide = p.dtype == DType::float64;
+  const bool counts =
+      std::isfinite(lse) && std::fabs(std::log(total)) <= 4 * (wide ? 0x1p-52 : 0x1p-23) * std::fabs(lse);
+  if (p.sinks != nullptr && !sees) {  // it may have seen others of them
+    const double sink = p.sinks[r.head];
+    sees = lse != (wide ? sink : static_cast<double>(static_cast<float>(sink)));
+  }
   double delta = b.grad_lse == nullptr ? 0 : -row_number(p.dtype, b.grad_lse, b.grad_lse_strides, r);
   for (int64_t d = 0; sees && d < p.value_dim; ++d) {  // what nothing was seen for is of no account, even if NaN
     delta += load<T>(b.grad_out, offset(b.grad_out_strides, r, d)) * load<T>(p.out, offset(p.out_strides, r, d));
