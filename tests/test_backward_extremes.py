@@ -82,7 +82,7 @@ def test_nan_that_comes_in_for_hidden_weights(kernel: Kernel) -> None:
 
 @pytest.mark.parametrize("level", [0.0, 200.0])
 def test_a_part_of_the_keys(kernel: Kernel, level: float) -> None:
-    """P of a part does not add up to 1 because it is a part, and is not to be mended, however large lse is."""
+    """P of a part does not add up to 1, and is not to be mended, however large lse is."""
     call = leaves(Case("part", 40, 40, 16, query_heads=2, arrays=("sinks",)), kernel.dtype)
     query, key, value, sinks = (call[name].detach() for name in (*NAMES[:3], "sinks"))
     bias = torch.full(

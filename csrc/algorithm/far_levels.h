@@ -86,6 +86,7 @@ void settle_levels(void* opaque, int64_t index, int thread) {
   for (int lane = 0; lane < panel.live; ++lane) {
     const double excess = ::log2(sums[lane] + sink_share<E>(head, panel, i, lane));
     const double size = __builtin_fabs(static_cast<double>(level[lane]) + panel.beyond[lane]) * plan.rules.to_log2();
+    // Half a place is lost in lse itself, a few in scores of its size.
     constexpr double kLastPlaces = 4 * (sizeof(Scalar) == sizeof(double) ? 0x1p-52 : 0x1p-23);
     if (far(lane) && __builtin_fabs(excess) <= kLastPlaces * size && __builtin_fabs(excess) < __builtin_inf()) {
       head.scalars(plan.excess_at)[i * E::kLanes + lane] = static_cast<Scalar>(excess);
