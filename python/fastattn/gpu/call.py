@@ -28,3 +28,14 @@ class Call(NamedTuple):
     dropout_seed: Tensor | int  # () int64, or a number of 64 bits
     dropout_offset: int
     tf32: bool = False  # float32 products may round their operands
+
+
+class Gradients(NamedTuple):
+    """Memory for the gradients of a call; None: not wanted."""
+
+    query: Tensor | None = None  # as in `Call`, any strides
+    key: Tensor | None = None
+    value: Tensor | None = None
+    bias: Tensor | None = None  # (B, Hq, Lq, Lk), of size 1 on each axis along which the bias was broadcast
+    alibi_slopes: Tensor | None = None  # (B, Hq) float32
+    sinks: Tensor | None = None  # (Hq,) float32

@@ -1,0 +1,226 @@
+"""Gradients of keys and values: one program owns a block of keys and goes over the queries that may see it.
+
+Scores are held as (keys, queries), so that P and dS of a tile are operands of the products for dV and dK as they
+are. All query heads that share the keys are summed in the program.
+
+References
+----------
+Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", 2023.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.gpu import configs
+from fastattn.gpu.call import Call
+from fastattn.gpu.forward import CACHED_BYTES, block_and_head
+from fastattn.gpu.row_terms import is_plain
+from fastattn.gpu.score_gradient import (
+    Incoming,
+    load_terms,
+    probabilities,
+    product_gradients,
+    score_gradients,
+    weight_factors,
+)
+from fastattn.gpu.tile import (
+    head_base,
+    key_count,
+    load_rows,
+    matrix,
+    query_offset,
+    query_ranges,
+    rules_of,
+    store_rows,
+)
+
+
+def key_gradient(
+    call: Call,
+    incoming: Incoming,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+    query_sums: Tensor | None = None,
+) -> None:
+    """Write the gradients of key and value.
+
+    `query_sums` (B, Hq, Lq, D), float32, contiguous: that of query is added to it, by atomic additions whose
+    order is left to chance; not yet multiplied by the scale.
+    """
+    batch, heads, seqlen_q, head_dim = call.query.shape
+    kv_heads, seqlen_k, value_dim = call.key.shape[1], call.key.shape[2], call.value.shape[3]
+    settings = configs.backward_keys(call, query_sums is not None)
+    blocks = triton.cdiv(seqlen_k, settings["BLOCK_N"])
+    if blocks * batch * kv_heads == 0:
+        return
+    query_bytes = seqlen_q * (head_dim + value_dim) * call.query.element_size() * (heads // kv_heads)
+    key_gradient_kernel[(blocks * batch * kv_heads,)](
+        matrix(call.query),
+        matrix(call.key),
+        matrix(call.value),
+        incoming,
+        matrix(grad_key),
+        matrix(grad_value),
+        query_sums,
+        rules_of(call),
+        batch * kv_heads,
+        kv_heads,
+        min(batch * kv_heads, max(1, CACHED_BYTES // max(query_bytes, 1))),
+        seqlen_q,
+        seqlen_k,
+        GROUP=heads // kv_heads,
+        HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim,
+        BLOCK_DIM=configs.padded(head_dim),
+        BLOCK_VALUE=configs.padded(value_dim),
+        PLAIN=is_plain(call),
+        PRECISION="tf32" if call.tf32 else "ieee",
+        **settings,
+    )
+
+
+@triton.jit(do_not_specialize=["batch_heads", "kv_heads", "width", "seqlen_q", "seqlen_k"])
+def key_gradient_kernel(
+    query,
+    key,
+    value,
+    incoming,
+    grad_key,
+    grad_value,
+    query_sums,
+    rules,
+    batch_heads,
+    kv_heads,
+    width,
+    seqlen_q,
+    seqlen_k,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    PLAIN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One block of keys of one key/value head."""
+    blocks = tl.cdiv(seqlen_k, BLOCK_N)
+    block, batch_head = block_and_head(blocks, batch_heads, width)
+    first_key = (blocks - 1 - block) * BLOCK_N  # under the causal rule the first keys are seen most
+    batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
+    keys = first_key + tl.arange(0, BLOCK_N)
+    count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
+    k = load_rows(head_base(key, batch, kv_head), key, keys, count, HEAD_DIM, BLOCK_DIM, False, True)
+    v = load_rows(head_base(value, batch, kv_head), value, keys, count, VALUE_DIM, BLOCK_VALUE, False, True)
+    last_key = tl.minimum(first_key + BLOCK_N, count) - 1
+    there = tl.where(first_key < count, seqlen_q, 0)
+    start, inner_start, inner_end, end = query_ranges(first_key, last_key, offset, there, rules, BLOCK_M)
+    whole = first_key + BLOCK_N <= count
+    inner_start = tl.where(whole, inner_start, start)
+    inner_end = tl.where(whole, inner_end, start)
+    if rules.mask is not None:  # every tile has to ask it
+        inner_start = start
+        inner_end = start
+
+    dk = tl.zeros([BLOCK_N, BLOCK_DIM], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_VALUE], tl.float32)
+    for member in tl.range(GROUP):
+        head = kv_head * GROUP + member
+        if rules.right is not None:
+            dk, dv = gather(
+                dk, dv, k, v, query, incoming, query_sums, rules, batch, head, kv_heads * GROUP, keys, first_key, start,
+                inner_start, seqlen_q, offset, count, grad_key is not None, grad_value is not None, HEAD_DIM,
+                VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N, True,
+            )  # fmt: skip
+        dk, dv = gather(
+            dk, dv, k, v, query, incoming, query_sums, rules, batch, head, kv_heads * GROUP, keys, first_key,
+            inner_start, inner_end, seqlen_q, offset, count, grad_key is not None, grad_value is not None, HEAD_DIM,
+            VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N, False,
+        )  # fmt: skip
+        dk, dv = gather(
+            dk, dv, k, v, query, incoming, query_sums, rules, batch, head, kv_heads * GROUP, keys, first_key,
+            inner_end, end, seqlen_q, offset, count, grad_key is not None, grad_value is not None, HEAD_DIM,
+            VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N, True,
+        )  # fmt: skip
+    inside = (keys < count)[:, None]
+    if grad_key is not None:
+        dk = tl.where(inside, dk * rules.scale, 0.0)
+        store_rows(head_base(grad_key, batch, kv_head), grad_key, keys, seqlen_k, dk, HEAD_DIM, BLOCK_DIM)
+    if grad_value is not None:
+        dv = tl.where(inside, dv, 0.0)
+        store_rows(head_base(grad_value, batch, kv_head), grad_value, keys, seqlen_k, dv, VALUE_DIM, BLOCK_VALUE)
+
+
+@triton.jit
+def gather(
+    dk,
+    dv,
+    k,
+    v,
+    query,
+    incoming,
+    query_sums,
+    rules,
+    batch,
+    head,
+    heads,
+    keys,
+    first_key,
+    start,
+    end,
+    seqlen_q,
+    offset,
+    count,
+    OF_KEY: tl.constexpr,
+    OF_VALUE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    PLAIN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHECKED: tl.constexpr,
+):
+    """Add what the queries [start, end) of one head give to the keys of a block."""
+    query_base = head_base(query, batch, head)
+    grad_out_base = head_base(incoming.grad_out, batch, head)
+    batch_head = batch * heads + head
+    for first in tl.range(start, end, BLOCK_M):
+        first = tl.multiple_of(first, BLOCK_M)
+        rows = first + tl.arange(0, BLOCK_M)
+        q = load_rows(query_base, query, rows, seqlen_q, HEAD_DIM, BLOCK_DIM, False, CHECKED)
+        level, excess, delta = load_terms(incoming.terms, batch_head, rows, seqlen_q, CHECKED)
+        if incoming.terms.excess is not None:
+            excess = excess[None, :]
+        products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        p, scores = probabilities(
+            products, level[None, :], excess, rules, batch, head, rows[None, :], keys[:, None], seqlen_q, offset,
+            count, PLAIN, CHECKED,
+        )  # fmt: skip
+        factors = weight_factors(rules, batch_head, rows, first_key, BLOCK_N, True)
+        do = load_rows(grad_out_base, incoming.grad_out, rows, seqlen_q, VALUE_DIM, BLOCK_VALUE, False, CHECKED)
+        if OF_VALUE:
+            weights = p if rules.dropout_scale is None else p * factors
+            dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
+        if OF_KEY or query_sums is not None:
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            ds = score_gradients(
+                p, dp, factors, delta[None, :], incoming, rules, batch, head, rows[None, :], keys[:, None], seqlen_q,
+                count, CHECKED,
+            )  # fmt: skip
+            ds = product_gradients(ds, scores, rules).to(q.dtype)
+            if OF_KEY:
+                dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+            if query_sums is not None:
+                dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
+                columns = tl.arange(0, BLOCK_DIM)[None, :]
+                at = (batch_head.to(tl.int64) * seqlen_q + rows)[:, None] * HEAD_DIM + columns
+                inside = (rows < seqlen_q)[:, None] & (columns < HEAD_DIM)
+                tl.atomic_add(query_sums + at, dq, mask=inside, sem="relaxed")
+    return dk, dv
