@@ -79,7 +79,16 @@ def _add_tiles(call: Call, incoming: Incoming, grad: Tensor, of_batch: bool, of_
     )
 
 
-_SIZES = ["heads", "seqlen_q", "seqlen_k", "row_tiles", "key_tiles", "own_heads", "batch_members", "head_members"]
+_SIZES = [
+    "heads",
+    "seqlen_q",
+    "seqlen_k",
+    "row_tiles",
+    "key_tiles",
+    "own_heads",
+    "batch_members",
+    "head_members",
+]
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -173,7 +182,7 @@ def tile_gradient(
     """Compute dS of one tile of one head."""
     rows, keys = first_row + tl.arange(0, BLOCK_M), first_key + tl.arange(0, BLOCK_N)
     batch_head, kv_head = batch * heads + head, head // GROUP
-    level, excess, delta = load_terms(incoming.terms, batch_head, rows, seqlen_q, True)
+    level, excess, delta = load_terms(incoming.terms, batch_head, first_row, seqlen_q, BLOCK_M, True)
     q = load_rows(head_base(query, batch, head), query, rows, seqlen_q, HEAD_DIM, BLOCK_DIM, False, True)
     k = load_rows(head_base(key, batch, kv_head), key, keys, count, HEAD_DIM, BLOCK_DIM, True, True)
     p, _ = probabilities(

@@ -126,8 +126,8 @@ def key_gradient_kernel(
         inner_start = start
         inner_end = start
 
-    dk = tl.zeros([BLOCK_N, BLOCK_DIM], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_VALUE], tl.float32)
+    dk = hidden_zeros(rules.scale, 0, BLOCK_N, BLOCK_DIM)
+    dv = hidden_zeros(rules.scale, BLOCK_N * BLOCK_DIM, BLOCK_N, BLOCK_VALUE)
     for member in tl.range(GROUP):
         head = kv_head * GROUP + member
         if rules.right is not None:
@@ -152,7 +152,20 @@ def key_gradient_kernel(
         store_rows(head_base(grad_key, batch, kv_head), grad_key, keys, seqlen_k, dk, HEAD_DIM, BLOCK_DIM)
     if grad_value is not None:
         dv = tl.where(inside, dv, 0.0)
-        store_rows(head_base(grad_value, batch, kv_head), grad_value, keys, seqlen_k, dv, VALUE_DIM, BLOCK_VALUE)
+        store_rows(
+            head_base(grad_value, batch, kv_head), grad_value, keys, seqlen_k, dv, VALUE_DIM, BLOCK_VALUE
+        )
+
+
+@triton.jit
+def hidden_zeros(number, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Zeros that the compiler cannot see through nor take one for another: products of `number` by 0.
+
+    Constants it would set once more where a loop may not run at all, and for their sake wait for each product
+    of that loop.
+    """
+    numbers = first + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    return numbers.to(tl.float32) * (number * 0.0)
 
 
 @triton.jit
@@ -195,21 +208,22 @@ def gather(
         first = tl.multiple_of(first, BLOCK_M)
         rows = first + tl.arange(0, BLOCK_M)
         q = load_rows(query_base, query, rows, seqlen_q, HEAD_DIM, BLOCK_DIM, False, CHECKED)
-        level, excess, delta = load_terms(incoming.terms, batch_head, rows, seqlen_q, CHECKED)
-        if incoming.terms.excess is not None:
-            excess = excess[None, :]
+        level, excess, delta = load_terms(incoming.terms, batch_head, first, seqlen_q, BLOCK_M, CHECKED)
         products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         p, scores = probabilities(
-            products, level[None, :], excess, rules, batch, head, rows[None, :], keys[:, None], seqlen_q, offset,
-            count, PLAIN, CHECKED,
+            products, level[None, :], excess[None, :], rules, batch, head, rows[None, :], keys[:, None], seqlen_q,
+            offset, count, PLAIN, CHECKED,
         )  # fmt: skip
         factors = weight_factors(rules, batch_head, rows, first_key, BLOCK_N, True)
-        do = load_rows(grad_out_base, incoming.grad_out, rows, seqlen_q, VALUE_DIM, BLOCK_VALUE, False, CHECKED)
+        do = load_rows(
+            grad_out_base, incoming.grad_out, rows, seqlen_q, VALUE_DIM, BLOCK_VALUE, False, CHECKED
+        )
+        if OF_KEY or query_sums is not None:
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if OF_VALUE:
             weights = p if rules.dropout_scale is None else p * factors
             dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
         if OF_KEY or query_sums is not None:
-            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
             ds = score_gradients(
                 p, dp, factors, delta[None, :], incoming, rules, batch, head, rows[None, :], keys[:, None], seqlen_q,
                 count, CHECKED,

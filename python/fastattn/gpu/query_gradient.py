@@ -98,7 +98,7 @@ def query_gradient_kernel(
     do = load_rows(
         head_base(incoming.grad_out, batch, head), incoming.grad_out, rows, seqlen_q, VALUE_DIM, BLOCK_VALUE, False, True
     )  # fmt: skip
-    level, excess, delta = load_terms(incoming.terms, batch_head, rows, seqlen_q, True)
+    level, excess, delta = load_terms(incoming.terms, batch_head, block * BLOCK_M, seqlen_q, BLOCK_M, True)
     count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
     last = tl.minimum(block * BLOCK_M + BLOCK_M, seqlen_q) - 1
     start, inner_start, inner_end, end = key_ranges(block * BLOCK_M, last, offset, count, rules, BLOCK_N)
@@ -167,16 +167,14 @@ def gather(
 ):
     """Add what the keys [start, end) give to the queries of a block."""
     key_base, value_base = head_base(key, batch, head // GROUP), head_base(value, batch, head // GROUP)
-    if incoming.terms.excess is not None:
-        excess = excess[:, None]
     for first in tl.range(start, end, BLOCK_N):
         first = tl.multiple_of(first, BLOCK_N)
         keys = first + tl.arange(0, BLOCK_N)
         k = load_rows(key_base, key, keys, count, HEAD_DIM, BLOCK_DIM, False, CHECKED)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         p, scores = probabilities(
-            products, level[:, None], excess, rules, batch, head, rows[:, None], keys[None, :], seqlen_q, offset,
-            count, PLAIN, CHECKED,
+            products, level[:, None], excess[:, None], rules, batch, head, rows[:, None], keys[None, :], seqlen_q,
+            offset, count, PLAIN, CHECKED,
         )  # fmt: skip
         v = load_rows(value_base, value, keys, count, VALUE_DIM, BLOCK_VALUE, True, CHECKED)
         dp = tl.dot(do, v, input_precision=PRECISION)

@@ -36,7 +36,7 @@ class RowTerms(NamedTuple):
     """Numbers of each query row, (B, Hq, Lq) float32, contiguous."""
 
     level: Any  # lse, times log2(e) where scores are products alone; inf where a row has nothing to attend to
-    excess: Any  # None, or log2 of what P under that level adds up to, where rounding keeps it from 1
+    excess: Any  # log2 of what P under that level adds up to, where rounding keeps it from 1; None for plain scores
     delta: Any  # <dO, O> - dlse, which dS is P times dP's distance from
 
 
@@ -47,8 +47,8 @@ def row_terms(
     batch, heads, seqlen_q, head_dim = call.query.shape
     value_dim = call.value.shape[3]
     rules = rules_of(call)
-    far = rules.bias is not None or rules.slopes is not None
-    terms = RowTerms(torch.empty_like(lse), torch.zeros_like(lse) if far else None, torch.empty_like(lse))
+    plain = is_plain(call)
+    terms = RowTerms(torch.empty_like(lse), None if plain else torch.zeros_like(lse), torch.empty_like(lse))
     settings = configs.row_terms(call)
     blocks = triton.cdiv(seqlen_q, settings["BLOCK_M"])
     if lse.numel() == 0:
@@ -66,10 +66,10 @@ def row_terms(
         seqlen_q,
         VALUE_DIM=value_dim,
         BLOCK_VALUE=configs.padded(value_dim),
-        PLAIN=is_plain(call),
+        PLAIN=plain,
         **settings,
     )
-    if far:
+    if not plain:
         settings = configs.forward(call)
         blocks = triton.cdiv(seqlen_q, settings["BLOCK_M"])
         excess_kernel[(blocks * batch * heads,)](
@@ -120,7 +120,9 @@ def row_terms_kernel(
     at = batch_head.to(tl.int64) * seqlen_q + rows
     level = tl.load(lse + at, mask=inside, other=-INF)
     o = load_rows(head_base(out, batch, head), out, rows, seqlen_q, VALUE_DIM, BLOCK_VALUE, False, True)
-    grad = load_rows(head_base(grad_out, batch, head), grad_out, rows, seqlen_q, VALUE_DIM, BLOCK_VALUE, False, True)
+    grad = load_rows(
+        head_base(grad_out, batch, head), grad_out, rows, seqlen_q, VALUE_DIM, BLOCK_VALUE, False, True
+    )
     # Rows that have seen nothing but a sink are 0, whatever comes in for them.
     delta = tl.sum(tl.where(o == 0, 0.0, o.to(tl.float32) * grad.to(tl.float32)), 1)
     if grad_lse is not None:

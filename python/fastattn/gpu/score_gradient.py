@@ -19,22 +19,28 @@ class Incoming(NamedTuple):
 
 
 @triton.jit
-def load_terms(terms, batch_head, rows, seqlen_q, CHECKED: tl.constexpr):
-    """Level, excess and delta of `rows`; of rows past the end such that P and dS are 0."""
-    at = batch_head.to(tl.int64) * seqlen_q + rows
-    inside = rows < seqlen_q
-    excess = 0.0
-    if CHECKED:
-        level = tl.load(terms.level + at, mask=inside, other=INF)
-        delta = tl.load(terms.delta + at, mask=inside, other=0.0)
-        if terms.excess is not None:
-            excess = tl.load(terms.excess + at, mask=inside, other=0.0)
+def load_terms(terms, batch_head, first, seqlen_q, BLOCK_M: tl.constexpr, CHECKED: tl.constexpr):
+    """Level, excess and delta of BLOCK_M rows; of rows past the end such that P and dS are 0."""
+    at = batch_head.to(tl.int64) * seqlen_q + first
+    level = load_term(terms.level + at, first, seqlen_q, INF, BLOCK_M, CHECKED)
+    delta = load_term(terms.delta + at, first, seqlen_q, 0.0, BLOCK_M, CHECKED)
+    if terms.excess is None:
+        excess = delta  # which nobody looks at
     else:
-        level = tl.load(terms.level + at)
-        delta = tl.load(terms.delta + at)
-        if terms.excess is not None:
-            excess = tl.load(terms.excess + at)
+        excess = load_term(terms.excess + at, first, seqlen_q, 0.0, BLOCK_M, CHECKED)
     return level, excess, delta
+
+
+@triton.jit
+def load_term(at, first, seqlen_q, other, BLOCK_M: tl.constexpr, CHECKED: tl.constexpr):
+    """Load one number for each row, by as many threads."""
+    steps = tl.arange(0, BLOCK_M)[:, None]
+    if CHECKED:
+        term = tl.load(at + steps, mask=first + steps < seqlen_q, other=other)
+    else:
+        term = tl.load(at + steps)
+    # The compiler would have each thread load all that it needs of a tile; no layout passes by a sum.
+    return tl.sum(term, 1)
 
 
 @triton.jit
@@ -67,9 +73,7 @@ def probabilities(
 
 
 @triton.jit
-def weight_factors(
-    rules, batch_head, rows, first_key, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr
-):
+def weight_factors(rules, batch_head, rows, first_key, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
     """What dropout multiplies the weights of a tile by; 1 without dropout."""
     if rules.dropout_scale is None:
         factors = 1.0
