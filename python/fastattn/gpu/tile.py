@@ -117,7 +117,7 @@ def load_rows(
 ):
     """Load (BLOCK, BLOCK_DIM) from row `first`, or the transpose; 0 past DIM, and past `count` if CHECKED."""
     # Places are computed anew for each tile: with the part that stays the same hoisted out of a loop, ptxas
-    # (13.1) orders the products of a Hopper one after another, and the kernel loses a tenth.
+    # (12.8) orders the products of a Hopper one after another, and the kernel loses a tenth.
     rows, columns = first + tl.arange(0, BLOCK), tl.arange(0, BLOCK_DIM)
     r = rows[None, :] if TRANSPOSED else rows[:, None]
     c = columns[:, None] if TRANSPOSED else columns[None, :]
