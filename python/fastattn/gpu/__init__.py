@@ -1,0 +1,1 @@
+"""Triton kernels for GPUs, and Gluon kernels for Hopper. The package itself needs neither torch nor triton."""

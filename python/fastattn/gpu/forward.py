@@ -1,0 +1,214 @@
+"""Attention forward, for any GPU that Triton compiles for and every argument of a call.
+
+One program owns a block of queries of one head and walks over its keys, with a running maximum and sum for
+each row. Tiles in which everything is visible go through a loop that looks at no rule; tiles that nobody may
+look at are not visited.
+
+References
+----------
+Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", 2023.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.gpu import configs
+from fastattn.gpu.call import Call
+from fastattn.gpu.tile import (
+    INF,
+    LN2,
+    LOG2E,
+    adjusted,
+    dropout_factors,
+    head_base,
+    key_count,
+    key_ranges,
+    load_rows,
+    matrix,
+    query_offset,
+    rules_of,
+    store_rows,
+    visible,
+)
+
+# Heads whose keys and values stay in the second-level cache together: half of the 50 MB of an H100.
+CACHED_BYTES = 24 << 20
+
+
+def forward(call: Call, out: Tensor, lse: Tensor | None) -> None:
+    """Write `out` (B, Hq, Lq, Dv) and, unless it is None, `lse` (B, Hq, Lq), float32."""
+    batch, heads, seqlen_q, head_dim = call.query.shape
+    kv_heads, seqlen_k, value_dim = call.key.shape[1], call.key.shape[2], call.value.shape[3]
+    rules = rules_of(call)
+    plain = rules.softcap is None and rules.bias is None and rules.slopes is None and call.scale > 0
+    settings = configs.forward(call)
+    blocks = triton.cdiv(seqlen_q, settings["BLOCK_M"])
+    kv_bytes = seqlen_k * (head_dim + value_dim) * call.key.element_size()
+    width = min(batch * heads, max(1, CACHED_BYTES // max(kv_bytes, 1)) * (heads // kv_heads))
+    forward_kernel[(blocks * batch * heads,)](
+        matrix(call.query),
+        matrix(call.key),
+        matrix(call.value),
+        matrix(out),
+        None if lse is None else lse,
+        rules,
+        batch * heads,
+        heads,
+        width,
+        seqlen_q,
+        seqlen_k,
+        GROUP=heads // kv_heads,
+        HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim,
+        BLOCK_DIM=configs.padded(head_dim),
+        BLOCK_VALUE=configs.padded(value_dim),
+        PLAIN=plain,
+        PRECISION="tf32" if call.tf32 else "ieee",
+        **settings,
+    )
+
+
+@triton.jit
+def block_and_head(blocks, batch_heads, width):
+    """Longest blocks of queries first, among as many heads as the cache holds keys and values of."""
+    pid = tl.program_id(0)
+    section = pid // (blocks * width)
+    rest = pid - section * (blocks * width)
+    here = tl.minimum(width, batch_heads - section * width)
+    rank = rest // here
+    return blocks - 1 - rank, section * width + rest - rank * here
+
+
+@triton.jit
+def forward_kernel(
+    query,
+    key,
+    value,
+    out,
+    lse,
+    rules,
+    batch_heads,
+    heads,
+    width,
+    seqlen_q,
+    seqlen_k,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    PLAIN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One block of queries of one head."""
+    block, batch_head = block_and_head(tl.cdiv(seqlen_q, BLOCK_M), batch_heads, width)
+    batch, head = batch_head // heads, batch_head % heads
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = load_rows(head_base(query, batch, head), query, rows, seqlen_q, HEAD_DIM, BLOCK_DIM, False, True)
+    count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
+    last = tl.minimum(block * BLOCK_M + BLOCK_M, seqlen_q) - 1
+    start, inner_start, inner_end, end = key_ranges(block * BLOCK_M, last, offset, count, rules, BLOCK_N)
+    if rules.mask is not None:  # every tile has to ask it
+        inner_start = end
+        inner_end = end
+
+    level = tl.full([BLOCK_M], -INF, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_VALUE], tl.float32)
+    if rules.left is not None or rules.mask is not None:
+        level, total, acc = attend(
+            level, total, acc, q, key, value, rules, batch, head, heads, rows, start, inner_start,
+            seqlen_q, offset, count, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, True,
+        )  # fmt: skip
+    level, total, acc = attend(
+        level, total, acc, q, key, value, rules, batch, head, heads, rows, inner_start, inner_end,
+        seqlen_q, offset, count, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, False,
+    )  # fmt: skip
+    level, total, acc = attend(
+        level, total, acc, q, key, value, rules, batch, head, heads, rows, inner_end, end,
+        seqlen_q, offset, count, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, True,
+    )  # fmt: skip
+    if PLAIN:
+        level = level * rules.scale
+    if rules.sinks is not None:
+        level, total, acc = with_sink(level, total, acc, tl.load(rules.sinks + head))
+    some = total != 0  # NaN is something
+    total = tl.where(some, total, 1.0)
+    acc = acc / total[:, None]
+    store_rows(head_base(out, batch, head), out, rows, seqlen_q, acc, VALUE_DIM, BLOCK_VALUE)
+    if lse is not None:
+        at = lse + batch_head.to(tl.int64) * seqlen_q + rows
+        tl.store(at, tl.where(some, level + LN2 * tl.log2(total), -INF), mask=rows < seqlen_q)
+
+
+@triton.jit
+def with_sink(level, total, acc, sink):
+    """Let a logit without a value, in natural units as `level` is, take its share of the rows."""
+    highest = tl.maximum(level, sink)
+    reference = tl.where(highest == -INF, 0.0, highest)
+    shrink = tl.exp2((level - reference) * LOG2E)
+    return highest, total * shrink + tl.exp2((sink - reference) * LOG2E), acc * shrink[:, None]
+
+
+@triton.jit
+def attend(
+    level,
+    total,
+    acc,
+    q,
+    key,
+    value,
+    rules,
+    batch,
+    head,
+    heads,
+    rows,
+    start,
+    end,
+    seqlen_q,
+    offset,
+    count,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    PLAIN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHECKED: tl.constexpr,
+):
+    """Go over the keys [start, end). `level` is the highest score so far, before its scale if PLAIN."""
+    key_base, value_base = head_base(key, batch, head // GROUP), head_base(value, batch, head // GROUP)
+    factor = rules.scale * LOG2E if PLAIN else LOG2E
+    for first in tl.range(start, end, BLOCK_N):
+        first = tl.multiple_of(first, BLOCK_N)
+        keys = first + tl.arange(0, BLOCK_N)
+        k = load_rows(key_base, key, keys, count, HEAD_DIM, BLOCK_DIM, True, CHECKED)
+        scores = tl.dot(q, k, input_precision=PRECISION)
+        if not PLAIN:
+            scores = adjusted(
+                scores, rules, batch, head, rows[:, None], keys[None, :], seqlen_q, offset, count
+            )
+        if CHECKED:
+            seen = visible(rules, batch, head, rows[:, None], keys[None, :], seqlen_q, offset, count)
+            scores = tl.where(seen, scores, -INF)
+        highest = tl.maximum(level, tl.max(scores, 1))
+        reference = tl.where(highest == -INF, 0.0, highest)
+        if PLAIN:
+            p = tl.exp2(scores * factor - (reference * factor)[:, None])
+        else:  # the difference first: a level of -3e38 must not overflow
+            p = tl.exp2((scores - reference[:, None]) * factor)
+        shrink = tl.exp2((level - reference) * factor)
+        total = total * shrink + tl.sum(p, 1)
+        if rules.dropout_scale is not None:
+            p = p * dropout_factors(rules, batch * heads + head, rows, first, BLOCK_N, False)
+        v = load_rows(value_base, value, keys, count, VALUE_DIM, BLOCK_VALUE, False, CHECKED)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        level = highest
+    return level, total, acc

@@ -1,0 +1,259 @@
+"""What every kernel does with one tile of scores: where it lies, what may be seen in it, what is added to it.
+
+A kernel takes its tensors as `Matrix` and everything else about a call as `Rules`, both named tuples. A field
+that is None does not exist in the compiled kernel. Positions of keys are 32-bit, addresses 64-bit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from fastattn.gpu.call import Call
+from fastattn.problem import UNBOUNDED
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+INF = tl.constexpr(float("inf"))
+
+
+class Matrix(NamedTuple):
+    """A tensor (B, H, rows, columns) in memory; strides in elements."""
+
+    pointer: Any
+    batch: Any
+    head: Any
+    row: Any
+    column: Any
+
+
+class Rules(NamedTuple):
+    """A call's arguments besides query, key and value. None: the call has none."""
+
+    scale: Any
+    softcap: Any  # None or > 0
+    left: Any  # None or the left bound of the window
+    right: Any  # None or the right bound; 0 is the causal rule
+    offset: Any  # the key position of query 0 ...
+    offsets: Any  # ... or (B,) int64, one for each sequence
+    lengths: Any  # (B,) int64
+    mask: Any  # Matrix, uint8
+    bias: Any  # Matrix
+    slopes: Any  # (B, Hq) float32, ...
+    slopes_batch: Any  # ... and its strides
+    slopes_head: Any
+    sinks: Any  # (Hq,) float32
+    seed: Any  # of dropout, 64 bits ...
+    drawn_seed: Any  # ... or () int64
+    dropout_offset: Any
+    dropout_threshold: Any  # a weight is kept where its word is at least this, in 0 .. 2^32
+    dropout_scale: Any  # what a kept weight is multiplied by
+
+
+def matrix(tensor: Any) -> Matrix | None:
+    """`tensor` as a kernel's argument."""
+    return None if tensor is None else Matrix(tensor, *tensor.stride())
+
+
+def rules_of(call: Call) -> Rules:
+    """What `call` asks for besides the products."""
+    slopes, mask, dropout = call.alibi_slopes, call.mask, call.dropout_p > 0
+    seed = call.dropout_seed
+    drawn = not isinstance(seed, int)
+    return Rules(
+        call.scale,
+        call.softcap or None,
+        None if call.window_left >= UNBOUNDED else call.window_left,
+        None if call.window_right >= UNBOUNDED else call.window_right,
+        call.query_offset if call.query_offsets is None else None,
+        call.query_offsets,
+        call.kv_lengths,
+        None if mask is None else matrix(mask.view(torch.uint8)),
+        matrix(call.bias),
+        slopes,
+        None if slopes is None else slopes.stride(0),
+        None if slopes is None else slopes.stride(1),
+        call.sinks,
+        _signed(seed, 64) if dropout and not drawn else None,
+        seed if dropout and drawn else None,
+        _signed(call.dropout_offset, 32) if dropout else None,
+        math.ceil(call.dropout_p * 2.0**32) if dropout else None,
+        (1 / (1 - call.dropout_p) if call.dropout_p < 1 else 0.0) if dropout else None,
+    )
+
+
+def _signed(word: int, bits: int) -> int:
+    """The number whose two's complement `word` is: unsigned arguments would be typed by their size."""
+    return (word + 2 ** (bits - 1)) % 2**bits - 2 ** (bits - 1)
+
+
+@triton.jit
+def head_base(matrix, batch, head):
+    """Where the rows of one head begin."""
+    return matrix.pointer + batch.to(tl.int64) * matrix.batch + head.to(tl.int64) * matrix.head
+
+
+@triton.jit
+def places(base, matrix, rows, columns):
+    """Addresses of a tile: `rows` and `columns` are index tensors that broadcast together."""
+    return base + rows.to(tl.int64) * matrix.row + columns.to(tl.int64) * matrix.column
+
+
+@triton.jit
+def load_rows(
+    base,
+    matrix,
+    rows,
+    count,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    CHECKED: tl.constexpr,
+):
+    """Load (rows, BLOCK_DIM), or its transpose; 0 past DIM, and past `count` rows if CHECKED."""
+    columns = tl.arange(0, BLOCK_DIM)
+    r = rows[None, :] if TRANSPOSED else rows[:, None]
+    c = columns[:, None] if TRANSPOSED else columns[None, :]
+    at = places(base, matrix, r, c)
+    if CHECKED and BLOCK_DIM != DIM:
+        return tl.load(at, mask=(r < count) & (c < DIM), other=0.0)
+    if CHECKED:
+        return tl.load(at, mask=r < count, other=0.0)
+    if BLOCK_DIM != DIM:
+        return tl.load(at, mask=c < DIM, other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def store_rows(base, matrix, rows, count, values, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Store (rows, BLOCK_DIM) rounded to the matrix's dtype, but for what lies past `count` rows or DIM."""
+    columns = tl.arange(0, BLOCK_DIM)[None, :]
+    r = rows[:, None]
+    at = places(base, matrix, r, columns)
+    tl.store(at, values.to(matrix.pointer.dtype.element_ty), mask=(r < count) & (columns < DIM))
+
+
+@triton.jit
+def key_count(rules, batch, seqlen_k):
+    """How many keys the sequence has; no stored length leads past the end."""
+    if rules.lengths is None:
+        return seqlen_k
+    length = tl.load(rules.lengths + batch)
+    return tl.minimum(tl.maximum(length, 0), seqlen_k).to(tl.int32)
+
+
+@triton.jit
+def query_offset(rules, batch):
+    """The key position at which query 0 stands."""
+    if rules.offsets is None:
+        return rules.offset
+    return tl.load(rules.offsets + batch)
+
+
+@triton.jit
+def key_ranges(first, last, offset, count, rules, BLOCK_N: tl.constexpr):
+    """Split the keys that queries `first` to `last` may attend to: start, [inner_start, inner_end), end.
+
+    All are multiples of BLOCK_N, but for `end`. Tiles of the inner range are visible to each of these queries
+    as far as lengths and the window tell; nobody sees anything outside [start, end).
+    """
+    end = count
+    inner_end = count
+    if rules.right is not None:
+        end = clamped(last, offset + 1, rules.right, 0, count)
+        inner_end = clamped(first, offset + 1, rules.right, 0, count)
+    start = end * 0
+    inner_start = end * 0
+    if rules.left is not None:
+        start = clamped(first, offset, -rules.left, 0, end)
+        inner_start = clamped(last, offset, -rules.left, 0, end)
+        start = start // BLOCK_N * BLOCK_N
+        inner_start = (inner_start + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    inner_end = inner_end // BLOCK_N * BLOCK_N
+    inner_start = tl.minimum(inner_start, (end + BLOCK_N - 1) // BLOCK_N * BLOCK_N)
+    return start, inner_start, tl.maximum(inner_end, inner_start), end
+
+
+@triton.jit
+def clamped(rows, offset, bound, low, high):
+    """``rows + offset + bound`` within [low, high], in 32 bits whatever the numbers are."""
+    place = rows.to(tl.int64) + offset + bound
+    return tl.minimum(tl.maximum(place, low), high).to(tl.int32)
+
+
+@triton.jit
+def visible(rules, batch, head, rows, keys, seqlen_q, offset, count):
+    """Which of the tile's queries may attend to which keys; `rows` and `keys` broadcast together."""
+    if rules.right is None:
+        seen = keys < count
+    else:
+        seen = keys <= clamped(rows, offset, rules.right, -1, count - 1)
+    if rules.left is not None:
+        seen &= keys >= clamped(rows, offset, -rules.left, 0, count)
+    if rules.mask is not None:
+        at = places(head_base(rules.mask, batch, head), rules.mask, rows, keys)
+        seen &= tl.load(at, mask=(rows < seqlen_q) & (keys < count), other=0) != 0
+    return seen
+
+
+@triton.jit
+def adjusted(products, rules, batch, head, rows, keys, seqlen_q, offset, count):
+    """Scores in natural units, before anything is hidden: scale, softcap, bias and ALiBi."""
+    scores = products * rules.scale
+    if rules.softcap is not None:
+        scores = rules.softcap * tanh(scores / rules.softcap)
+    if rules.bias is not None:
+        at = places(head_base(rules.bias, batch, head), rules.bias, rows, keys)
+        scores += tl.load(at, mask=(rows < seqlen_q) & (keys < count), other=0.0).to(tl.float32)
+    if rules.slopes is not None:
+        scores -= slope_of(rules, batch, head) * distance(rows, keys, offset)
+    return scores
+
+
+@triton.jit
+def slope_of(rules, batch, head):
+    """The slope of ALiBi of one head."""
+    return tl.load(rules.slopes + batch.to(tl.int64) * rules.slopes_batch + head * rules.slopes_head)
+
+
+@triton.jit
+def distance(rows, keys, offset):
+    """How far apart queries and keys stand."""
+    return tl.abs((rows.to(tl.int64) + offset).to(tl.float32) - keys.to(tl.float32))
+
+
+@triton.jit
+def tanh(x):
+    """Compute tanh without cancellation near 0 and without overflow."""
+    small = tl.abs(x) < 0.04  # where 1 - 2 / (e + 1) loses digits, the series has them all
+    square = x * x
+    series = x * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
+    e = tl.exp2(2 * LOG2E * tl.abs(x))
+    large = 1 - 2 / (e + 1)
+    return tl.where(small, series, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def dropout_factors(rules, batch_head, rows, first_key, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """What the weights of a tile (rows, BLOCK_N) or its transpose are multiplied by; see fastattn.philox."""
+    four = first_key // 4 + tl.arange(0, BLOCK_N // 4)
+    counter = tl.zeros([rows.shape[0], BLOCK_N // 4], tl.int32)
+    if rules.drawn_seed is None:
+        seed = rules.seed
+    else:
+        seed = tl.load(rules.drawn_seed)
+    w0, w1, w2, w3 = tl.philox(
+        seed,
+        counter + rows[:, None],
+        counter + four[None, :],
+        counter + batch_head,
+        counter + rules.dropout_offset,
+    )
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    kept = words.to(tl.int64) >= rules.dropout_threshold  # words are unsigned
+    factors = tl.where(kept, rules.dropout_scale, 0.0)
+    return tl.trans(factors) if TRANSPOSED else factors
