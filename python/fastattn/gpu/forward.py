@@ -82,7 +82,7 @@ def block_and_head(blocks, batch_heads, width):
     return blocks - 1 - rank, section * width + rest - rank * here
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_heads", "heads", "width", "seqlen_q", "seqlen_k"])
 def forward_kernel(
     query,
     key,

@@ -120,12 +120,14 @@ def load_rows(
     c = columns[:, None] if TRANSPOSED else columns[None, :]
     at = places(base, matrix, r, c)
     if CHECKED and BLOCK_DIM != DIM:
-        return tl.load(at, mask=(r < count) & (c < DIM), other=0.0)
-    if CHECKED:
-        return tl.load(at, mask=r < count, other=0.0)
-    if BLOCK_DIM != DIM:
-        return tl.load(at, mask=c < DIM, other=0.0)
-    return tl.load(at)
+        tile = tl.load(at, mask=(r < count) & (c < DIM), other=0.0)
+    elif CHECKED:
+        tile = tl.load(at, mask=r < count, other=0.0)
+    elif BLOCK_DIM != DIM:
+        tile = tl.load(at, mask=c < DIM, other=0.0)
+    else:
+        tile = tl.load(at)
+    return tile
 
 
 @triton.jit
@@ -141,17 +143,21 @@ def store_rows(base, matrix, rows, count, values, DIM: tl.constexpr, BLOCK_DIM: 
 def key_count(rules, batch, seqlen_k):
     """How many keys the sequence has; no stored length leads past the end."""
     if rules.lengths is None:
-        return seqlen_k
-    length = tl.load(rules.lengths + batch)
-    return tl.minimum(tl.maximum(length, 0), seqlen_k).to(tl.int32)
+        count = seqlen_k
+    else:
+        length = tl.load(rules.lengths + batch)
+        count = tl.minimum(tl.maximum(length, 0), seqlen_k).to(tl.int32)
+    return count
 
 
 @triton.jit
 def query_offset(rules, batch):
     """The key position at which query 0 stands."""
     if rules.offsets is None:
-        return rules.offset
-    return tl.load(rules.offsets + batch)
+        offset = rules.offset
+    else:
+        offset = tl.load(rules.offsets + batch)
+    return offset
 
 
 @triton.jit
