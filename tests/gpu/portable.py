@@ -85,8 +85,8 @@ def allowed(expected: Expected, dtype: str) -> np.ndarray:
     return error if dtype == "float32" else error + bounds.ulp(abs(expected.out) + error, dtype) / 2
 
 
-def check_case(case: Case, dtype: str, *, run: Any = forward, **more: Any) -> None:
-    """A case, and further arguments of its call."""
-    tensors = case.tensors(dtype, "torch")
+def check_case(case: Case, dtype: str, *, run: Any = forward, spread: float = 1.0, **more: Any) -> None:
+    """A case, and further arguments of its call; `spread` multiplies the query."""
+    tensors = case.tensors(dtype, "torch", spread=spread)
     options = case.options(dtype, "torch") | more
     assert_right(attend(*tensors, run=run, **options), bounds.expect(*tensors, **options), dtype)
