@@ -1,10 +1,11 @@
 """Triton's interpreter, mended: what it gets wrong in 3.6.0 and 3.9.0 with bfloat16, NaN and new NumPys.
 
-Left alone, the interpreter keeps bfloat16 numbers as uint16: a product of two such tiles multiplies bit patterns,
-a sum adds them, and a conversion from float32 cuts digits off instead of rounding. Here a bfloat16 tile is an
-array of `ml_dtypes.bfloat16`, and NumPy does the rest.
+Left alone, the interpreter keeps bfloat16 numbers as uint16: a product of two such tiles multiplies bit
+patterns, a sum adds them, and a conversion from float32 cuts digits off instead of rounding. Here a tile of
+bfloat16 is an array of `ml_dtypes.bfloat16`, and NumPy does the rest.
 
-`mend()` has to come before a kernel runs, and TRITON_INTERPRET=1 must be in the environment before triton is imported.
+`mend()` has to come before a kernel runs, and TRITON_INTERPRET=1 must be in the environment before triton is
+imported.
 """
 
 from __future__ import annotations
@@ -146,9 +147,9 @@ def _mend_loops() -> None:
 
 
 def _patch_once() -> None:
-    """The language is patched anew for every function that a kernel calls, though the kernel's patch still holds.
+    """Keep the kernel's patch of the language for the functions that it calls.
 
-    Left alone, that takes a third of the time.
+    Left alone, each of them patches it anew, which takes a third of the time.
     """
     plain = interpreter._patch_lang
     patched: set[Any] = set()

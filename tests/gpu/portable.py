@@ -17,7 +17,7 @@ from kernels import Kernel
 from shapes import Case
 
 DTYPES = ("float32", "float16", "bfloat16")
-# Half the distance of neighbours between 1 and 2: by how much the probabilities of the second product are rounded.
+# By how much the probabilities of the second product are rounded, relatively.
 ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 # A probability below float16's normal numbers has this distance to its neighbours.
 SUBNORMAL = {"float32": 0.0, "float16": 2.0**-24, "bfloat16": 0.0}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from portable import DTYPES, Results, assert_right, attend, call_of, check_case
 from torch import Tensor
 
 import bounds
@@ -16,7 +17,6 @@ import shapes
 from fastattn.gpu.forward import forward
 from fastattn.philox import kept
 from fences import Fence
-from portable import DTYPES, Results, assert_right, attend, call_of, check_case
 from shapes import ARRAYS, Case, convert
 
 LARGEST = 256  # head dimension of the portable kernels
@@ -59,7 +59,9 @@ def test_scales(scale: float, arrays: tuple[str, ...], dtype: str) -> None:
 class TestWindow:
     """Tiles that all, some or none of the rows see, on either side."""
 
-    @pytest.mark.parametrize("window", [(0, 0), (5, 0), (0, 5), (13, 29), (None, 3), (3, None), (70, 70)], ids=str)
+    @pytest.mark.parametrize(
+        "window", [(0, 0), (5, 0), (0, 5), (13, 29), (None, 3), (3, None), (70, 70)], ids=str
+    )
     @pytest.mark.parametrize("offset", [0, 45, -30, 2**60, -(2**60)])
     def test_both_sides(self, window: Any, offset: int) -> None:
         check_case(Case("band", 70, 120, 16), "float32", window=window, query_offset=offset)
@@ -78,7 +80,9 @@ class TestBias:
     @dtypes
     @pytest.mark.parametrize("own", [True, False], ids=["own dtype", "float32"])
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
-    def test_broadcasts(self, shape: tuple[int, ...], own: bool, dtype: str, rng: np.random.Generator) -> None:
+    def test_broadcasts(
+        self, shape: tuple[int, ...], own: bool, dtype: str, rng: np.random.Generator
+    ) -> None:
         bias = rng.standard_normal(shape) * 3
         bias[bias < -3] = -np.inf
         check_case(WIDE, dtype, bias=convert(bias, dtype if own else "float32", "torch"))
@@ -176,7 +180,11 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_strides(view: Callable[[Tensor], Tensor], dtype: str) -> None:
     query, key, value = map(view, WIDE.tensors(dtype, "torch"))
-    options = {"causal": True, "bias": view(torch.randn(WIDE.scores_shape)), "mask": view(torch.rand(WIDE.scores_shape) < 0.8)}
+    options = {
+        "causal": True,
+        "bias": view(torch.randn(WIDE.scores_shape)),
+        "mask": view(torch.rand(WIDE.scores_shape) < 0.8),
+    }
     assert_right(attend(query, key, value, **options), bounds.expect(query, key, value, **options), dtype)
 
 
@@ -190,26 +198,29 @@ def test_writes_through_strides() -> None:
     assert (memory[..., 4:51:2] == 7).all() and (memory[..., :3] == 7).all() and (memory[..., 51:] == 7).all()
 
 
+HIDING: dict[str, tuple[dict[str, Any], list[slice]]] = {
+    "lengths": ({"kv_lengths": [40, 71]}, [slice(40, None), slice(71, None)]),
+    "one length": ({"kv_lengths": [0, 33]}, [slice(0, None), slice(33, None)]),
+    "causal": ({"causal": True, "query_offset": 10}, [slice(64, None), slice(64, None)]),
+    "window": ({"window": (7, 0), "query_offset": 90}, [slice(0, 64), slice(0, 64)]),
+}
+
+
 class TestPoison:
     """What lies where nobody may look changes no bit: past lengths, and in tiles dead for all rows."""
-
-    HIDING: dict[str, tuple[dict[str, Any], list[slice]]] = {
-        "lengths": ({"kv_lengths": [40, 71]}, [slice(40, None), slice(71, None)]),
-        "one length": ({"kv_lengths": [0, 33]}, [slice(0, None), slice(33, None)]),
-        "causal": ({"causal": True, "query_offset": 10}, [slice(64, None), slice(64, None)]),
-        "window": ({"window": (7, 0), "query_offset": 90}, [slice(0, 64), slice(0, 64)]),
-    }
 
     @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf, 1e30], ids=str)
     @pytest.mark.parametrize("softcap", [0.0, 3.0])
     @pytest.mark.parametrize("rule", HIDING)
     def test_changes_no_bit(self, rule: str, softcap: float, poison: float) -> None:
-        options, hidden = self.HIDING[rule]
+        options, hidden = HIDING[rule]
         query, key, value = Case("poison", 33, 130, 16, batch=2, query_heads=2).tensors("float32", "torch")
         clean = attend(query, key, value, softcap=softcap, **options)
         for b, places in enumerate(hidden):
             key[b, :, places], value[b, :, places] = poison, poison
-        for actual, expected in zip(attend(query, key, value, softcap=softcap, **options), clean, strict=True):
+        for actual, expected in zip(
+            attend(query, key, value, softcap=softcap, **options), clean, strict=True
+        ):
             assert torch.equal(actual, expected)
 
     @pytest.mark.parametrize("target", ["query", "key", "value"])
@@ -231,14 +242,18 @@ class TestMemory:
     @pytest.mark.parametrize("dim", [20, 32])
     def test_is_kept_to(self, place: Any, dim: int, dtype: str) -> None:
         arrays = tuple(name for name in ARRAYS if name != "padding")
-        case = Case("fenced", 37, 83, dim, 17, batch=2, query_heads=4, kv_heads=2, window=(60, 9), arrays=arrays)
+        case = Case(
+            "fenced", 37, 83, dim, 17, batch=2, query_heads=4, kv_heads=2, window=(60, 9), arrays=arrays
+        )
         call = call_of(*case.tensors(dtype, "torch"), **case.options(dtype, "torch"), dropout_p=0.1)
         self.run(call, place, getattr(torch, dtype))
 
     @pytest.mark.parametrize("lengths", [[-5, 10**12], [-(2**63), 2**63 - 1]], ids=str)
     @pytest.mark.parametrize("offsets", [[0, 40], [-(2**60), 2**60]], ids=str)
     @pytest.mark.parametrize("window", [None, (20, 0)], ids=str)
-    def test_whatever_lengths_and_offsets_hold(self, window: Any, offsets: list[int], lengths: list[int]) -> None:
+    def test_whatever_lengths_and_offsets_hold(
+        self, window: Any, offsets: list[int], lengths: list[int]
+    ) -> None:
         """They are clamped to the keys there are."""
         case = Case("values", 37, 83, 16, batch=2, window=window, causal=True)
         tensors, options = case.tensors("float32", "torch"), case.options("float32", "torch")
