@@ -1,9 +1,9 @@
 """Compiles kernels for a GPU that is not there, through the functions that launch them on one that is.
 
-    python tests/gpu/aot.py TARGET JOB ...
+    PYTHONPATH=tests python tests/gpu/aot.py TARGET[,TARGET] JOB ...
 
-prints a line of JSON for each job that it begins, for each kernel compiled, and at the end of each job. It runs in a
-process of its own, because a layout that cannot be compiled ends the process. With --options it says what would be
+prints a line of JSON for each job that it begins, for each kernel compiled, and at the end of each job. It is
+a process of its own, because a layout that cannot be compiled ends it. With --options it says what would be
 compiled, and compiles nothing.
 
 Tensors are torch's fakes: they have a device, shapes and strides, but no memory.
@@ -15,12 +15,8 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import torch
 from torch import Tensor
@@ -89,13 +85,17 @@ def launch(job: Job) -> None:
             launcher(call, out, lse)
 
 
-def main(target: str, *names: str, compiles: bool = True) -> None:
-    pretend(TARGETS[target])
-    compile_instead(lambda record: print(json.dumps(record), flush=True), compiles)
-    for name in names:
-        print(json.dumps({"begin": name}), flush=True)
-        launch(JOBS[name])
-        print(json.dumps({"end": name}), flush=True)
+def main(targets: str, *names: str, compiles: bool = True) -> None:
+    def tell(**what: Any) -> None:
+        print(json.dumps(what), flush=True)
+
+    compile_instead(lambda record: tell(**record), compiles)
+    for target in targets.split(","):
+        pretend(TARGETS[target])
+        for name in names:
+            tell(begin=name)
+            launch(JOBS[name])
+            tell(end=name, target=target)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jobs import Target
+from jobs import JOBS, TARGETS, Target
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PROGRAM = Path(__file__).with_name("aot.py")
+TESTS = ROOT / "tests"
+PROGRAM = TESTS / "gpu" / "aot.py"
 AT_ONCE = 2
-# Jobs for one process: it takes some seconds to start, and one that is ended by a compiler costs no more than these.
+# Jobs for one process, which takes some seconds to start.
 BATCH = 8
 
 Records = list[dict[str, Any]]  # one a kernel: its name, launch options, and what binaries.py says of it
 
 
-class Refused(Exception):
-    """A job that could not be compiled."""
+class Refused(str):
+    """Why a job could not be compiled."""
 
 
 def compile_jobs(
@@ -36,14 +37,11 @@ def compile_jobs(
         return {name: result for part in parts for name, result in part.items()}
 
 
-def shipped_options(targets: tuple[Target, ...], names: tuple[str, ...]) -> dict[str, dict[str, Records]]:
-    """The launch options of each job for each target, compiled or not."""
-    found: dict[str, dict[str, Records]] = {}
-    for target in targets:
-        done = _run([target.name, *names, "--options"], None)
-        assert done.returncode == 0, done.stderr
-        found[target.name] = _read(done.stdout)
-    return found
+def shipped_options() -> dict[tuple[str, str], Records]:
+    """The launch options of each target and job, compiled or not."""
+    done = _run([",".join(TARGETS), *JOBS, "--options"], None)
+    assert done.returncode == 0, done.stderr
+    return _read(done.stdout)
 
 
 def _compile(target: Target, names: tuple[str, ...], triton: Path | None) -> dict[str, Records | Refused]:
@@ -51,7 +49,7 @@ def _compile(target: Target, names: tuple[str, ...], triton: Path | None) -> dic
     left = list(names)
     while left:
         done = _run([target.name, *left], triton)
-        found |= _read(done.stdout)
+        found |= {name: records for (_, name), records in _read(done.stdout).items()}
         left = [name for name in left if name not in found]
         if done.returncode and left:
             found[left.pop(0)] = Refused(_reason(done))
@@ -61,23 +59,23 @@ def _compile(target: Target, names: tuple[str, ...], triton: Path | None) -> dic
 def _run(arguments: list[str], triton: Path | None) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "triton-cache"))
-    if triton is not None:
-        environment["PYTHONPATH"] = os.pathsep.join([str(triton), environment.get("PYTHONPATH", "")])
+    folders = [str(triton)] if triton else []
+    environment["PYTHONPATH"] = os.pathsep.join([*folders, str(TESTS), environment.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, str(PROGRAM), *arguments], env=environment, capture_output=True, text=True
     )
 
 
-def _read(output: str) -> dict[str, Records]:
-    """The jobs that came to their end."""
-    found: dict[str, Records] = {}
+def _read(output: str) -> dict[tuple[str, str], Records]:
+    """The targets and jobs that came to their end."""
+    found: dict[tuple[str, str], Records] = {}
     records: Records = []
     for line in output.splitlines():
         told = json.loads(line)
         if "begin" in told:
             records = []
         elif "end" in told:
-            found[told["end"]] = records
+            found[told["target"], told["end"]] = records
         else:
             records.append(told)
     return found

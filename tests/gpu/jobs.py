@@ -1,4 +1,4 @@
-"""Which calls of the kernels are compiled ahead of time, and for which GPUs. Needs neither torch nor triton."""
+"""Which calls of kernels are compiled ahead of time, and for which GPUs. Needs neither torch nor triton."""
 
 from __future__ import annotations
 

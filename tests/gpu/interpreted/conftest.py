@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from interpreter import mend, use_target
 from triton.backends.compiler import GPUTarget
+
+from interpreter import mend, use_target
 
 mend()
 use_target(GPUTarget("cuda", 90, 32))

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from portable import DTYPES, attend, check_case
 
 import shapes
 from fastattn.gpu.configs import decode_chunk
 from fastattn.gpu.decode import decode
+from portable import DTYPES, attend, check_case
 from shapes import Case
 
 FEATURES = ("mask", "bias", "kv_lengths", "query_offset", "alibi_slopes", "sinks")

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from portable import DTYPES, Results, assert_right, attend, call_of, check_case
 from torch import Tensor
 
 import bounds
@@ -17,6 +16,7 @@ import shapes
 from fastattn.gpu.forward import forward
 from fastattn.philox import kept
 from fences import Fence
+from portable import DTYPES, Results, assert_right, attend, call_of, check_case
 from shapes import ARRAYS, Case, convert
 
 LARGEST = 256  # head dimension of the portable kernels

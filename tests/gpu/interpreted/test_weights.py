@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from portable import DTYPES, attend, call_of
 
 import bounds
 import shapes
 from fastattn.gpu.weights import weights
 from kernels import Kernel
+from portable import DTYPES, attend, call_of
 from shapes import Case
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
