@@ -162,7 +162,7 @@ class _Attention(Function):
             )
             *grads, slopes, sinks = grads
             tables = [
-                gradients.as_given(problem.library, table, given)
+                gradients.as_given(table, given)
                 for table, given in zip((slopes, sinks), ctx.vectors, strict=True)
             ]
         grads += tables
