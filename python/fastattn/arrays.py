@@ -135,9 +135,9 @@ def library_of(name: str, array: Any, *, composed: bool = False) -> ArrayLibrary
     """
     if isinstance(array, np.ndarray):
         return NUMPY
-    torch = sys.modules.get("torch")
-    if torch is None or not isinstance(array, getattr(torch, "Tensor", ())):
+    if not is_tensor(array):
         raise TypeError(f"{name} must be a NumPy array or a torch tensor, got {type_name(array)}")
+    torch = sys.modules["torch"]
     if composed:
         return tensors.operands(torch)
     if array.is_cpu:
