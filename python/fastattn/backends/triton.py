@@ -43,17 +43,23 @@ class TritonBackend:
 
     def run(self, problem: AttentionProblem, outputs: Outputs) -> None:
         """Launch kernels on the current stream of the device."""
+        import torch
+
         from fastattn.gpu import choice
         from fastattn.gpu.call import from_problem, tensor
+        from fastattn.gpu.weights import weights
 
-        if outputs.weights is not None:
-            raise NotImplementedError("return_weights has no kernel on a GPU: see backend='math'")
-        out, lse = tensor(outputs.out), None if outputs.lse is None else tensor(outputs.lse)
+        out, lse, probabilities = (None if view is None else tensor(view) for view in outputs)
+        assert out is not None
         if not out.shape[0] or not out.shape[2]:
             return  # no batch or no query: every output is empty
         with _current(out.device):
             call = from_problem(problem)
+            if lse is None and probabilities is not None:
+                lse = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
             choice.of_forward(call).launch(call, out, lse)
+            if lse is not None and probabilities is not None:
+                weights(call, lse, probabilities)
 
     def describe(self, problem: AttentionProblem) -> dict[str, str]:
         """Tell the device, the kernel and its tiles, and why it is not another one."""

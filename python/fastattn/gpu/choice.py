@@ -7,8 +7,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastattn.gpu import configs, forward
+from fastattn.gpu import configs
 from fastattn.gpu.call import Call
+from fastattn.gpu.decode import decode
+from fastattn.gpu.forward import forward
+
+FEW_QUERIES = 64  # one tile of rows; beyond it there are programs enough without a division of the keys
 
 
 class Kernel(NamedTuple):
@@ -27,5 +31,20 @@ class Kernel(NamedTuple):
 
 
 def of_forward(call: Call) -> Kernel:
-    """Choose the kernel that computes out and lse."""
-    return Kernel("portable", forward.forward, configs.forward(call), {})
+    """Choose the kernel that computes out and lse, by what does not depend on batch and heads."""
+    refusals: dict[str, list[str]] = {}
+    reasons = _against_decode(call)
+    if not reasons:
+        return Kernel("decode", decode, configs.decode(call), refusals)
+    refusals["decode"] = reasons
+    return Kernel("portable", forward, configs.forward(call), refusals)
+
+
+def _against_decode(call: Call) -> list[str]:
+    seqlen_q, seqlen_k = call.query.shape[2], call.key.shape[2]
+    reasons = []
+    if seqlen_q > FEW_QUERIES:
+        reasons.append(f"{seqlen_q} queries are more than {FEW_QUERIES}")
+    if seqlen_k <= (chunk := configs.decode_chunk(seqlen_k)):
+        reasons.append(f"{seqlen_k} keys are one chunk of {chunk}")
+    return reasons
