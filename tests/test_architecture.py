@@ -39,9 +39,9 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "ops": {"functional", "torch_ops", "gradients", "dispatch", "problem", "arrays"},
     "merge": {"problem", "arrays"},
     "explanation": {"dispatch", "problem", "arrays"},
-    "_config": {"_core", "_threads"},
+    "_config": {"_core", "_threads", "backends"},
     "nn": {"functional"},
-    "integrations": {"functional"},
+    "integrations": {"functional", "backends"},
     "viz": set(),
     "cli": {"__init__"},
 }

@@ -119,6 +119,14 @@ class AttentionProblem(NamedTuple):
             return self
         return self._replace(dropout_seed=self.library.draw_seed(self.query.array))
 
+    def with_own_vectors(self) -> AttentionProblem:
+        """The same, with copies of what lies on a GPU and may be written to before a backward reads it."""
+        if self.library.on_host:
+            return self
+        names = "kv_lengths", "query_offset", "alibi_slopes", "sinks", "dropout_seed"
+        given = {name: getattr(self, name) for name in names}
+        return self._replace(**{name: x.clone() for name, x in given.items() if hasattr(x, "clone")})
+
     def without_tensors(self) -> AttentionProblem:
         """The same rules with nothing that keeps a tensor alive."""
         none = Strided(None, self.dtype, (), (), 0)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_HEAD_DIM = 256  # of keys and of values: a tile of each has to fit into shared memory
+NO_GPU = "torch finds no GPU that it can use"
 MIN_CAPABILITY = (8, 0)  # of GPUs by NVIDIA: the first that multiply bfloat16
 
 
@@ -76,6 +77,15 @@ def missing(device: torch.device) -> list[str]:
     return [reason for reason in (_missing_package(), _missing_capability(device)) if reason]
 
 
+def serves(device: torch.device) -> bool:
+    """Whether the CPU's kernels or these run on `device`."""
+    return device.type == "cpu" or (device.type == "cuda" and not missing(device))
+
+
+# Compilers of torch call it and keep the answer, rather than look into it.
+serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def device_name(device: torch.device) -> str:
     """Name a GPU and what it is capable of; the interpreter where there is none."""
     if device.type != "cuda":
@@ -105,7 +115,11 @@ def _missing_package() -> str:
 def _missing_capability(device: torch.device) -> str:
     import torch
 
-    if device.type != "cuda" or torch.version.hip:
+    if device.type != "cuda":
+        return ""
+    if not torch.cuda.is_available():  # and tensors that are but described, in a trace
+        return NO_GPU
+    if torch.version.hip:
         return ""
     capability = torch.cuda.get_device_capability(device)
     if capability >= MIN_CAPABILITY:
