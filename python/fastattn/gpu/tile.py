@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastattn.gpu.call import Call
 from fastattn.problem import UNBOUNDED
@@ -59,11 +60,18 @@ def matrix(tensor: Any) -> Matrix | None:
     return None if tensor is None else Matrix(tensor, *tensor.stride())
 
 
+def near(tensor: Tensor) -> Matrix:
+    """`tensor` as an argument whose tiles a kernel loads by 32-bit distances; a copy where they are longer."""
+    rows, columns = tensor.stride()[2:]
+    if 256 * (rows + columns) >= 2**31:
+        tensor = tensor.contiguous()
+    return Matrix(tensor, *tensor.stride())
+
+
 def rules_of(call: Call) -> Rules:
     """What `call` asks for besides the products."""
     slopes, mask, dropout = call.alibi_slopes, call.mask, call.dropout_p > 0
     seed = call.dropout_seed
-    drawn = not isinstance(seed, int)
     return Rules(
         call.scale,
         call.softcap or None,
@@ -78,8 +86,8 @@ def rules_of(call: Call) -> Rules:
         None if slopes is None else slopes.stride(0),
         None if slopes is None else slopes.stride(1),
         call.sinks,
-        _signed(seed, 64) if dropout and not drawn else None,
-        seed if dropout and drawn else None,
+        _signed(seed, 64) if dropout and isinstance(seed, int) else None,
+        seed if dropout and not isinstance(seed, int) else None,
         _signed(call.dropout_offset, 32) if dropout else None,
         math.ceil(call.dropout_p * 2.0**32) if dropout else None,
         (1 / (1 - call.dropout_p) if call.dropout_p < 1 else 0.0) if dropout else None,
@@ -88,7 +96,8 @@ def rules_of(call: Call) -> Rules:
 
 def _signed(word: int, bits: int) -> int:
     """The number whose two's complement `word` is: unsigned arguments would be typed by their size."""
-    return (word + 2 ** (bits - 1)) % 2**bits - 2 ** (bits - 1)
+    half = 1 << bits - 1
+    return (word + half) % (2 * half) - half
 
 
 @triton.jit
@@ -107,22 +116,24 @@ def places(base, matrix, rows, columns):
 def load_rows(
     base,
     matrix,
-    rows,
+    first,
     count,
+    BLOCK: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     CHECKED: tl.constexpr,
 ):
-    """Load (rows, BLOCK_DIM), or its transpose; 0 past DIM, and past `count` rows if CHECKED."""
-    columns = tl.arange(0, BLOCK_DIM)
+    """Load (BLOCK, BLOCK_DIM) from row `first` on, or the transpose; 0 past DIM, and past `count` if CHECKED."""
+    # Within a tile the distances stay the same and fit 32 bits (see `near`): a loop only moves one address.
+    rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK_DIM)
     r = rows[None, :] if TRANSPOSED else rows[:, None]
     c = columns[:, None] if TRANSPOSED else columns[None, :]
-    at = places(base, matrix, r, c)
+    at = base + first.to(tl.int64) * matrix.row + (r * matrix.row + c * matrix.column)
     if CHECKED and BLOCK_DIM != DIM:
-        tile = tl.load(at, mask=(r < count) & (c < DIM), other=0.0)
+        tile = tl.load(at, mask=(r < count - first) & (c < DIM), other=0.0)
     elif CHECKED:
-        tile = tl.load(at, mask=r < count, other=0.0)
+        tile = tl.load(at, mask=r < count - first, other=0.0)
     elif BLOCK_DIM != DIM:
         tile = tl.load(at, mask=c < DIM, other=0.0)
     else:
@@ -181,7 +192,11 @@ def key_ranges(first, last, offset, count, rules, BLOCK_N: tl.constexpr):
         inner_start = (inner_start + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     inner_end = inner_end // BLOCK_N * BLOCK_N
     inner_start = tl.minimum(inner_start, (end + BLOCK_N - 1) // BLOCK_N * BLOCK_N)
-    return start, inner_start, tl.maximum(inner_end, inner_start), end
+    inner_end = tl.maximum(inner_end, inner_start)
+    if rules.mask is not None:  # every tile has to ask it
+        inner_start = start
+        inner_end = start
+    return start, inner_start, inner_end, end
 
 
 @triton.jit
