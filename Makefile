@@ -14,7 +14,7 @@ CPP := $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 CXX_AARCH64 ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test test-slow test-asan test-faults bench bench-peers lint ruff mypy clang-format clang-tidy format docs sdist \
+.PHONY: help install dev demo test test-slow test-asan test-faults gpu-check bench bench-peers lint ruff mypy clang-format clang-tidy format docs sdist \
 	check-aarch64 clean
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make test-slow      the others: every float32, tens of thousands of random calls, long sequences"
 	@echo "make test-asan      the numeric tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make test-faults    plant known faults one by one, and see each of them noticed"
+	@echo "make gpu-check      on a machine with a GPU: is it right there, and how fast; OUT=folder"
 	@echo "make bench          the prefill table, beside PyTorch"
 	@echo "make bench-peers    an environment of its own for the other libraries that benchmarks are held against"
 	@echo "make lint           ruff, mypy, clang-format, clang-tidy"
@@ -104,6 +105,10 @@ test-asan: $(DONE)/test-extra
 test-faults: $(DONE)/test-extra
 	@$(BIN)/python tests/plant_faults.py $(ARGS)
 
+# With what PYTHON has: torch, Triton, and what builds the package. It makes no environment and fetches nothing.
+gpu-check:
+	@$(PYTHON) -m gpu_check --out $(or $(OUT),build/gpu-check/report) $(ARGS)
+
 bench: $(DONE)/bench-extra
 	@$(BIN)/python -m bench prefill $(ARGS)
 
@@ -119,7 +124,7 @@ bench-peers: bench/peers/requirements.txt
 docs: $(DONE)/test-extra
 	@$(BIN)/python -m pytest tests/test_docs.py
 
-PYTHON_DIRS := $(wildcard python tests bench demo)
+PYTHON_DIRS := $(wildcard python tests bench demo gpu_check)
 
 lint: ruff mypy clang-format clang-tidy
 

@@ -25,6 +25,7 @@ def environment(package: Path | None) -> dict[str, str]:
     found |= {
         "TRITON_CACHE_DIR": str(SCRATCH / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(SCRATCH / "inductor"),
+        "FASTATTN_CACHE_DIR": str(SCRATCH / "verdicts"),
         "OMP_NUM_THREADS": "2",  # many processes at once
         "PYTHONUNBUFFERED": "1",
     }
@@ -34,7 +35,15 @@ def environment(package: Path | None) -> dict[str, str]:
 def build(limit: float) -> tuple[Path, float]:
     """Where the package now is, and the seconds it took. Raises BuildError."""
     start, target = time.monotonic(), SCRATCH / "package"
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-index", "--no-deps"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "install",
+        "--no-index",
+        "--no-deps",
+    ]
     command += ["--no-build-isolation", "--upgrade", "--target", str(target)]
     command += [f"-Cbuild-dir={SCRATCH / 'cmake'}", str(ROOT)]
     try:

@@ -28,7 +28,15 @@ def tasks() -> tuple[list[Task], list[str]]:
     program = sanitizer()
     if program is None:
         return found, ["memory: compute-sanitizer is not on this machine"]
-    command = (program, "--tool", "memcheck", "--error-exitcode", _FOUND, "--target-processes", "application-only")
+    command = (
+        program,
+        "--tool",
+        "memcheck",
+        "--error-exitcode",
+        _FOUND,
+        "--target-processes",
+        "application-only",
+    )
     # Without a cache of its own, torch asks for each tensor apart: what lies beside it is nobody's.
     variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [*found, *(Task("memory", {i: x}, PATIENCE, command, variables) for i, x in memory.items())], []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gpu_check import reference
 from gpu_check.inputs import Inputs, draw, poison
-from gpu_check.routes import Kernels, Outputs, Public
+from gpu_check.routes import Kernels, Outputs, public
 from tests.shapes import Case
 
 # Of ||x - float64|| / ||float64||: a few roundings of the operands of a product, and of the result.
@@ -25,10 +25,6 @@ SEEN = 1e-4  # a probability above this is no 0 in any dtype
 
 class Wrong(Exception):
     """A result that is not right; says how."""
-
-
-class Skipped(Exception):
-    """What is not there to be checked; says why."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ class Check:
     def run(self, device: str, seed: int, backend: str | None) -> dict[str, float]:
         """Relative errors by name. Raises Wrong."""
         inputs = self.inputs(device, seed)
-        route = Kernels(self.kernels, self.atomic, self.tf32) if self.kernels else Public(backend)
+        route = Kernels(self.kernels, self.atomic, self.tf32) if self.kernels else public(backend)
         check = _check_backward if self.mode == "backward" else _check_forward
         return check(self, route, inputs, device)
 
@@ -156,7 +152,9 @@ def compare(name: str, found: Tensor, right: Tensor, limit: float, torchs: Tenso
     """The relative error. Raises Wrong where it is too large or no number."""
     whole, row = error_of(found, right)
     if not (whole <= limit and row <= ROW * limit):
-        raise Wrong(f"{name} is off by {whole:.1e} of its norm (limit {limit:.0e}), its worst row by {row:.1e}")
+        raise Wrong(
+            f"{name} is off by {whole:.1e} of its norm (limit {limit:.0e}), its worst row by {row:.1e}"
+        )
     if torchs is not None and bool(right.any()):
         own, _ = error_of(torchs, right)
         if not whole <= OF_TORCH * own + limit / 4:

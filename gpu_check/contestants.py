@@ -53,7 +53,9 @@ def _folded(name: str) -> Prepare:
 
     def prepare(case: Case, inputs: Inputs, mode: str) -> Callable[[], Tensors]:
         if case.window or case.causal or mode != "forward" or case.query_heads == case.kv_heads:
-            raise NotImplementedError("rows of different heads go together only where no rule tells them apart")
+            raise NotImplementedError(
+                "rows of different heads go together only where no rule tells them apart"
+            )
         batch, heads, rows, dim = inputs.query.shape
         query = inputs.query.view(batch, case.kv_heads, -1, dim)
 

@@ -35,7 +35,10 @@ def enlarged(case: Case, head_dim: int = 0) -> Case:
 def rules(dtype: str, mode: str = "forward") -> list[Check]:
     """Every argument in one dtype, head_dim 128 in bfloat16, 64 in float16, as the case says in float32."""
     dim = {"bfloat16": 128, "float16": 64}.get(dtype, 0)
-    plain = [Case("plain", 300, 300, 64, query_heads=2), Case("causal", 333, 333, 64, query_heads=2, causal=True)]
+    plain = [
+        Case("plain", 300, 300, 64, query_heads=2),
+        Case("causal", 333, 333, 64, query_heads=2, causal=True),
+    ]
     first = [Check(enlarged(case, dim), dtype, mode, kernels="portable") for case in plain]
     rest = [Check(enlarged(case, dim), dtype, mode) for case in reversed(_RULES)]
     return [*first, *rest]
@@ -56,7 +59,9 @@ def sizes(mode: str) -> list[Check]:
     plain = Case("layouts", 200, 333, 64, query_heads=4, kv_heads=2, batch=2, causal=True)
     layouts = [Check(plain, "bfloat16", mode, layout) for layout in ("bshd", "padded", "unaligned")]
     layouts += [Check(replace(plain, head_dim=128, value_dim=128), "float16", mode, "unaligned")]
-    dims = [case for case in (*shapes.HEAD_DIMS, *shapes.VALUE_DIMS) if max(case.head_dim, case.value_dim) <= 256]
+    dims = [
+        case for case in (*shapes.HEAD_DIMS, *shapes.VALUE_DIMS) if max(case.head_dim, case.value_dim) <= 256
+    ]
     small = [*shapes.GROUPS[2::3], *shapes.EMPTY, *shapes.TINY]
     tails = [case for case in shapes.TAILS if case.seqlen_q in (1, 17, 65, 257)]
     dims.sort(key=lambda case: -max(case.head_dim, case.value_dim))
@@ -96,16 +101,21 @@ def decode() -> list[Check]:
     """Few queries on many keys."""
     long = [
         Case("decode-splits", 1, 9000, 128, batch=2, query_heads=16, kv_heads=2, causal=True),
-        Case("decode-splits-lengths", 1, 9000, 128, batch=5, query_heads=8, kv_heads=1, arrays=("kv_lengths",)),
+        Case(
+            "decode-splits-lengths", 1, 9000, 128, batch=5, query_heads=8, kv_heads=1, arrays=("kv_lengths",)
+        ),
         Case("decode-splits-8", 8, 5000, 128, batch=2, query_heads=16, kv_heads=2, causal=True),
-        Case("decode-splits-16-window", 16, 5000, 64, query_heads=8, kv_heads=2, causal=True, window=(1000, 0)),
+        Case(
+            "decode-splits-16-window", 16, 5000, 64, query_heads=8, kv_heads=2, causal=True, window=(1000, 0)
+        ),
         Case("decode-sinks", 4, 3001, 64, batch=2, query_heads=8, kv_heads=2, causal=True, arrays=("sinks",)),
         Case("decode-alibi", 1, 3001, 80, query_heads=8, kv_heads=2, causal=True, arrays=("alibi_slopes",)),
         Case("decode-bias", 3, 2000, 128, query_heads=4, kv_heads=4, arrays=("bias",)),
         Case("decode-mask", 2, 2000, 256, batch=2, query_heads=4, kv_heads=2, arrays=("mask",)),
         Case("decode-softcap", 1, 2000, 128, query_heads=4, kv_heads=1, softcap=5.0),
     ]
-    checks = [Check(case, "bfloat16") for case in (*long, *shapes.DECODE)]
+    checks = [Check(case, "bfloat16", kernels="decode") for case in long]
+    checks += [Check(case, "bfloat16") for case in (*long, *shapes.DECODE)]
     checks += [Check(case, "float16") for case in long[:4]] + [Check(case, "float32") for case in long[:3]]
     return [*checks, Check(long[0], "bfloat16", layout="bshd"), Check(long[0], "bfloat16", layout="padded")]
 
@@ -130,7 +140,9 @@ def hopper(mode: str) -> list[Check]:
 
 def memory() -> list[Check]:
     """For the checker of memory: ragged sizes, every kernel, few launches."""
-    ragged = Case("memory", 77, 133, 72, 40, query_heads=4, kv_heads=2, batch=2, causal=True, arrays=("kv_lengths",))
+    ragged = Case(
+        "memory", 77, 133, 72, 40, query_heads=4, kv_heads=2, batch=2, causal=True, arrays=("kv_lengths",)
+    )
     few = replace(ragged, name="memory-decode", seqlen_q=1, seqlen_k=1000, arrays=())
     extra = replace(ragged, name="memory-arrays", arrays=("mask", "bias", "sinks", "alibi_slopes"))
     return [

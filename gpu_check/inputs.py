@@ -81,6 +81,8 @@ def poison(device: str) -> None:
     """Leave NaN in the memory that the allocator hands out next, so that what is not written shows."""
     if device == "cpu":
         return
-    blocks = [torch.full((size,), float("nan"), device=device) for size in (1 << 7, 1 << 12, 1 << 17, 1 << 23)]
+    blocks = [
+        torch.full((size,), float("nan"), device=device) for size in (1 << 7, 1 << 12, 1 << 17, 1 << 23)
+    ]
     blocks += [torch.full((1 << 16,), float("nan"), device=device) for _ in range(16)]
     del blocks

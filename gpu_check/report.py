@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gpu_check.contestants import PEERS
 from gpu_check.processes import Outcome
 from gpu_check.targets import TARGETS
 
@@ -64,7 +65,10 @@ class Report:
     def passed(self) -> bool:
         """Whether nothing was found wrong."""
         return not any(outcome.status in BAD for outcome in self.everything()) and not any(
-            entry["status"] == "wrong" for row in self.rows for entry in _contestants(row).values()
+            entry["status"] in BAD
+            for row in self.rows
+            for name, entry in _contestants(row).items()
+            if name not in PEERS
         )
 
 
@@ -111,7 +115,9 @@ def _facts(report: Report) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in report.machine.items())
     limits = ", ".join(f"{name} {_ceiling(name, value)}" for name, value in report.ceilings.items())
     took = ", ".join(f"{name} {value:.0f} s" for name, value in report.seconds.items())
-    return f"{machine}; {report.when}, commit {report.commit}, seed {report.seed}\nceilings: {limits}; {took}\n"
+    return (
+        f"{machine}; {report.when}, commit {report.commit}, seed {report.seed}\nceilings: {limits}; {took}\n"
+    )
 
 
 def _ceiling(name: str, value: float) -> str:
@@ -184,7 +190,9 @@ def _rate(report: Report, row: Outcome, name: str) -> str:
     seconds, unsure = entry["seconds"], "~" if entry["spread"] > 0.1 else ""
     if row.label.startswith("overhead"):
         return f"{unsure}{1e6 * seconds:.1f} us"
-    ceiling, done = ("copy", row.found["bytes"]) if row.label.endswith("graph") else ("matmul", row.found["flops"])
+    ceiling, done = (
+        ("copy", row.found["bytes"]) if row.label.endswith("graph") else ("matmul", row.found["flops"])
+    )
     rate, limit = done / seconds, report.ceilings.get(ceiling, math.nan)
     shown = f"{rate / 1e9:.0f}" if ceiling == "copy" else f"{rate / 1e12:.0f}"
     return f"{unsure}{shown} ({rate / limit:.0%})" if limit == limit else unsure + shown

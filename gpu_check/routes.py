@@ -11,6 +11,10 @@ from torch import Tensor
 from gpu_check.inputs import Inputs
 
 
+class Skipped(Exception):
+    """What is not there to be checked; says why."""
+
+
 class Wanted(NamedTuple):
     """Where a backward writes; None: not wanted."""
 
@@ -101,7 +105,9 @@ class Kernels:
         given = inputs.differentiable
 
         def run() -> dict[str, Tensor]:
-            made = {name: torch.empty_like(x, memory_format=torch.contiguous_format) for name, x in given.items()}
+            made = {
+                name: torch.empty_like(x, memory_format=torch.contiguous_format) for name, x in given.items()
+            }
             wanted = dict(made)
             if "alibi_slopes" in made:
                 wanted["alibi_slopes"] = made["alibi_slopes"].new_empty(call.query.shape[:2])
@@ -118,6 +124,8 @@ class Kernels:
         if self.name == "hopper":
             from fastattn.gpu import hopper
 
+            if torch.cuda.get_device_capability() != (9, 0):
+                raise Skipped("the device is not of compute capability 9.0")
             return hopper.forward
         if self.name == "decode":
             from fastattn.gpu import decode
@@ -131,10 +139,19 @@ class Kernels:
         if self.name == "hopper":
             from fastattn.gpu import hopper
 
+            if not hasattr(hopper, "backward"):
+                raise Skipped("there is no Hopper backward")
             return hopper.backward
         from fastattn.gpu import backward
 
         return backward.backward
+
+
+def public(backend: str | None) -> Any:
+    """The public function, or the portable kernels where it has no backend for them."""
+    from fastattn.dispatch import BACKENDS
+
+    return Public(backend) if "triton" in BACKENDS else Kernels("portable")
 
 
 def call_of(inputs: Inputs, tf32: bool = False) -> Any:

@@ -13,9 +13,10 @@ from torch.nn import functional
 
 from bench import work
 from gpu_check.checks import LIMITS, Wrong, compare
-from gpu_check.contestants import CONTESTANTS
+from gpu_check.contestants import CONTESTANTS, PEERS
 from gpu_check.inputs import Inputs, draw_on_device, poison
 from gpu_check.reference import Heads
+from gpu_check.routes import Skipped
 from gpu_check.timing import Clock, ceilings, host_seconds
 from gpu_check.torch_checks import capture
 from tests.shapes import Case
@@ -44,24 +45,18 @@ class Row:
 
     def run(self, device: str, seed: int, backend: str | None) -> dict[str, Any]:
         inputs = draw_on_device(self.case, self.dtype, device, seed)
+        truth = self._truth(inputs) if self.timed else None
         found: dict[str, dict[str, Any]] = {}
         runs: dict[str, Callable[[], Any]] = {}
-        truth = self._truth(inputs) if self.timed else None
         for name in self.contestants:
+            poison(device)
             try:
-                poison(device)
                 run = CONTESTANTS[name](self.case, inputs, self.mode)
-                results = run()
-                error = self._error(results, truth) if truth else 0.0
-                del results
-                if self.timed and self.graph and device != "cpu":
-                    run = capture(run)[0].replay
+                error = self._error(run(), truth)
+                runs[name] = capture(run)[0].replay if self.graph and device != "cpu" else run
                 found[name] = {"status": "right", "error": error}
-                runs[name] = run
             except Exception as reason:
-                text = (str(reason).strip().splitlines() or [""])[0][:200]
-                status = "wrong" if isinstance(reason, Wrong) else "refused"
-                found[name] = {"status": status, "why": text or type(reason).__name__}
+                found[name] = _what_happened(name, reason)
         if self.timed and runs:
             for name, times in _clock(device).in_turns(runs).items():
                 found[name] |= asdict(times)
@@ -80,7 +75,9 @@ class Row:
             return heads, (heads.out(),)
         return heads, heads.gradients(inputs.grad_out)
 
-    def _error(self, results: tuple[Tensor, ...], truth: tuple[Heads, tuple[Tensor, ...]]) -> float:
+    def _error(self, results: tuple[Tensor, ...], truth: tuple[Heads, tuple[Tensor, ...]] | None) -> float:
+        if truth is None:
+            return 0.0
         heads, right = truth
         limit = LIMITS[self.dtype] * (1 if self.mode == "forward" else 2)
         of_query, of_key = heads.of_query(results[0]), [heads.of_key(x) for x in results[1:]]
@@ -89,6 +86,20 @@ class Row:
         if not all(bool(x.isfinite().all()) for x in results):
             raise Wrong("not every element is a finite number")
         return max(errors)
+
+
+def _what_happened(name: str, reason: Exception) -> dict[str, Any]:
+    """A contestant that has no time. What a failed launch leaves of the device is no use to the others."""
+    if "CUDA error" in str(reason):
+        raise RuntimeError(f"{name}: {reason}") from reason
+    if isinstance(reason, Wrong):
+        status = "wrong"
+    elif name in PEERS or isinstance(reason, (NotImplementedError, Skipped)):
+        status = "refused"
+    else:
+        status = "failed"
+    first = (str(reason).strip().splitlines() or [""])[0]
+    return {"status": status, "why": f"{type(reason).__name__}: {first[:200]}"}
 
 
 @dataclass(frozen=True)
@@ -125,15 +136,16 @@ class Overhead:
         runs: dict[str, Callable[[], Any]] = {}
         for name, attend in (("fastattn", lambda *x: fa.attention(*x, backend=backend)), ("torch", torchs)):
             there = f"{name} forward", lambda attend=attend: attend(*tensors)
-            back = f"{name} there and back", lambda attend=attend: torch.autograd.grad(
-                attend(*leaves), leaves, incoming
+            back = (
+                f"{name} there and back",
+                lambda attend=attend: torch.autograd.grad(attend(*leaves), leaves, incoming),
             )
             for told, run in (there, back):
                 try:
                     run()
                     runs[told], found[told] = run, {"status": "right"}
                 except Exception as reason:
-                    found[told] = {"status": "refused", "why": str(reason).splitlines()[0][:200]}
+                    found[told] = _what_happened(told, reason)
         if self.timed:
             for told, times in host_seconds(runs, device).items():
                 found[told] |= asdict(times)

@@ -23,9 +23,7 @@ class Target:
         """Their time over ours, or our share of the ceiling; None where something was not timed."""
         row = rows.get(self.row, {})
         seconds = {
-            name: entry["seconds"]
-            for name, entry in row.get("contestants", {}).items()
-            if "seconds" in entry
+            name: entry["seconds"] for name, entry in row.get("contestants", {}).items() if "seconds" in entry
         }
         if self.ours not in seconds:
             return None
@@ -58,8 +56,17 @@ TARGETS = (
     _backward("hopper", 0.5, 0.7),
     _backward("portable atomic", 0.6, 1.0),
     _backward("hopper atomic", 0.6, 1.0),
-    Target("window 128 at 16k, against flex", "d128-s16384-window128 forward", "portable", ("flex",), 1.0, 2.0),
+    Target(
+        "window 128 at 16k, against flex", "d128-s16384-window128 forward", "portable", ("flex",), 1.0, 2.0
+    ),
     Target("decode, 1 query: share of the copy ceiling", "decode-1 forward graph", "decode", (), 0.8, 0.9),
     Target("decode, 8 queries, against cudnn", "decode-8 forward graph", "decode", _ANY_CUDNN, 2.0, 4.0),
-    Target("launch overhead, against torch's", "overhead-1x8x128x64", "fastattn forward", ("torch forward",), None, 1.0),
+    Target(
+        "launch overhead, against torch's",
+        "overhead-1x8x128x64",
+        "fastattn forward",
+        ("torch forward",),
+        None,
+        1.0,
+    ),
 )

@@ -70,7 +70,9 @@ def summary(samples: list[float]) -> Times:
     return Times(middle, (upper - lower) / middle, len(samples))
 
 
-def host_seconds(runs: Mapping[str, Run], device: str, calls: int = 200, rounds: int = 15) -> dict[str, Times]:
+def host_seconds(
+    runs: Mapping[str, Run], device: str, calls: int = 200, rounds: int = 15
+) -> dict[str, Times]:
     """Wall time of a call that returns before the device has done its work, contestants in turns."""
     samples = {name: list[float]() for name in runs}
     for _ in range(rounds):

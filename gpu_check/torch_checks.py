@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpu_check import reference
-from gpu_check.checks import LIMITS, Skipped, Wrong, compare
+from gpu_check.checks import LIMITS, Wrong, compare
 from gpu_check.inputs import poison
+from gpu_check.routes import Skipped
 
 Action = Callable[[str], None]
 SHAPE = 2, 8, 333, 64

@@ -27,8 +27,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--backend")
     parser.add_argument("--without", default="", help="contestants that start so are left out of rows")
     options = parser.parse_args(arguments)
-    from gpu_check.checks import Skipped, Wrong
+    from gpu_check.checks import Wrong
     from gpu_check.lists import items_of
+    from gpu_check.routes import Skipped
 
     items = items_of(options.list)
     for index in map(int, options.items.split(",")):
