@@ -1,7 +1,7 @@
 """Attention backward, for any GPU that Triton compiles for and every argument of a call.
 
-Scores are computed again, once by blocks of keys for their gradients and those of values, and once by blocks of
-queries for theirs, so that every sum has an order of its own and results are the same bits in each run.
+Scores are computed again, once by blocks of keys for their gradients and those of values, and once by blocks
+of queries for theirs, so that every sum has an order of its own and results are the same bits in each run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def backward(
     lse
         (B, Hq, Lq) float32, natural logarithm.
     grad_lse
-        The same shape, or None. Where gradients of weights come in, the mean of them has been taken away from it.
+        The same shape, or None. If gradients of weights come in, their mean has been taken away from it.
     grad_weights
         (B, Hq, Lq, Lk), any strides, or None.
     atomic

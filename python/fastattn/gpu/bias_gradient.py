@@ -1,4 +1,4 @@
-"""The gradient of a bias: one program owns a tile of the bias as it was given, and adds up all that it went to."""
+"""The gradient of a bias: a program owns a tile of it as it was given, and sums over all that it went to."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastattn.gpu import configs
 from fastattn.gpu.call import Call
+from fastattn.gpu.forward import precision
 from fastattn.gpu.score_gradient import Incoming, load_terms, probabilities, score_gradients, weight_factors
 from fastattn.gpu.tile import (
     head_base,
@@ -27,7 +28,7 @@ def bias_gradient(call: Call, incoming: Incoming, grad_bias: Tensor) -> None:
     """Write `grad_bias`, (B, Hq, Lq, Lk) with a size of 1 on each axis along which the bias is one for all.
 
     Where the bias has a number for each query and key, a tile of it is summed over batches and heads in its
-    program. Else there are few of its tiles: each head gets sums of its own, no more than queries and keys are.
+    program. Else there are few of its tiles: each head gets sums of its own, at most one a query or key.
     """
     batch, heads, seqlen_q, _ = call.query.shape
     seqlen_k = call.key.shape[2]
@@ -72,7 +73,7 @@ def _add_tiles(call: Call, incoming: Incoming, grad: Tensor, of_batch: bool, of_
         VALUE_DIM=value_dim,
         BLOCK_DIM=configs.padded(head_dim),
         BLOCK_VALUE=configs.padded(value_dim),
-        PRECISION="tf32" if call.tf32 else "ieee",
+        PRECISION=precision(call),
         ALL_ROWS=grad.shape[2] != seqlen_q,
         ALL_KEYS=grad.shape[3] != seqlen_k,
         **settings,
@@ -140,8 +141,9 @@ def bias_gradient_kernel(
             first_row = first if ALL_ROWS else own_row
             first_key = own_key if ALL_ROWS else first
             sums += tile_gradient(
-                query, key, value, incoming, rules, batch, head, heads, first_row, first_key, seqlen_q, offset, count,
-                GROUP, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PRECISION, BLOCK_M, BLOCK_N,
+                query, key, value, incoming, rules, batch, head, heads, first_row, first_key, seqlen_q,
+                offset, count, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PRECISION, BLOCK_M,
+                BLOCK_N,
             )  # fmt: skip
 
     rows, keys = own_row + tl.arange(0, BLOCK_M), own_key + tl.arange(0, BLOCK_N)
@@ -183,19 +185,26 @@ def tile_gradient(
     rows, keys = first_row + tl.arange(0, BLOCK_M), first_key + tl.arange(0, BLOCK_N)
     batch_head, kv_head = batch * heads + head, head // GROUP
     level, excess, delta = load_terms(incoming.terms, batch_head, first_row, seqlen_q, BLOCK_M, True)
-    q = load_rows(head_base(query, batch, head), query, rows, seqlen_q, HEAD_DIM, BLOCK_DIM, False, True)
-    k = load_rows(head_base(key, batch, kv_head), key, keys, count, HEAD_DIM, BLOCK_DIM, True, True)
+    q = load_rows(
+        head_base(query, batch, head), query, first_row, seqlen_q, BLOCK_M, HEAD_DIM, BLOCK_DIM, False, True
+    )
+    k = load_rows(
+        head_base(key, batch, kv_head), key, first_key, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, True, True
+    )
     p, _ = probabilities(
-        tl.dot(q, k, input_precision=PRECISION), level[:, None], excess[:, None], rules, batch, head, rows[:, None],
-        keys[None, :], seqlen_q, offset, count, False, True,
+        tl.dot(q, k, input_precision=PRECISION), level[:, None], excess[:, None], rules, batch, head, rows[:,
+        None], keys[None, :], seqlen_q, offset, count, False, True,
     )  # fmt: skip
     do = load_rows(
-        head_base(incoming.grad_out, batch, head), incoming.grad_out, rows, seqlen_q, VALUE_DIM, BLOCK_VALUE, False, True
+        head_base(incoming.grad_out, batch, head), incoming.grad_out, first_row, seqlen_q, BLOCK_M, VALUE_DIM,
+        BLOCK_VALUE, False, True
     )  # fmt: skip
-    v = load_rows(head_base(value, batch, kv_head), value, keys, count, VALUE_DIM, BLOCK_VALUE, True, True)
+    v = load_rows(
+        head_base(value, batch, kv_head), value, first_key, count, BLOCK_N, VALUE_DIM, BLOCK_VALUE, True, True
+    )
     dp = tl.dot(do, v, input_precision=PRECISION)
     factors = weight_factors(rules, batch_head, rows, first_key, BLOCK_N, False)
     return score_gradients(
-        p, dp, factors, delta[:, None], incoming, rules, batch, head, rows[:, None], keys[None, :], seqlen_q, count,
-        True,
+        p, dp, factors, delta[:, None], incoming, rules, batch, head, rows[:, None], keys[None, :], seqlen_q,
+        count, True,
     )  # fmt: skip

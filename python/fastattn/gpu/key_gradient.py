@@ -1,7 +1,7 @@
 """Gradients of keys and values: one program owns a block of keys and goes over the queries that may see it.
 
-Scores are held as (keys, queries), so that P and dS of a tile are operands of the products for dV and dK as they
-are. All query heads that share the keys are summed in the program.
+Scores are held as (keys, queries), so that P and dS of a tile are operands of the products for dV and dK as
+they are. All query heads that share the keys are summed in the program.
 
 References
 ----------
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from fastattn.gpu import configs
 from fastattn.gpu.call import Call
-from fastattn.gpu.forward import CACHED_BYTES, block_and_head
-from fastattn.gpu.row_terms import is_plain
+from fastattn.gpu.forward import CACHED_BYTES, block_and_head, is_plain, precision
 from fastattn.gpu.score_gradient import (
     Incoming,
     load_terms,
@@ -28,6 +27,7 @@ from fastattn.gpu.score_gradient import (
 )
 from fastattn.gpu.tile import (
     head_base,
+    hidden_zeros,
     key_count,
     load_rows,
     matrix,
@@ -77,7 +77,7 @@ def key_gradient(
         BLOCK_DIM=configs.padded(head_dim),
         BLOCK_VALUE=configs.padded(value_dim),
         PLAIN=is_plain(call),
-        PRECISION="tf32" if call.tf32 else "ieee",
+        PRECISION=precision(call),
         **settings,
     )
 
@@ -114,58 +114,47 @@ def key_gradient_kernel(
     batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
     keys = first_key + tl.arange(0, BLOCK_N)
     count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
-    k = load_rows(head_base(key, batch, kv_head), key, keys, count, HEAD_DIM, BLOCK_DIM, False, True)
-    v = load_rows(head_base(value, batch, kv_head), value, keys, count, VALUE_DIM, BLOCK_VALUE, False, True)
+    base = head_base(key, batch, kv_head)
+    k = load_rows(base, key, first_key, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, False, True)
+    base = head_base(value, batch, kv_head)
+    v = load_rows(base, value, first_key, count, BLOCK_N, VALUE_DIM, BLOCK_VALUE, False, True)
     last_key = tl.minimum(first_key + BLOCK_N, count) - 1
     there = tl.where(first_key < count, seqlen_q, 0)
     start, inner_start, inner_end, end = query_ranges(first_key, last_key, offset, there, rules, BLOCK_M)
     whole = first_key + BLOCK_N <= count
     inner_start = tl.where(whole, inner_start, start)
     inner_end = tl.where(whole, inner_end, start)
-    if rules.mask is not None:  # every tile has to ask it
-        inner_start = start
-        inner_end = start
 
     dk = hidden_zeros(rules.scale, 0, BLOCK_N, BLOCK_DIM)
     dv = hidden_zeros(rules.scale, BLOCK_N * BLOCK_DIM, BLOCK_N, BLOCK_VALUE)
     for member in tl.range(GROUP):
         head = kv_head * GROUP + member
+        batch_head = batch * kv_heads * GROUP + head
         if rules.right is not None:
             dk, dv = gather(
-                dk, dv, k, v, query, incoming, query_sums, rules, batch, head, kv_heads * GROUP, keys, first_key, start,
+                dk, dv, k, v, query, incoming, query_sums, rules, batch, head, batch_head, first_key, start,
                 inner_start, seqlen_q, offset, count, grad_key is not None, grad_value is not None, HEAD_DIM,
                 VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N, True,
             )  # fmt: skip
         dk, dv = gather(
-            dk, dv, k, v, query, incoming, query_sums, rules, batch, head, kv_heads * GROUP, keys, first_key,
-            inner_start, inner_end, seqlen_q, offset, count, grad_key is not None, grad_value is not None, HEAD_DIM,
+            dk, dv, k, v, query, incoming, query_sums, rules, batch, head, batch_head, first_key, inner_start,
+            inner_end, seqlen_q, offset, count, grad_key is not None, grad_value is not None, HEAD_DIM,
             VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
         dk, dv = gather(
-            dk, dv, k, v, query, incoming, query_sums, rules, batch, head, kv_heads * GROUP, keys, first_key,
-            inner_end, end, seqlen_q, offset, count, grad_key is not None, grad_value is not None, HEAD_DIM,
+            dk, dv, k, v, query, incoming, query_sums, rules, batch, head, batch_head, first_key, inner_end,
+            end, seqlen_q, offset, count, grad_key is not None, grad_value is not None, HEAD_DIM,
             VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N, True,
         )  # fmt: skip
     inside = (keys < count)[:, None]
     if grad_key is not None:
         dk = tl.where(inside, dk * rules.scale, 0.0)
-        store_rows(head_base(grad_key, batch, kv_head), grad_key, keys, seqlen_k, dk, HEAD_DIM, BLOCK_DIM)
+        base = head_base(grad_key, batch, kv_head)
+        store_rows(base, grad_key, keys, seqlen_k, dk, HEAD_DIM, BLOCK_DIM)
     if grad_value is not None:
         dv = tl.where(inside, dv, 0.0)
-        store_rows(
-            head_base(grad_value, batch, kv_head), grad_value, keys, seqlen_k, dv, VALUE_DIM, BLOCK_VALUE
-        )
-
-
-@triton.jit
-def hidden_zeros(number, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Zeros that the compiler cannot see through nor take one for another: products of `number` by 0.
-
-    Constants it would set once more where a loop may not run at all, and for their sake wait for each product
-    of that loop.
-    """
-    numbers = first + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    return numbers.to(tl.float32) * (number * 0.0)
+        base = head_base(grad_value, batch, kv_head)
+        store_rows(base, grad_value, keys, seqlen_k, dv, VALUE_DIM, BLOCK_VALUE)
 
 
 @triton.jit
@@ -180,8 +169,7 @@ def gather(
     rules,
     batch,
     head,
-    heads,
-    keys,
+    batch_head,
     first_key,
     start,
     end,
@@ -203,29 +191,29 @@ def gather(
     """Add what the queries [start, end) of one head give to the keys of a block."""
     query_base = head_base(query, batch, head)
     grad_out_base = head_base(incoming.grad_out, batch, head)
-    batch_head = batch * heads + head
+    keys = (first_key + tl.arange(0, BLOCK_N))[:, None]
     for first in tl.range(start, end, BLOCK_M):
         first = tl.multiple_of(first, BLOCK_M)
         rows = first + tl.arange(0, BLOCK_M)
-        q = load_rows(query_base, query, rows, seqlen_q, HEAD_DIM, BLOCK_DIM, False, CHECKED)
+        q = load_rows(query_base, query, first, seqlen_q, BLOCK_M, HEAD_DIM, BLOCK_DIM, False, CHECKED)
         level, excess, delta = load_terms(incoming.terms, batch_head, first, seqlen_q, BLOCK_M, CHECKED)
         products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         p, scores = probabilities(
-            products, level[None, :], excess[None, :], rules, batch, head, rows[None, :], keys[:, None], seqlen_q,
+            products, level[None, :], excess[None, :], rules, batch, head, rows[None, :], keys, seqlen_q,
             offset, count, PLAIN, CHECKED,
         )  # fmt: skip
         factors = weight_factors(rules, batch_head, rows, first_key, BLOCK_N, True)
         do = load_rows(
-            grad_out_base, incoming.grad_out, rows, seqlen_q, VALUE_DIM, BLOCK_VALUE, False, CHECKED
-        )
-        if OF_KEY or query_sums is not None:
+            grad_out_base, incoming.grad_out, first, seqlen_q, BLOCK_M, VALUE_DIM, BLOCK_VALUE, False, CHECKED
+        )  # fmt: skip
+        if OF_KEY or query_sums is not None:  # before the other product: fewer tiles to keep meanwhile
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if OF_VALUE:
             weights = p if rules.dropout_scale is None else p * factors
             dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
         if OF_KEY or query_sums is not None:
             ds = score_gradients(
-                p, dp, factors, delta[None, :], incoming, rules, batch, head, rows[None, :], keys[:, None], seqlen_q,
+                p, dp, factors, delta[None, :], incoming, rules, batch, head, rows[None, :], keys, seqlen_q,
                 count, CHECKED,
             )  # fmt: skip
             ds = product_gradients(ds, scores, rules).to(q.dtype)
@@ -233,8 +221,13 @@ def gather(
                 dk = tl.dot(ds, q, dk, input_precision=PRECISION)
             if query_sums is not None:
                 dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
-                columns = tl.arange(0, BLOCK_DIM)[None, :]
-                at = (batch_head.to(tl.int64) * seqlen_q + rows)[:, None] * HEAD_DIM + columns
-                inside = (rows < seqlen_q)[:, None] & (columns < HEAD_DIM)
-                tl.atomic_add(query_sums + at, dq, mask=inside, sem="relaxed")
+                add_rows(query_sums, batch_head, rows[:, None], seqlen_q, dq, HEAD_DIM, BLOCK_DIM)
     return dk, dv
+
+
+@triton.jit
+def add_rows(sums, batch_head, rows, seqlen_q, values, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Add to rows of contiguous sums (B, Hq, Lq, D), atomically."""
+    columns = tl.arange(0, BLOCK_DIM)[None, :]
+    at = sums + (batch_head.to(tl.int64) * seqlen_q + rows) * HEAD_DIM + columns
+    tl.atomic_add(at, values, mask=(rows < seqlen_q) & (columns < HEAD_DIM), sem="relaxed")

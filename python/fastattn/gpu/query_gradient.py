@@ -1,4 +1,4 @@
-"""The gradient of queries, and what each query row adds to that of ALiBi's slopes: keys pass by a block of queries."""
+"""The gradient of queries, and what each adds to that of ALiBi's slopes: keys pass by a block of queries."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from torch import Tensor
 
 from fastattn.gpu import configs
 from fastattn.gpu.call import Call
-from fastattn.gpu.forward import CACHED_BYTES, block_and_head
-from fastattn.gpu.row_terms import is_plain
+from fastattn.gpu.forward import CACHED_BYTES, block_and_head, is_plain, precision
 from fastattn.gpu.score_gradient import (
     Incoming,
     load_terms,
@@ -61,7 +60,7 @@ def query_gradient(
         BLOCK_DIM=configs.padded(head_dim),
         BLOCK_VALUE=configs.padded(value_dim),
         PLAIN=is_plain(call),
-        PRECISION="tf32" if call.tf32 else "ieee",
+        PRECISION=precision(call),
         **settings,
     )
 
@@ -93,36 +92,37 @@ def query_gradient_kernel(
     """One block of queries of one head."""
     block, batch_head = block_and_head(tl.cdiv(seqlen_q, BLOCK_M), batch_heads, width)
     batch, head = batch_head // heads, batch_head % heads
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = load_rows(head_base(query, batch, head), query, rows, seqlen_q, HEAD_DIM, BLOCK_DIM, False, True)
+    first_row = block * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    q = load_rows(
+        head_base(query, batch, head), query, first_row, seqlen_q, BLOCK_M, HEAD_DIM, BLOCK_DIM, False, True
+    )
     do = load_rows(
-        head_base(incoming.grad_out, batch, head), incoming.grad_out, rows, seqlen_q, VALUE_DIM, BLOCK_VALUE, False, True
+        head_base(incoming.grad_out, batch, head), incoming.grad_out, first_row, seqlen_q, BLOCK_M, VALUE_DIM,
+        BLOCK_VALUE, False, True
     )  # fmt: skip
-    level, excess, delta = load_terms(incoming.terms, batch_head, block * BLOCK_M, seqlen_q, BLOCK_M, True)
+    level, excess, delta = load_terms(incoming.terms, batch_head, first_row, seqlen_q, BLOCK_M, True)
     count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
-    last = tl.minimum(block * BLOCK_M + BLOCK_M, seqlen_q) - 1
-    start, inner_start, inner_end, end = key_ranges(block * BLOCK_M, last, offset, count, rules, BLOCK_N)
-    if rules.mask is not None:  # every tile has to ask it
-        inner_start = end
-        inner_end = end
+    last = tl.minimum(first_row + BLOCK_M, seqlen_q) - 1
+    start, inner_start, inner_end, end = key_ranges(first_row, last, offset, count, rules, BLOCK_N)
 
     dq = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
     slope = tl.zeros([BLOCK_M], tl.float32)
-    if rules.left is not None or rules.mask is not None:
+    if rules.left is not None:
         dq, slope = gather(
-            dq, slope, q, do, level, excess, delta, key, value, incoming, rules, batch, head, heads, rows, start,
-            inner_start, seqlen_q, offset, count, grad_query is not None, slope_terms is not None, GROUP, HEAD_DIM,
-            VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, True,
+            dq, slope, q, do, level, excess, delta, key, value, incoming, rules, batch, head, heads, rows,
+            start, inner_start, seqlen_q, offset, count, grad_query is not None, slope_terms is not None,
+            GROUP, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, True,
         )  # fmt: skip
     dq, slope = gather(
-        dq, slope, q, do, level, excess, delta, key, value, incoming, rules, batch, head, heads, rows, inner_start,
-        inner_end, seqlen_q, offset, count, grad_query is not None, slope_terms is not None, GROUP, HEAD_DIM,
-        VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, False,
+        dq, slope, q, do, level, excess, delta, key, value, incoming, rules, batch, head, heads, rows,
+        inner_start, inner_end, seqlen_q, offset, count, grad_query is not None, slope_terms is not None,
+        GROUP, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, False,
     )  # fmt: skip
     dq, slope = gather(
-        dq, slope, q, do, level, excess, delta, key, value, incoming, rules, batch, head, heads, rows, inner_end,
-        end, seqlen_q, offset, count, grad_query is not None, slope_terms is not None, GROUP, HEAD_DIM,
-        VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, True,
+        dq, slope, q, do, level, excess, delta, key, value, incoming, rules, batch, head, heads, rows,
+        inner_end, end, seqlen_q, offset, count, grad_query is not None, slope_terms is not None, GROUP,
+        HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, True,
     )  # fmt: skip
     if grad_query is not None:
         dq *= rules.scale
@@ -170,18 +170,18 @@ def gather(
     for first in tl.range(start, end, BLOCK_N):
         first = tl.multiple_of(first, BLOCK_N)
         keys = first + tl.arange(0, BLOCK_N)
-        k = load_rows(key_base, key, keys, count, HEAD_DIM, BLOCK_DIM, False, CHECKED)
+        k = load_rows(key_base, key, first, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, False, CHECKED)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         p, scores = probabilities(
-            products, level[:, None], excess[:, None], rules, batch, head, rows[:, None], keys[None, :], seqlen_q,
-            offset, count, PLAIN, CHECKED,
+            products, level[:, None], excess[:, None], rules, batch, head, rows[:, None], keys[None, :],
+            seqlen_q, offset, count, PLAIN, CHECKED,
         )  # fmt: skip
-        v = load_rows(value_base, value, keys, count, VALUE_DIM, BLOCK_VALUE, True, CHECKED)
+        v = load_rows(value_base, value, first, count, BLOCK_N, VALUE_DIM, BLOCK_VALUE, True, CHECKED)
         dp = tl.dot(do, v, input_precision=PRECISION)
         factors = weight_factors(rules, batch * heads + head, rows, first, BLOCK_N, False)
         ds = score_gradients(
-            p, dp, factors, delta[:, None], incoming, rules, batch, head, rows[:, None], keys[None, :], seqlen_q,
-            count, CHECKED,
+            p, dp, factors, delta[:, None], incoming, rules, batch, head, rows[:, None], keys[None, :],
+            seqlen_q, count, CHECKED,
         )  # fmt: skip
         if OF_SLOPES:
             slope -= tl.sum(ds * distance(rows[:, None], keys[None, :], offset), 1)

@@ -1,8 +1,7 @@
-"""What the backward knows of each query row before it looks at a tile: its normaliser, and the mean of its dP."""
+"""What the backward knows of each query row before it sees a tile: its normaliser, and the mean of its dP."""
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from fastattn.gpu import configs
 from fastattn.gpu.call import Call
+from fastattn.gpu.forward import is_plain, precision
 from fastattn.gpu.tile import (
     INF,
     LOG2E,
@@ -36,7 +36,7 @@ class RowTerms(NamedTuple):
     """Numbers of each query row, (B, Hq, Lq) float32, contiguous."""
 
     level: Any  # lse, times log2(e) where scores are products alone; inf where a row has nothing to attend to
-    excess: Any  # log2 of what P under that level adds up to, where rounding keeps it from 1; None for plain scores
+    excess: Any  # log2 of what P under that level adds up to, if rounding keeps it from 1; None if plain
     delta: Any  # <dO, O> - dlse, which dS is P times dP's distance from
 
 
@@ -84,15 +84,10 @@ def row_terms(
             GROUP=heads // call.key.shape[1],
             HEAD_DIM=head_dim,
             BLOCK_DIM=configs.padded(head_dim),
-            PRECISION="tf32" if call.tf32 else "ieee",
+            PRECISION=precision(call),
             **settings,
         )
     return terms
-
-
-def is_plain(call: Call) -> bool:
-    """Whether scores are scaled products and nothing else."""
-    return not call.softcap and call.bias is None and call.alibi_slopes is None
 
 
 @triton.jit(do_not_specialize=["blocks", "heads", "seqlen_q"])
@@ -115,13 +110,24 @@ def row_terms_kernel(
     """One block of queries of one head."""
     block, batch_head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     batch, head = batch_head // heads, batch_head % heads
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = block * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
     inside = rows < seqlen_q
     at = batch_head.to(tl.int64) * seqlen_q + rows
     level = tl.load(lse + at, mask=inside, other=-INF)
-    o = load_rows(head_base(out, batch, head), out, rows, seqlen_q, VALUE_DIM, BLOCK_VALUE, False, True)
+    o = load_rows(
+        head_base(out, batch, head), out, first_row, seqlen_q, BLOCK_M, VALUE_DIM, BLOCK_VALUE, False, True
+    )
     grad = load_rows(
-        head_base(grad_out, batch, head), grad_out, rows, seqlen_q, VALUE_DIM, BLOCK_VALUE, False, True
+        head_base(grad_out, batch, head),
+        grad_out,
+        first_row,
+        seqlen_q,
+        BLOCK_M,
+        VALUE_DIM,
+        BLOCK_VALUE,
+        False,
+        True,
     )
     # Rows that have seen nothing but a sink are 0, whatever comes in for them.
     delta = tl.sum(tl.where(o == 0, 0.0, o.to(tl.float32) * grad.to(tl.float32)), 1)
@@ -157,29 +163,32 @@ def excess_kernel(
 ):
     """Add up P of the rows of a block whose lse is so large that its last place is worth something.
 
-    A bias of finfo.min over a whole row makes every score and lse the same number; ALiBi's 1e5 leaves no room for
-    what is behind the point. What the sum is off by is taken from the exponents, if rounding accounts for it:
-    the keys may be a part of those that lse is of.
+    A bias of finfo.min over a whole row makes every score and lse the same number; ALiBi's 1e5 leaves no room
+    for what is behind the point. What the sum is off by is taken from the exponents, if rounding accounts for
+    it: the keys may be a part of those that lse is of.
     """
     block, batch_head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     batch, head = batch_head // heads, batch_head % heads
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = block * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
     at = batch_head.to(tl.int64) * seqlen_q + rows
     level = tl.load(terms.level + at, mask=rows < seqlen_q, other=INF)
     far = (tl.abs(level) > FAR) & (tl.abs(level) < INF)
     count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
-    last = tl.minimum(block * BLOCK_M + BLOCK_M, seqlen_q) - 1
-    start, _, _, end = key_ranges(block * BLOCK_M, last, offset, count, rules, BLOCK_N)
+    last = tl.minimum(first_row + BLOCK_M, seqlen_q) - 1
+    start, _, _, end = key_ranges(first_row, last, offset, count, rules, BLOCK_N)
     end = tl.where(tl.max(far.to(tl.int32), 0) > 0, end, start)
 
-    q = load_rows(head_base(query, batch, head), query, rows, seqlen_q, HEAD_DIM, BLOCK_DIM, False, True)
+    q = load_rows(
+        head_base(query, batch, head), query, first_row, seqlen_q, BLOCK_M, HEAD_DIM, BLOCK_DIM, False, True
+    )
     base = head_base(key, batch, head // GROUP)
     total = tl.zeros([BLOCK_M], tl.float32)
     if rules.sinks is not None:
         total += tl.exp2((tl.load(rules.sinks + head) - level) * LOG2E)
     for first in tl.range(start, end, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
-        k = load_rows(base, key, keys, count, HEAD_DIM, BLOCK_DIM, True, True)
+        k = load_rows(base, key, first, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, True, True)
         scores = tl.dot(q, k, input_precision=PRECISION)
         scores = adjusted(scores, rules, batch, head, rows[:, None], keys[None, :], seqlen_q, offset, count)
         seen = visible(rules, batch, head, rows[:, None], keys[None, :], seqlen_q, offset, count)

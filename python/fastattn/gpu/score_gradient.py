@@ -59,7 +59,7 @@ def probabilities(
     PLAIN: tl.constexpr,
     CHECKED: tl.constexpr,
 ):
-    """P before dropout, and the scores that softcap has left; all but numbers of the call broadcast together."""
+    """P before dropout, and the scores that softcap has left."""
     scores = products
     if PLAIN:
         p = tl.exp2(products * (rules.scale * LOG2E) - level)
@@ -113,7 +113,7 @@ def score_gradients(
 
 @triton.jit
 def product_gradients(grads, scores, rules):
-    """The gradients of the scaled products, given those of the scores and what softcap has left of the products."""
+    """Take softcap into account: `scores` are what it has left."""
     if rules.softcap is not None:
         ratio = scores / rules.softcap
         grads *= 1 - ratio * ratio
