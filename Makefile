@@ -14,7 +14,8 @@ CPP := $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 CXX_AARCH64 ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test test-slow test-gpu-less gpu-resources test-asan test-faults bench bench-peers lint ruff mypy clang-format clang-tidy format docs sdist \
+.PHONY: help install dev demo test test-slow test-gpu-less gpu-resources gpu-check test-asan test-faults bench bench-peers lint ruff mypy \
+	clang-format clang-tidy format docs sdist \
 	check-aarch64 clean
 
 help:
@@ -25,6 +26,7 @@ help:
 	@echo "make gpu-resources  what kernels for GPUs need of each, as a table in bench/results/"
 	@echo "make test-asan      the numeric tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make test-faults    plant known faults one by one, and see each of them noticed"
+	@echo "make gpu-check      on a machine with a GPU: is it right there, and how fast; OUT=folder"
 	@echo "make bench          the prefill table, beside PyTorch"
 	@echo "make bench-peers    an environment of its own for the other libraries that benchmarks are held against"
 	@echo "make lint           ruff, mypy, clang-format, clang-tidy"
@@ -121,6 +123,10 @@ test-asan: $(DONE)/test-extra
 test-faults: $(DONE)/test-extra
 	@$(BIN)/python tests/plant_faults.py $(ARGS)
 
+# With what PYTHON has: torch, Triton, and what builds the package. It makes no environment and fetches nothing.
+gpu-check:
+	@$(PYTHON) -m gpu_check --out $(or $(OUT),build/gpu-check/report) $(ARGS)
+
 bench: $(DONE)/bench-extra
 	@$(BIN)/python -m bench prefill $(ARGS)
 
@@ -136,7 +142,7 @@ bench-peers: bench/peers/requirements.txt
 docs: $(DONE)/test-extra
 	@$(BIN)/python -m pytest tests/test_docs.py
 
-PYTHON_DIRS := $(wildcard python tests bench demo)
+PYTHON_DIRS := $(wildcard python tests bench demo gpu_check)
 
 lint: ruff mypy clang-format clang-tidy
 
