@@ -167,6 +167,36 @@ def decode_chunk(seqlen_k: int) -> int:
     return max(256, (1 << (max(seqlen_k, 1) - 1).bit_length()) >> 5)
 
 
+def row_terms(call: Call) -> dict[str, Any]:
+    """Tiles of the kernel that makes ready what the backward knows of each row."""
+    return {"BLOCK_M": 32 if call.value.shape[3] > 64 else 64, "num_warps": 4}
+
+
+def backward_keys(call: Call, atomic: bool = False) -> dict[str, Any]:
+    """Tiles and launch options of the kernel for the gradients of key and value."""
+    if not call.query.is_cuda:
+        return INTERPRETED.options()
+    if max(padded(call.query.shape[3]), padded(call.value.shape[3])) <= 64:
+        return Tiles(64, 128, 8, 2).options()
+    return Tiles(64, 64, 8, 2).options()
+
+
+def backward_queries(call: Call) -> dict[str, Any]:
+    """Tiles and launch options of the kernel for the gradient of query."""
+    if not call.query.is_cuda:
+        return INTERPRETED.options()
+    if max(padded(call.query.shape[3]), padded(call.value.shape[3])) <= 64:
+        return Tiles(128, 64, 4, 2).options()
+    return Tiles(128, 64, 8, 2).options()
+
+
+def backward_bias(call: Call) -> dict[str, Any]:
+    """Tiles and launch options of the kernel for the gradient of the bias."""
+    if not call.query.is_cuda:
+        return INTERPRETED.options()
+    return Tiles(64, 64, 4, 1).options()
+
+
 def _columns(call: Call) -> int:
     return max(padded(call.query.shape[3]), padded(call.value.shape[3]))
 
