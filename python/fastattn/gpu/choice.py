@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastattn.gpu import configs
+from fastattn.gpu import configs, hopper
 from fastattn.gpu.call import Call
 from fastattn.gpu.decode import decode
 from fastattn.gpu.forward import forward
@@ -37,6 +37,10 @@ def of_forward(call: Call) -> Kernel:
     if not reasons:
         return Kernel("decode", decode, configs.decode(call), refusals)
     refusals["decode"] = reasons
+    reasons = hopper.supports(call)
+    if not reasons:
+        return Kernel("hopper", hopper.forward, hopper.tiles(call), refusals)
+    refusals["hopper"] = reasons
     return Kernel("portable", forward, configs.forward(call), refusals)
 
 
