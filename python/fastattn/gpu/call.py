@@ -35,6 +35,17 @@ class Call(NamedTuple):
     tf32: bool = False  # float32 products may round their operands
 
 
+class Gradients(NamedTuple):
+    """Memory for the gradients of a call; None: not wanted."""
+
+    query: Tensor | None = None  # as in `Call`, any strides
+    key: Tensor | None = None
+    value: Tensor | None = None
+    bias: Tensor | None = None  # (B, Hq, Lq, Lk), of size 1 on each axis along which the bias was broadcast
+    alibi_slopes: Tensor | None = None  # (B, Hq) float32
+    sinks: Tensor | None = None  # (Hq,) float32
+
+
 def from_problem(problem: AttentionProblem) -> Call:
     """See `problem` as the kernels do. Nothing is read from the device, nor waited for.
 

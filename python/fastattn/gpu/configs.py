@@ -44,3 +44,29 @@ def decode(call: Call) -> dict[str, Any]:
 def decode_chunk(seqlen_k: int) -> int:
     """How many keys a program of `decode` takes: at most 64 chunks, which one program can merge."""
     return max(512, 1 << (max(seqlen_k, 1) - 1).bit_length() >> 6)
+
+
+def row_terms(call: Call) -> dict[str, Any]:
+    """Tiles of the kernel that makes ready what the backward knows of each row."""
+    return {"BLOCK_M": 32 if call.value.shape[3] > 64 else 64, "num_warps": 4}
+
+
+def backward_keys(call: Call, atomic: bool = False) -> dict[str, Any]:
+    """Tiles and launch options of the kernel for the gradients of key and value."""
+    if not call.query.is_cuda:
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+
+
+def backward_queries(call: Call) -> dict[str, Any]:
+    """Tiles and launch options of the kernel for the gradient of query."""
+    if not call.query.is_cuda:
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+
+
+def backward_bias(call: Call) -> dict[str, Any]:
+    """Tiles and launch options of the kernel for the gradient of the bias."""
+    if not call.query.is_cuda:
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
