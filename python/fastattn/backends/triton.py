@@ -7,8 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from fastattn.arrays import NUMPY
-from fastattn.outputs import Outputs
+from fastattn._flags import flag
+from fastattn.arrays import NUMPY, Strided
+from fastattn.outputs import Gradients, Outputs
 from fastattn.problem import AttentionProblem
 
 if TYPE_CHECKING:
@@ -61,6 +62,26 @@ class TritonBackend:
             choice.of_forward(call).launch(call, out, lse)
             if lse is not None and probabilities is not None:
                 weights(call, lse, probabilities)
+
+    def run_backward(
+        self, problem: AttentionProblem, outputs: Outputs, incoming: Outputs, gradients: Gradients
+    ) -> None:
+        """Launch kernels on the current stream; every sum has an order of its own, but for FASTATTN_ATOMIC=1."""
+        import torch
+
+        from fastattn.gpu import call as gpu
+        from fastattn.gpu.backward import backward
+
+        out, lse, _ = (None if view is None else gpu.tensor(view) for view in outputs)
+        grad_out, grad_lse, grad_weights = (None if view is None else gpu.tensor(view) for view in incoming)
+        assert out is not None and lse is not None and grad_out is not None
+        if gradients.bias is not None:
+            gradients = gradients._replace(bias=_once(gradients.bias))
+        wanted = gpu.Gradients(*(None if view is None else gpu.tensor(view) for view in gradients))
+        atomic = flag("FASTATTN_ATOMIC") and not torch.are_deterministic_algorithms_enabled()
+        with _current(out.device):
+            call = gpu.from_problem(problem)
+            backward(call, out, lse, grad_out, grad_lse, grad_weights, wanted, atomic)
 
     def describe(self, problem: AttentionProblem) -> dict[str, str]:
         """Tell the device, the kernel and its tiles, and why it is not another one."""
@@ -135,3 +156,9 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
+
+
+def _once(view: Strided) -> Strided:
+    """`view` with one element where it is broadcast: what is summed up, rather than what it is a sum of."""
+    sizes = zip(view.shape, view.strides, strict=True)
+    return view._replace(shape=tuple(size if stride else min(size, 1) for size, stride in sizes))
