@@ -100,9 +100,9 @@ def attention(
     ValueError
         For shapes that do not fit and values out of range, and for an `out` that overlaps an input or itself.
     RuntimeError
-        For tensors on different devices, or on one that is neither a CPU nor a GPU of CUDA or ROCm, unless
-        the backend is "math"; for an `out` where anything requires grad; for gradients of gradients, unless the
-        backend is "math".
+        For tensors on different devices, or on one that is neither the CPU nor a GPU of CUDA or ROCm; for an
+        `out` where anything requires grad; for gradients of gradients. The backend "math" has both, on any
+        device.
     NotImplementedError
         If no backend can run the call; the message holds the reasons of each.
     MemoryError

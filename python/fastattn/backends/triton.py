@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fastattn._flags import flag
-from fastattn.arrays import NUMPY, Strided
+from fastattn.arrays import NUMPY
 from fastattn.outputs import Gradients, Outputs
 from fastattn.problem import AttentionProblem
 
@@ -45,52 +43,23 @@ class TritonBackend:
 
     def run(self, problem: AttentionProblem, outputs: Outputs) -> None:
         """Launch kernels on the current stream of the device."""
-        import torch
+        from fastattn.gpu import launch
 
-        from fastattn.gpu import choice
-        from fastattn.gpu.call import from_problem, tensor
-        from fastattn.gpu.weights import weights
-
-        out, lse, probabilities = (None if view is None else tensor(view) for view in outputs)
-        assert out is not None
-        if not out.shape[0] or not out.shape[2]:
-            return  # no batch or no query: every output is empty
-        with _current(out.device):
-            call = from_problem(problem)
-            if lse is None and probabilities is not None:
-                lse = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
-            choice.of_forward(call).launch(call, out, lse)
-            if lse is not None and probabilities is not None:
-                weights(call, lse, probabilities)
+        launch.forward(problem, outputs)
 
     def run_backward(
         self, problem: AttentionProblem, outputs: Outputs, incoming: Outputs, gradients: Gradients
     ) -> None:
-        """Launch kernels on the current stream; every sum has an order of its own, but for FASTATTN_ATOMIC=1."""
-        import torch
+        """Launch kernels on the current stream of the device."""
+        from fastattn.gpu import launch
 
-        from fastattn.gpu import call as gpu
-        from fastattn.gpu.backward import backward
-
-        out, lse, _ = (None if view is None else gpu.tensor(view) for view in outputs)
-        grad_out, grad_lse, grad_weights = (None if view is None else gpu.tensor(view) for view in incoming)
-        assert out is not None and lse is not None and grad_out is not None
-        if gradients.bias is not None:
-            gradients = gradients._replace(bias=_once(gradients.bias))
-        wanted = gpu.Gradients(*(None if view is None else gpu.tensor(view) for view in gradients))
-        atomic = flag("FASTATTN_ATOMIC") and not torch.are_deterministic_algorithms_enabled()
-        with _current(out.device):
-            call = gpu.from_problem(problem)
-            backward(call, out, lse, grad_out, grad_lse, grad_weights, wanted, atomic)
+        launch.backward(problem, outputs, incoming, gradients)
 
     def describe(self, problem: AttentionProblem) -> dict[str, str]:
         """Tell the device, the kernel and its tiles, and why it is not another one."""
-        from fastattn.gpu import choice
-        from fastattn.gpu.call import from_problem
+        from fastattn.gpu import launch
 
-        device = problem.query.array.device
-        with _current(device):
-            return {"device": device_name(device), **choice.of_forward(from_problem(problem)).described()}
+        return {"device": device_name(problem.query.array.device), **launch.described(problem)}
 
 
 def missing(device: torch.device) -> list[str]:
@@ -147,18 +116,3 @@ def _missing_capability(device: torch.device) -> str:
         return ""
     found, needed = (f"{major}.{minor}" for major, minor in (capability, MIN_CAPABILITY))
     return f"{torch.cuda.get_device_name(device)} has compute capability {found}, expected {needed} or more"
-
-
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make `device` the one that kernels are launched on."""
-    import torch
-
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
-
-
-def _once(view: Strided) -> Strided:
-    """`view` with one element where it is broadcast: what is summed up, rather than what it is a sum of."""
-    sizes = zip(view.shape, view.strides, strict=True)
-    return view._replace(shape=tuple(size if stride else min(size, 1) for size, stride in sizes))

@@ -39,7 +39,10 @@ def of_forward(call: Call) -> Kernel:
     refusals["decode"] = reasons
     reasons = hopper.supports(call)
     if not reasons:
-        return Kernel("hopper", hopper.forward, hopper.tiles(call), refusals)
+        tiles = dict(
+            zip(("BLOCK_M", "BLOCK_N", "stages"), hopper.FORWARD_TILES[call.query.shape[3]], strict=True)
+        )
+        return Kernel("hopper", hopper.forward, tiles, refusals)
     refusals["hopper"] = reasons
     return Kernel("portable", forward, configs.forward(call), refusals)
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn._flags import flag
 from fastattn.gpu import hopper_check
 from fastattn.gpu.call import Call
 from fastattn.problem import UNBOUNDED
@@ -79,12 +78,6 @@ def forward(call: Call, out: Tensor, lse: Tensor | None) -> None:
         out.copy_(target)
 
 
-def tiles(call: Call) -> dict[str, int]:
-    """What `forward` is launched with."""
-    rows, columns, stages = FORWARD_TILES[call.query.shape[3]]
-    return {"BLOCK_M": rows, "BLOCK_N": columns, "STAGES": stages}
-
-
 def _see_nothing(out: Tensor, lse: Tensor | None) -> None:
     out.zero_()
     if lse is not None:
@@ -129,11 +122,7 @@ def _installation_reasons() -> tuple[str, ...]:
 
 
 def _refusals(call: Call, kind: str, head_dims: tuple[int, ...]) -> list[str]:
-    reasons = [
-        *_device_reasons(call.query.device),
-        *_argument_reasons(call),
-        *_shape_reasons(call, head_dims),
-    ]
+    reasons = _device_reasons(call.query.device) + _argument_reasons(call) + _shape_reasons(call, head_dims)
     for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
         reasons += _layout_reasons(name, tensor)
     if not reasons:
@@ -143,18 +132,17 @@ def _refusals(call: Call, kind: str, head_dims: tuple[int, ...]) -> list[str]:
     return reasons
 
 
-@functools.lru_cache
-def _device_reasons(device: torch.device) -> tuple[str, ...]:
-    if not flag("FASTATTN_HOPPER", default=True):
-        return ("FASTATTN_HOPPER is 0",)
+def _device_reasons(device: torch.device) -> list[str]:
+    if os.environ.get("FASTATTN_HOPPER") == "0":
+        return ["FASTATTN_HOPPER is 0"]
     if device.type != "cuda" or torch.version.hip is not None:
-        return (f"the tensors are not on an NVIDIA GPU but on {device}",)
+        return [f"the tensors are not on an NVIDIA GPU but on {device}"]
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        return ("TRITON_INTERPRET is set, and Gluon has no interpreter",)
+        return ["TRITON_INTERPRET is set, and Gluon has no interpreter"]
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
-        return ("the device's compute capability is {}.{}, not 9.0".format(*capability),)
-    return ()
+        return ["the device's compute capability is {}.{}, not 9.0".format(*capability)]
+    return []
 
 
 def _argument_reasons(call: Call) -> list[str]:

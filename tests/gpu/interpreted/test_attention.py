@@ -233,6 +233,27 @@ def test_values_are_checked_in_debugging(name: str, device: None, environment: p
         fa.attention(**call_of({"backend": "triton", "sinks": torch.zeros(4)}))
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_atomic_sums_are_for_whoever_asks(
+    deterministic: bool, device: None, environment: pytest.MonkeyPatch
+) -> None:
+    from fastattn.gpu import backward
+
+    call, asked, kernels = call_of({"causal": True, "backend": "triton"}), [], backward.backward
+
+    def listen(*arguments: Any) -> None:
+        asked.append(arguments[-1])
+        kernels(*arguments)
+
+    environment.setattr(backward, "backward", listen)
+    expected = {name: value.double() for name, value in results_and_gradients(call).items()}
+    environment.setenv("FASTATTN_ATOMIC", "1")
+    _flags.flag.cache_clear()
+    environment.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    assert_close(results_and_gradients(call), expected, TOLERANCE[torch.float32])
+    assert asked == [False, not deterministic]
+
+
 def test_a_later_change_of_short_arguments(place: str) -> None:
     """What a backward needs of them is kept: an optimiser, or a cache that grows, may write to them."""
     call = call_of({"causal": True, "backend": "triton"})
@@ -353,6 +374,18 @@ class TestTraces:
         alone = torch.stack([attend(*pair) for pair in zip(query[:, None], key[:, None], strict=True)])
         assert torch.equal(together, alone)
 
+    def test_mapped_gradients_of_sinks(self) -> None:
+        """One for each call, though all are one batch to the kernels."""
+        query, key, value = arrays()
+
+        def loss(sinks: Tensor, query: Tensor) -> Tensor:
+            return fa.attention(query, key[:1], value[:1], sinks=sinks, backend="triton").sum()
+
+        gradient, sinks, queries = torch.func.grad(loss), numbers(4), query[:, None]
+        together = torch.vmap(gradient, (None, 0))(sinks, queries)
+        alone = torch.stack([gradient(sinks, query) for query in queries])
+        torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
     def test_gradients_of_gradients_are_refused(self, place: str) -> None:
         call = call_of({"backend": "triton"})
         leaves = leaves_of(call)
@@ -472,13 +505,13 @@ class TestExplained:
 
 def test_nothing_is_read(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the arguments to the launch, forward and backward: no value of a tensor is looked at."""
-    from fastattn.gpu import backward, choice, weights
+    from fastattn.gpu import backward, choice, launch
     from fastattn.torch_ops import operators
 
     launched = []
     kernel = choice.Kernel("none", lambda call, out, lse: launched.append(call), {}, {})
     monkeypatch.setattr(choice, "of_forward", lambda call: kernel)
-    monkeypatch.setattr(weights, "weights", lambda *arguments: launched.append("weights"))
+    monkeypatch.setattr(launch, "write_weights", lambda *arguments: launched.append("weights"))
     monkeypatch.setattr(backward, "backward", lambda *arguments: launched.append("backward"))
     options = FEATURES["together"] | {"query_offset": torch.tensor([1, 2]), "dropout_seed": None}
     tensors = arrays()
