@@ -11,7 +11,7 @@ from torch import Tensor
 from gpu_check.inputs import Inputs
 
 
-class Skipped(Exception):
+class SkippedError(Exception):
     """What is not there to be checked; says why."""
 
 
@@ -125,7 +125,7 @@ class Kernels:
             from fastattn.gpu import hopper
 
             if torch.cuda.get_device_capability() != (9, 0):
-                raise Skipped("the device is not of compute capability 9.0")
+                raise SkippedError("the device is not of compute capability 9.0")
             return hopper.forward
         if self.name == "decode":
             from fastattn.gpu import decode
@@ -140,7 +140,7 @@ class Kernels:
             from fastattn.gpu import hopper
 
             if not hasattr(hopper, "backward"):
-                raise Skipped("there is no Hopper backward")
+                raise SkippedError("there is no Hopper backward")
             return hopper.backward
         from fastattn.gpu import backward
 

@@ -27,9 +27,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--backend")
     parser.add_argument("--without", default="", help="contestants that start so are left out of rows")
     options = parser.parse_args(arguments)
-    from gpu_check.checks import Wrong
+    from gpu_check.checks import WrongError
     from gpu_check.lists import items_of
-    from gpu_check.routes import Skipped
+    from gpu_check.routes import SkippedError
 
     items = items_of(options.list)
     for index in map(int, options.items.split(",")):
@@ -39,9 +39,9 @@ def main(arguments: list[str]) -> int:
             found: dict[str, Any] = {
                 "status": "right", **item.run(options.device, options.seed + index, options.backend)
             }  # fmt: skip
-        except Skipped as reason:
+        except SkippedError as reason:
             found = {"status": "skipped", "why": str(reason)}
-        except Wrong as reason:
+        except WrongError as reason:
             found = {"status": "wrong", "why": str(reason)}
         except Exception as error:
             first = (str(error).strip().splitlines() or [""])[0]
