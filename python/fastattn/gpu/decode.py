@@ -26,7 +26,6 @@ from fastattn.gpu.tile import (
     key_count,
     key_ranges,
     matrix,
-    near,
     places,
     query_offset,
     rules_of,
@@ -48,8 +47,8 @@ def decode(call: Call, out: Tensor, lse: Tensor | None) -> None:
     blocks = triton.cdiv(seqlen_q * (heads // kv_heads), settings["BLOCK_M"])
     chunk_kernel[(chunks, blocks, batch * kv_heads)](
         matrix(call.query),
-        near(call.key),
-        near(call.value),
+        matrix(call.key),
+        matrix(call.value),
         means,
         *levels,
         rules,

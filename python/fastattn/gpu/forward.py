@@ -28,7 +28,6 @@ from fastattn.gpu.tile import (
     key_ranges,
     load_rows,
     matrix,
-    near,
     query_offset,
     rules_of,
     store_rows,
@@ -48,9 +47,9 @@ def forward(call: Call, out: Tensor, lse: Tensor | None) -> None:
     kv_bytes = seqlen_k * (head_dim + value_dim) * call.key.element_size()
     width = min(batch * heads, max(1, CACHED_BYTES // max(kv_bytes, 1)) * (heads // kv_heads))
     forward_kernel[(blocks * batch * heads,)](
-        near(call.query),
-        near(call.key),
-        near(call.value),
+        matrix(call.query),
+        matrix(call.key),
+        matrix(call.value),
         matrix(out),
         lse,
         rules_of(call),
@@ -136,7 +135,8 @@ def forward_kernel(
 
     level, total, acc = attend_all(
         q, key, value, rules, batch, head, batch_head, kv_head, rows, start, inner_start, inner_end, end,
-        seqlen_q, offset, count, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N,
+        seqlen_q, offset, count, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION,
+        BLOCK_M, BLOCK_N,
     )  # fmt: skip
     if rules.sinks is not None:
         level, total, acc = with_sink(level, total, acc, tl.load(rules.sinks + head))

@@ -18,7 +18,6 @@ from fastattn.gpu.tile import (
     key_count,
     load_rows,
     matrix,
-    near,
     places,
     query_offset,
     rules_of,
@@ -37,8 +36,8 @@ def weights(call: Call, lse: Tensor, weights: Tensor) -> None:
     if not weights.numel():
         return
     weights_kernel[(blocks_m * blocks_n * batch * heads,)](
-        near(call.query),
-        near(call.key),
+        matrix(call.query),
+        matrix(call.key),
         lse,
         matrix(weights),
         rules_of(call),

@@ -1,0 +1,74 @@
+"""What the Hopper kernels share: rings of tiles in shared memory, and names that changed in Triton.
+
+Barriers count phases: `full` of a slot completes when its bytes have landed, `empty` when both consumers
+have read them. The n-th use of a slot is phase n of both, and a wait names the parity of the phase it waits
+for.
+"""
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+# Triton 3.6 and 3.7 have the first name of each pair, later releases the second.
+aggregate = triton.aggregate if hasattr(triton, "aggregate") else triton.language.core._aggregate
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+CONSUMERS = gl.constexpr(2)
+
+
+@aggregate
+class Ring:
+    """Slots of shared memory that a producer fills and two consumers empty; `count` numbers the uses."""
+
+    tiles: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    STAGES: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, tiles, full, empty, STAGES):
+        self.tiles = tiles
+        self.full = full
+        self.empty = empty
+        self.STAGES = gl.constexpr(STAGES)
+
+    @gluon.jit
+    def fill(self, count, source, coordinates):
+        """Copy a tile of `source` into the slot of use `count` once both consumers have left it."""
+        slot = count % self.STAGES
+        mbarrier.wait(self.empty.index(slot), ((count // self.STAGES) & 1) ^ 1)
+        mbarrier.expect(self.full.index(slot), source.block_type.nbytes)
+        load_tile(source, coordinates, self.full.index(slot), self.tiles.index(slot))
+
+    @gluon.jit
+    def wait(self, count, pred=True):
+        """Wait until use `count` has landed."""
+        mbarrier.wait(self.full.index(count % self.STAGES), (count // self.STAGES) & 1, pred=pred)
+
+    @gluon.jit
+    def tile(self, count, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+        """Give the tile of use `count` as a matrix."""
+        return self.tiles.index(count % self.STAGES).reshape([ROWS, COLUMNS])
+
+    @gluon.jit
+    def release(self, count):
+        """Leave the slot of use `count`."""
+        mbarrier.arrive(self.empty.index(count % self.STAGES), count=1)
+
+
+@gluon.jit
+def allocate_barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
+    """Make `NUMBER` barriers, each of whose phases completes after `ARRIVALS` arrivals."""
+    barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUMBER):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit
+def allocate_ring(source, STAGES: gl.constexpr):
+    """Make a ring for the tiles of `source`."""
+    tiles = gl.allocate_shared_memory(source.dtype, [STAGES, *source.block_type.shape], source.layout)
+    return Ring(tiles, allocate_barriers(STAGES, 1), allocate_barriers(STAGES, CONSUMERS), STAGES)

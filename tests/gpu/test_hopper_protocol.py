@@ -1,0 +1,213 @@
+"""The Hopper kernels in `model_check`: right under any schedule, and planted faults are noticed."""
+
+from __future__ import annotations
+
+import types
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from tests.gpu.model_check import Descriptor, Fault, Number, Pointer, launch, load_kernels
+
+SCHEDULES = 12
+SCALE = 0.5
+
+
+class Case(NamedTuple):
+    """A call on tiles of 4 rows by 4 keys."""
+
+    queries: int
+    keys: int
+    causal: bool
+    offset: int
+    heads: int = 2
+    kv_heads: int = 1
+    batch: int = 1
+    programs: int = 2
+
+
+CASES = [
+    Case(1, 1, False, 0),
+    Case(4, 12, False, 0, batch=2),
+    Case(9, 10, False, 0, programs=3),
+    Case(9, 9, True, 0),
+    Case(10, 13, True, 3, heads=4, kv_heads=2),
+    Case(13, 6, True, -7),  # tiles in which no row sees anything
+    Case(9, 13, True, 0, programs=1),  # keys that no row sees
+]
+
+
+def inputs(case: Case, seed: int) -> list[np.ndarray]:
+    """Query, key, value and a gradient of the output, float32, head_dim 4."""
+    random = np.random.default_rng(seed)
+    rows = [
+        (case.heads, case.queries),
+        (case.kv_heads, case.keys),
+        (case.kv_heads, case.keys),
+        (case.heads, case.queries),
+    ]
+    return [random.standard_normal((case.batch, *row, 4)).astype(np.float32) for row in rows]
+
+
+def weights(case: Case, q: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Attention's weights and log-sum-exp by their definition."""
+    scores = SCALE * q.astype(np.float64) @ np.repeat(k, case.heads // case.kv_heads, 1).swapaxes(2, 3)
+    if case.causal:
+        hidden = np.arange(case.keys) > np.arange(case.queries)[:, None] + case.offset
+        scores = np.where(hidden, -np.inf, scores)
+    with np.errstate(divide="ignore"):
+        lse = np.log(np.exp(scores).sum(-1))
+    return np.exp(scores - np.where(np.isinf(lse), 0, lse)[..., None]), lse
+
+
+def run_forward(module: types.ModuleType, case: Case, seed: int, stages: int = 2, own: bool = True) -> None:
+    q, k, v, _ = inputs(case, seed)
+    out, lse = np.full_like(q, np.nan), np.full(q.shape[:3], np.nan, np.float32)
+    heads = case.batch * case.heads
+    launch(
+        module.forward_kernel,
+        min(case.programs, -(-case.queries // 4) * heads),
+        seed,
+        Descriptor(q, [1, 1, 2, 4]),
+        Descriptor(k, [1, 1, 4, 4]),
+        Descriptor(v, [1, 1, 4, 4]),
+        Descriptor(out, [1, 1, 2, 4]),
+        Pointer(lse),
+        Pointer(np.zeros(1, np.int64)) if case.causal else None,
+        SCALE,
+        *map(Number, (case.queries, case.keys, case.heads, heads, case.heads // case.kv_heads, case.offset)),
+        GROUP=case.heads // case.kv_heads,
+        BLOCK_M=4,
+        BLOCK_N=4,
+        STAGES=stages,
+        CAUSAL=case.causal,
+        RAGGED=case.keys % 4 != 0,
+        OWN_OUTPUT=own,
+        num_warps=4,
+    )
+    p, expected_lse = weights(case, q, k)
+    expected = p @ np.repeat(v, case.heads // case.kv_heads, 1)
+    np.testing.assert_allclose(out, expected, atol=2e-6, err_msg="out")
+    np.testing.assert_allclose(lse, expected_lse, atol=2e-6, err_msg="lse")
+
+
+@pytest.fixture(scope="module")
+def forward() -> types.ModuleType:
+    return load_kernels("hopper_forward")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("stages", "own"), [(2, True), (3, True), (2, False)])
+def test_forward_is_right_under_every_schedule(
+    forward: types.ModuleType, case: Case, stages: int, own: bool
+) -> None:
+    for seed in range(SCHEDULES):
+        run_forward(forward, case, seed, stages, own)
+
+
+def test_a_schedule_can_be_repeated(forward: types.ModuleType) -> None:
+    """A seed stands for one order of events."""
+
+    def events(seed: int) -> list[Any]:
+        seen: list[Any] = []
+        module = load_kernels("hopper_forward")
+        get = module.Queue.get
+        module.Queue.get = lambda self, count: seen.append((count, get(self, count))) or seen[-1][1]
+        run_forward(module, CASES[4], seed)
+        return seen
+
+    assert events(3) == events(3)
+    assert events(3) != events(4)
+
+
+FORWARD_FAULTS = {
+    "the producer waits for the phase before": (
+        "((count // self.STAGES) & 1) ^ 1",
+        "(count // self.STAGES) & 1",
+    ),
+    "the producer does not wait for a free slot": (
+        "        mbarrier.wait(self.empty.index(slot), ((count // self.STAGES) & 1) ^ 1)\n",
+        "",
+    ),
+    "a consumer waits for the phase before": (
+        "mbarrier.wait(self.full.index(count % self.STAGES), (count // self.STAGES) & 1, pred=pred)",
+        "mbarrier.wait(self.full.index(count % self.STAGES), ((count // self.STAGES) & 1) ^ 1, pred=pred)",
+    ),
+    "one arrival frees a slot": ("allocate_barriers(STAGES, CONSUMERS)", "allocate_barriers(STAGES, 1)"),
+    "three arrivals free a slot": ("allocate_barriers(STAGES, CONSUMERS)", "allocate_barriers(STAGES, 3)"),
+    "the rings start again with each tile": ("        filled += blocks\n", ""),
+    "a consumer starts the rings again with each tile": (
+        "        used += blocks\n",
+        "        used = blocks\n",
+    ),
+    "the bytes of another tile are expected": (
+        "self.full.index(slot), source.block_type.nbytes",
+        "self.full.index(slot), 8",
+    ),
+    "keys are not released": ("    shared.keys.release(at)\n", ""),
+    "keys are released before the scores are there": (
+        "    scores = warpgroup_mma_wait(1, deps=(scores,))\n    key_row",
+        "    shared.keys.release(at)\n    scores = warpgroup_mma_wait(1, deps=(scores,))\n    key_row",
+    ),
+    "values are released one block early": (
+        "    shared.values.release(at - 1)\n",
+        "    shared.values.release(at)\n",
+    ),
+    "the last values are not released": ("        shared.values.release(used - 1)\n", ""),
+    "values are not awaited": ("    shared.values.wait(at - 1)\n", ""),
+    "the next keys are not awaited": ("    shared.keys.wait(at + 1, pred=i + 1 < blocks)\n", ""),
+    "keys beyond the last are awaited": (
+        "shared.keys.wait(at + 1, pred=i + 1 < blocks)",
+        "shared.keys.wait(at + 1)",
+    ),
+    "scores are used before they are there": (
+        "scores = warpgroup_mma_wait(1, deps=(scores,))",
+        "scores = warpgroup_mma_wait(2, deps=(scores,))",
+    ),
+    "queries are not awaited": ("        mbarrier.wait(shared.queries_full.index(WHO), taken & 1)\n", ""),
+    "queries are overwritten": (
+        "        mbarrier.wait(shared.queries_empty.index(who), (taken & 1) ^ 1)\n",
+        "",
+    ),
+    "queries are released before the last scores": (
+        "        cut = gl.maximum(",
+        "        mbarrier.arrive(shared.queries_empty.index(WHO), count=1)\n        cut = gl.maximum(",
+    ),
+    "the queue has one slot": ("QUEUE = gl.constexpr(2)", "QUEUE = gl.constexpr(1)"),
+    "a tile is announced before it is written": (
+        "        self.tiles.index(count % QUEUE).store(gl.full([1], tile, gl.int32, layout))\n"
+        "        mbarrier.arrive(self.full.index(count % QUEUE), count=1)\n",
+        "        mbarrier.arrive(self.full.index(count % QUEUE), count=1)\n"
+        "        self.tiles.index(count % QUEUE).store(gl.full([1], tile, gl.int32, layout))\n",
+    ),
+    "the end is not announced": ("    shared.queue.put(taken, tile)\n\n", "\n"),
+    "programs take the same tiles": ("gl.num_programs(0) + gl.atomic_add", "gl.atomic_add"),
+    "the output overtakes the last one": ("        tma.store_wait(0)  # the last", "        # the last"),
+    "the program ends before its output has left": (
+        "    tma.store_wait(0)\n\n\n@gluon.jit(",
+        "\n\n@gluon.jit(",
+    ),
+    "the output is copied without a fence": (
+        "        fence_async_shared()\n        store_tile(",
+        "        store_tile(",
+    ),
+    "barriers are used without a fence": ("    fence_async_shared()\n    gl.warp", "    gl.warp"),
+}
+
+
+@pytest.mark.parametrize("fault", FORWARD_FAULTS)
+def test_faults_of_the_forward_are_noticed(fault: str) -> None:
+    module = load_kernels("hopper_forward", FORWARD_FAULTS[fault])
+    with pytest.raises((Fault, AssertionError)):
+        for seed in range(40):
+            for case in CASES[1:]:
+                run_forward(module, case, seed)
+
+
+def test_queries_that_share_memory_with_the_output_are_released_after_it() -> None:
+    late = "            tma.store_wait(0)\n            mbarrier.arrive(shared.queries_empty"
+    module = load_kernels("hopper_forward", (late, "            mbarrier.arrive(shared.queries_empty"))
+    with pytest.raises(Fault):
+        for seed in range(40):
+            run_forward(module, CASES[2], seed, own=False)
