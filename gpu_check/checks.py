@@ -57,7 +57,7 @@ class Check:
     def run(self, device: str, seed: int, backend: str | None) -> dict[str, float]:
         """Relative errors by name. Raises WrongError."""
         inputs = self.inputs(device, seed)
-        route = Kernels(self.kernels, self.atomic, self.tf32) if self.kernels else public(backend)
+        route = Kernels(self.kernels, self.atomic, self.tf32) if self.kernels else public(backend, self.mode)
         check = _check_backward if self.mode == "backward" else _check_forward
         return check(self, route, inputs, device)
 
@@ -134,7 +134,7 @@ def _gradients(inputs: Inputs, grad_lse: Tensor | None, dtype: torch.dtype) -> d
 
 
 def error_of(found: Tensor, right: Tensor) -> tuple[float, float]:
-    """||found - right|| / ||right||, and the same of the worst row, whose norm counts as that of a mean one at least."""
+    """||found - right|| / ||right||, and that of the worst row, over the norm of a mean row at least."""
     right = right.double()
     difference = (found.double() - right).reshape(-1, right.shape[-1] if right.ndim else 1)
     rows = right.reshape(difference.shape).norm(dim=-1)

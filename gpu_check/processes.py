@@ -1,4 +1,4 @@
-"""Lists worked through by processes that may hang or crash: that costs the item they were at, and no other."""
+"""Lists worked through by processes that may hang or crash: that costs the item they were at, no other."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,8 +168,6 @@ def _until(lines: queue.Queue[str | None], patience: float, deadline: float) -> 
 
 def _end(process: subprocess.Popen[str]) -> None:
     """End it with all that it started, compilers among them."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
