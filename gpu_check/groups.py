@@ -132,7 +132,7 @@ def hopper(mode: str) -> list[Check]:
         (1, 2, 2, 513, 129),
     ]
     cases = [
-        Case(f"hopper-{b}x{hq}x{hkv}x{q}x{k}", q, k, dim, 0, b, hq, hkv, causal)
+        Case(f"hopper-{b}x{hq}x{hkv}x{q}x{k}{causal * '-causal'}", q, k, dim, 0, b, hq, hkv, causal)
         for b, hq, hkv, q, k in sizes
         for dim in (128, 64)
         for causal in (True, False)

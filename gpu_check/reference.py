@@ -128,10 +128,10 @@ class Heads:
         self.group = case.query_heads // case.kv_heads
         self.inputs = query, key, value
         every = case.batch * case.kv_heads
-        drawn = torch.randperm(every, generator=torch.Generator().manual_seed(every))[: max(0, at_most - 2)]
+        order = torch.randperm(every, generator=torch.Generator().manual_seed(every)).tolist()
         # The last head has the largest offsets into memory.
-        chosen = sorted({0, every - 1, *drawn.tolist()})
-        self.places = [divmod(head, case.kv_heads) for head in chosen]
+        chosen = dict.fromkeys([0, every - 1, *order])
+        self.places = [divmod(head, case.kv_heads) for head in sorted(list(chosen)[:at_most])]
 
     def of_query(self, tensor: Tensor) -> Tensor:
         """The query heads that are looked at, of a tensor (B, Hq, Lq, ...)."""

@@ -154,7 +154,7 @@ def public(backend: str | None, mode: str) -> Any:
     """The public function, or the portable kernels where it does not lead to them."""
     from fastattn.dispatch import BACKENDS
 
-    there = hasattr(BACKENDS.get("triton"), "run_backward" if mode == "backward" else "run")
+    there = hasattr(BACKENDS[backend or "triton"], "run_backward" if mode == "backward" else "run")
     return Public(backend) if there else Kernels("portable")
 
 

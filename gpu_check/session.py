@@ -42,7 +42,7 @@ class Session:
         seed = random.randrange(1 << 30) if options.seed is None else options.seed
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.report = Report(now, machine(self.device), commit(), seed, options.minutes)
-        self.runner = Runner(environment(None), self.device, seed)
+        self.runner = Runner(environment(None), self.device, seed, "cpu" if options.rehearse else None)
 
     def run(self) -> int:
         """Build, check, time and tell; returns the exit code."""

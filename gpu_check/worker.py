@@ -54,6 +54,7 @@ def main(arguments: list[str]) -> int:
         say(done=index, **found)
         if found["status"] == "failed" and _device_is_lost(options.device):
             return DEVICE_LOST
+    say(end=True)
     return 0
 
 
