@@ -23,7 +23,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fastattn.gpu.hopper_rings import Ring, aggregate, allocate_barriers, allocate_ring, load_tile, store_tile
+from fastattn.gpu.hopper_rings import (
+    Ring,
+    aggregate,
+    allocate_barriers,
+    allocate_ring,
+    allocate_tiles,
+    load_tile,
+    store_tile,
+)
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -361,10 +369,10 @@ def forward_kernel(
     and outputs.
     """
     work = Work(queries, keys, heads, batch_heads, width, offset, GROUP, BLOCK_M, BLOCK_N, CAUSAL)
-    query_tiles = gl.allocate_shared_memory(query.dtype, [2, *query.block_type.shape], query.layout)
+    query_tiles = allocate_tiles(query, 2)
     out_tiles = query_tiles
     if OWN_OUTPUT:
-        out_tiles = gl.allocate_shared_memory(out.dtype, [2, *out.block_type.shape], out.layout)
+        out_tiles = allocate_tiles(out, 2)
     tile_numbers = gl.allocate_shared_memory(
         gl.int32, [QUEUE, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     )

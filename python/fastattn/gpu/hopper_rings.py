@@ -68,7 +68,23 @@ def allocate_barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
+def allocate_tiles(source, NUMBER: gl.constexpr):
+    """Make room for `NUMBER` tiles of `source`."""
+    return gl.allocate_shared_memory(source.dtype, [NUMBER] + source.block_type.shape, source.layout)  # noqa: RUF005
+
+
+@gluon.jit
 def allocate_ring(source, STAGES: gl.constexpr):
     """Make a ring for the tiles of `source`."""
-    tiles = gl.allocate_shared_memory(source.dtype, [STAGES, *source.block_type.shape], source.layout)
+    tiles = allocate_tiles(source, STAGES)
     return Ring(tiles, allocate_barriers(STAGES, 1), allocate_barriers(STAGES, CONSUMERS), STAGES)
+
+
+@gluon.jit
+def opaque_zero(value):
+    """Give a zero that no compiler sees through.
+
+    Added to an index of shared memory, it keeps the descriptors that products read from out of registers: as
+    loop invariants they spill.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [value], dtype=gl.int32, is_pure=False, pack=1)
