@@ -14,15 +14,19 @@ CPP := $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 CXX_AARCH64 ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test test-slow test-asan test-faults bench bench-peers lint ruff mypy clang-format clang-tidy format docs sdist \
+.PHONY: help install dev demo test test-slow test-gpu-less gpu-resources gpu-check test-asan test-faults bench bench-peers lint ruff mypy \
+	clang-format clang-tidy format docs sdist \
 	check-aarch64 clean
 
 help:
 	@echo "make demo           a real language model generating through fastattn (first run installs everything)"
 	@echo "make test           every test that takes seconds"
 	@echo "make test-slow      the others: every float32, tens of thousands of random calls, long sequences"
+	@echo "make test-gpu-less everything that can be known of kernels for GPUs without one"
+	@echo "make gpu-resources  what kernels for GPUs need of each, as a table in bench/results/"
 	@echo "make test-asan      the numeric tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make test-faults    plant known faults one by one, and see each of them noticed"
+	@echo "make gpu-check      on a machine with a GPU: is it right there, and how fast; OUT=folder"
 	@echo "make bench          the prefill table, beside PyTorch"
 	@echo "make bench-peers    an environment of its own for the other libraries that benchmarks are held against"
 	@echo "make lint           ruff, mypy, clang-format, clang-tidy"
@@ -98,11 +102,30 @@ test-slow: $(DONE)/test-extra
 	@echo "==> testing what takes longer (some minutes)"
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 
+# Kernels are compiled with a second Triton too, which stands beside the environment, not in it.
+TRITON_NEWEST := $(VENV)-triton-newest
+$(TRITON_NEWEST)/.done: $(DONE)/venv
+	@echo "==> fetching the newest triton into $(TRITON_NEWEST)"
+	@$(PIP) install --upgrade --target $(TRITON_NEWEST) "triton>=3.6"
+	@touch $@
+
+gpu-resources: $(DONE)/test-extra $(TRITON_NEWEST)/.done
+	@PYTHONPATH=tests $(BIN)/python tests/gpu/resources.py
+	@PYTHONPATH=tests $(BIN)/python tests/gpu/resources.py $(TRITON_NEWEST)
+
+test-gpu-less: $(DONE)/test-extra $(TRITON_NEWEST)/.done
+	@echo "==> testing kernels for GPUs without one (a quarter of an hour)"
+	@FASTATTN_TEST_TRITON=$(TRITON_NEWEST) $(BIN)/python -m pytest tests/gpu -m "gpu_slow or not gpu_slow" $(ARGS)
+
 test-asan: $(DONE)/test-extra
 	@$(BIN)/python tests/run_sanitized.py $(ARGS)
 
 test-faults: $(DONE)/test-extra
 	@$(BIN)/python tests/plant_faults.py $(ARGS)
+
+# With what PYTHON has: torch, Triton, and what builds the package. It makes no environment and fetches nothing.
+gpu-check:
+	@$(PYTHON) -m gpu_check --out $(or $(OUT),build/gpu-check/report) $(ARGS)
 
 bench: $(DONE)/bench-extra
 	@$(BIN)/python -m bench prefill $(ARGS)
@@ -119,7 +142,7 @@ bench-peers: bench/peers/requirements.txt
 docs: $(DONE)/test-extra
 	@$(BIN)/python -m pytest tests/test_docs.py
 
-PYTHON_DIRS := $(wildcard python tests bench demo)
+PYTHON_DIRS := $(wildcard python tests bench demo gpu_check)
 
 lint: ruff mypy clang-format clang-tidy
 

@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import pytest
 
-from fastattn import _threads, dispatch, set_num_threads
+from fastattn import _flags, _threads, dispatch, set_num_threads
 from kernels import KERNELS, Kernel
 
 
@@ -25,7 +25,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
     """A patch for fastattn's variables, which are otherwise read once."""
 
     def forget() -> None:
-        for read in (_threads._environment, _threads._default, dispatch._default_candidates):
+        for read in (_threads._environment, _threads._default, dispatch._default_candidates, _flags.flag):
             read.cache_clear()
 
     forget()

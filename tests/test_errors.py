@@ -223,7 +223,7 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
         {"out": zeros(*OUT_SHAPE)[::-1]},
         "out must have non-negative strides of whole items, got",
     ),
-    "backend": ({"backend": "gpu"}, "backend='gpu' is unknown; expected one of 'cpu', 'reference'"),
+    "backend": ({"backend": "gpu"}, "backend='gpu' is unknown; expected one of 'cpu', 'triton'"),
 }
 
 
@@ -376,10 +376,12 @@ class Subclass(torch.Tensor):
 
 def test_tensors_that_cannot_be_read() -> None:
     query = torch.from_numpy(QUERY)
-    with pytest.raises(
-        RuntimeError, match="query is on device 'meta', expected 'cpu': the GPU backend is not there"
-    ):
+    with pytest.raises(RuntimeError, match="query is on device 'meta', expected 'cpu' or 'cuda': backend='m"):
         call("torch", query=query.to("meta"))
+    with pytest.raises(RuntimeError, match="value is on device 'meta', expected 'cpu': the tensors"):
+        call("torch", value=torch.from_numpy(VALUE).to("meta"))
+    with pytest.raises(RuntimeError, match="kv_lengths is on device 'meta', expected 'cpu'"):
+        call("torch", kv_lengths=torch.ones(QUERY.shape[0], dtype=torch.int64, device="meta"))
     with pytest.raises(
         TypeError, match=r"query must be a torch tensor of no subclass, got test_errors.Subclass"
     ):
@@ -402,17 +404,15 @@ def test_tensors_that_can_be_read() -> None:
     assert (call("torch", value=value) == -1).all()
 
 
-def test_planned_backends_say_so() -> None:
-    with pytest.raises(
-        NotImplementedError, match="backend='triton' is not there yet; expected one of 'cpu', "
-    ):
+def test_the_gpu_backend_asks_for_tensors_on_a_gpu() -> None:
+    with pytest.raises(NotImplementedError, match="triton: NumPy arrays are not on a GPU: pass CUDA tensors"):
         call(backend="triton")
 
 
 def test_unknown_backend_in_the_environment(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("FASTATTN_BACKEND", "gpu")
     with pytest.raises(
-        ValueError, match="FASTATTN_BACKEND='gpu' is unknown; expected one of 'cpu', 'reference'"
+        ValueError, match="FASTATTN_BACKEND='gpu' is unknown; expected one of 'cpu', 'triton'"
     ):
         call(backend=None)
     assert call(backend="reference").shape == OUT_SHAPE

@@ -97,6 +97,7 @@ def test_explain_computes_nothing_and_prints_well() -> None:
         "backend  reference",
         "path     NumPy in float64, one head at a time",
         "not      cpu: not asked for",
+        "not      triton: not asked for",
         "not      math: runs only as backend='math'",
     ]
 

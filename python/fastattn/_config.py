@@ -11,12 +11,21 @@ from typing import TextIO
 import numpy as np
 
 from fastattn._threads import num_threads_and_source
+from fastattn.backends import triton
 
-VARIABLES = ("FASTATTN_ISA", "FASTATTN_NUM_THREADS", "FASTATTN_BACKEND", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+VARIABLES = (
+    "FASTATTN_ISA",
+    "FASTATTN_NUM_THREADS",
+    "FASTATTN_BACKEND",
+    "FASTATTN_DEBUG",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "TRITON_INTERPRET",
+)
 
 
 def show_config(file: TextIO | None = None) -> None:
-    """Print the build, the CPU, the instruction set chosen, the OpenMP runtime and the threads.
+    """Print the build, the CPU, the instruction set chosen, the OpenMP runtime, the threads and the GPUs.
 
     Parameters
     ----------
@@ -38,7 +47,22 @@ def config() -> dict[str, str]:
         "triton": _version("triton"),
         **_extension(),
         "threads": f"{threads} (from {source})",
+        **_gpus(),
         "environment": ", ".join(variables) or "none of " + ", ".join(VARIABLES),
+    }
+
+
+def _gpus() -> dict[str, str]:
+    """Each GPU that torch finds, and why no kernel can run on it, if none can."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return {"GPU": "not looked for: torch is not loaded"}
+    if not torch.cuda.is_available():
+        return {"GPU": "none: " + triton.NO_GPU}
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return {
+        f"GPU {device.index}": "; ".join([triton.device_name(device), *triton.missing(device)])
+        for device in devices
     }
 
 

@@ -12,12 +12,17 @@ from fastattn.backends.base import Backend, ComposingBackend, DifferentiableBack
 from fastattn.backends.cpu import CpuBackend
 from fastattn.backends.math import MathBackend
 from fastattn.backends.reference import ReferenceBackend
+from fastattn.backends.triton import TritonBackend
 from fastattn.problem import AttentionProblem
 
 COMPOSING: dict[str, ComposingBackend] = {"math": MathBackend()}
-BACKENDS: dict[str, Backend] = {"cpu": CpuBackend(), "reference": ReferenceBackend(), **COMPOSING}
-AUTOMATIC = ("cpu",)  # in order of preference; any other runs only when named
-PLANNED = ("triton",)
+BACKENDS: dict[str, Backend] = {
+    "cpu": CpuBackend(),
+    "triton": TritonBackend(),
+    "reference": ReferenceBackend(),
+    **COMPOSING,
+}
+AUTOMATIC = ("cpu", "triton")  # in order of preference; any other runs only when named
 
 
 class Choice(NamedTuple):
@@ -34,8 +39,6 @@ def candidates(name: Any) -> tuple[str, ...]:
     ------
     TypeError, ValueError
         If `name`, or ``FASTATTN_BACKEND`` where `name` is None, is no backend's name.
-    NotImplementedError
-        If it is the name of a backend to come.
     """
     if name is None:
         return _default_candidates()
@@ -125,9 +128,7 @@ def _default_candidates() -> tuple[str, ...]:
 
 
 def _named(source: str, name: str) -> tuple[str, ...]:
-    known = ", ".join(map(repr, BACKENDS))
-    if name in PLANNED:
-        raise NotImplementedError(f"{source}={name!r} is not there yet; expected one of {known}")
     if name not in BACKENDS:
+        known = ", ".join(map(repr, BACKENDS))
         raise ValueError(f"{source}={name!r} is unknown; expected one of {known}")
     return (name,)

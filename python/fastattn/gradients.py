@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastattn.arrays import Array, ArrayLibrary, Strided
+from fastattn.arrays import Array, Strided, in_dtype_of
 from fastattn.backends.base import DifferentiableBackend
 from fastattn.outputs import Gradients, Outputs
 from fastattn.problem import AttentionProblem
@@ -30,7 +30,7 @@ def backward(
     """
     view = problem.library.view
     incoming = Outputs(
-        _zeros(problem, problem.out_shape, problem.dtype)
+        problem.library.zeros(problem.out_shape, problem.dtype, problem.query.array)
         if grad_out is None
         else canonical(problem, "grad_out", grad_out),
         None if grad_lse is None else view("grad_lse", grad_lse),
@@ -42,16 +42,16 @@ def backward(
     results = [None if view is None else view.array for view in memory]
     if memory.bias is not None:
         assert problem.bias is not None
-        results[NAMES.index("bias")] = problem.library.as_given(memory.bias.array, problem.bias.array)
+        results[NAMES.index("bias")] = in_dtype_of(problem.bias.array, memory.bias.array)
     return results
 
 
-def as_given(library: ArrayLibrary, table: Array | None, given: Any) -> Array | None:
-    """The gradient of slopes or sinks in the shape of `given`, and in its dtype if it is an array."""
+def as_given(table: Array | None, given: Any) -> Array | None:
+    """The gradient of slopes or sinks in the shape of `given`; if that is an array, also in its dtype."""
     if table is None:
         return None
     each = given.ndim == 2 if hasattr(given, "ndim") else isinstance(given[0], (tuple, list))
-    return library.as_given(table if each else table.sum(0), given)
+    return in_dtype_of(given, table if each else table.sum(0))
 
 
 def canonical(problem: AttentionProblem, name: str, array: Array) -> Strided:
@@ -62,14 +62,14 @@ def canonical(problem: AttentionProblem, name: str, array: Array) -> Strided:
 
 def _memory(problem: AttentionProblem, wanted: Sequence[bool]) -> Gradients:
     query, key, value, bias, slopes, sinks = wanted
-    table = problem.query.shape[:2]
+    zeros, like, table = problem.library.zeros, problem.query.array, problem.query.shape[:2]
     return Gradients(
         _empty_like(problem, problem.query) if query else None,
         _empty_like(problem, problem.key) if key else None,
         _empty_like(problem, problem.value) if value else None,
         _bias_memory(problem) if bias else None,
-        _zeros(problem, table, "float64") if slopes else None,
-        _zeros(problem, table, "float64") if sinks else None,
+        zeros(table, "float64", like) if slopes else None,
+        zeros(table, "float64", like) if sinks else None,
     )
 
 
@@ -83,13 +83,8 @@ def _empty_like(problem: AttentionProblem, view: Strided) -> Strided:
 
 def _bias_memory(problem: AttentionProblem) -> Strided:
     assert problem.bias is not None
-    summed = _zeros(problem, tuple(problem.bias.array.shape), problem.lse_dtype)
+    shape = tuple(problem.bias.array.shape)
+    summed = problem.library.zeros(shape, problem.lse_dtype, problem.query.array)
     expanded = summed.broadcast_to(problem.scores_shape)
     assert expanded is not None
     return expanded
-
-
-def _zeros(problem: AttentionProblem, shape: tuple[int, ...], dtype: str) -> Strided:
-    view = problem.library.empty(shape, dtype, problem.query.array)
-    view.numpy()[...] = 0
-    return view

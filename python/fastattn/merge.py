@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,7 +33,8 @@ def merge_states(
     Returns
     -------
     out, lse : arrays
-        In the dtypes of `out_a` and `lse_a`; computed in float64 and rounded once.
+        In the dtypes of `out_a` and `lse_a`; computed in float64, on a GPU in the dtype of `lse_a`, and
+        rounded once.
 
     Raises
     ------
@@ -40,7 +43,7 @@ def merge_states(
     ValueError
         For shapes that do not fit.
     RuntimeError
-        For tensors on other devices than the CPU, or that require grad.
+        For tensors on different devices, or that require grad.
 
     References
     ----------
@@ -51,11 +54,15 @@ def merge_states(
     a, log_a = library.view("out_a", out_a), library.view("lse_a", lse_a)
     b, log_b = library.view("out_b", out_b), library.view("lse_b", lse_b)
     _check_dtypes(a, log_a, b, log_b)
-    out, lse = library.empty(a.shape, a.dtype, out_a), library.empty(log_a.shape, log_a.dtype, lse_a)
-    canonical = out
-    if layout == "bshd" and len(a.shape) == len(b.shape) == 4:
-        a, b, canonical = a.swap_heads_and_rows(), b.swap_heads_and_rows(), out.swap_heads_and_rows()
+    swapped = layout == "bshd" and len(a.shape) == len(b.shape) == 4
+    if swapped:
+        a, b = a.swap_heads_and_rows(), b.swap_heads_and_rows()
     _check_shapes(a, log_a, b, log_b)
+    if not library.on_host:
+        return _merge_tensors(a.array, log_a.array, b.array, log_b.array, swapped)
+    out = library.empty(tuple(out_a.shape), a.dtype, out_a)
+    lse = library.empty(log_a.shape, log_a.dtype, lse_a)
+    canonical = out.swap_heads_and_rows() if swapped else out
     merged, merged_log = _merge(a.read(), log_a.read(), b.read(), log_b.read())
     canonical.write(..., merged)
     lse.write(..., merged_log)
@@ -75,6 +82,23 @@ def _merge(
         # Where one side holds no keys its output is not read, and the other side's comes through unchanged.
         parts += np.where(weight[..., None] == 0, 0, (weight / total)[..., None] * part)
     return parts, highest + np.log(total)
+
+
+def _merge_tensors(a: Any, log_a: Any, b: Any, log_b: Any, swapped: bool) -> tuple[Any, Any]:
+    """The same by operations of torch, which wait for nothing."""
+    import torch
+
+    highest = torch.maximum(log_a, log_b)
+    highest = highest.masked_fill(highest == -torch.inf, 0)
+    weight_a, weight_b = torch.exp(log_a - highest), torch.exp(log_b - highest)
+    total = weight_a + weight_b
+    out: Any = 0
+    for part, weight in (a, weight_a), (b, weight_b):
+        share = (weight / total).masked_fill(weight == 0, 0)[..., None]
+        if swapped:
+            share = share.transpose(1, 2)
+        out = out + torch.where(share == 0, 0, share * part)
+    return out.to(a.dtype), highest + torch.log(total)
 
 
 def _check_dtypes(a: Strided, log_a: Strided, b: Strided, log_b: Strided) -> None:

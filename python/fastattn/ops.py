@@ -161,7 +161,7 @@ def backward(
     grads = gradients.backward(differentiable, problem, out, lse, dout, dlse, None, flags)
     for at, name in enumerate(gradients.NAMES):
         if name in ("alibi_slopes", "sinks"):
-            grads[at] = gradients.as_given(problem.library, grads[at], options[name])
+            grads[at] = gradients.as_given(grads[at], options[name])
     return Gradients(*grads)
 
 

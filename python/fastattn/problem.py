@@ -9,12 +9,15 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn._flags import flag
 from fastattn.arrays import FLOATS, INTEGERS, NUMPY, Array, ArrayLibrary, Strided, library_of, type_name
 
 Causal: TypeAlias = bool | Literal["bottom_right", "top_left"]
 Layout: TypeAlias = Literal["bhsd", "bshd"]
 Window: TypeAlias = tuple[int | None, int | None]
 Shape: TypeAlias = tuple[int, ...]
+# An NDArray of checked values; of a tensor on a GPU that tensor itself, whose values nobody has looked at.
+Vector: TypeAlias = Any
 
 UNBOUNDED = 1 << 62  # a window bound that never cuts; the same in csrc/params.h
 MAX_OFFSET = 1 << 60  # row + offset + UNBOUNDED stays within int64
@@ -35,16 +38,16 @@ class AttentionProblem(NamedTuple):
     value: Strided  # (B, Hkv, Lk, Dv)
     mask: Strided | None  # (B, Hq, Lq, Lk), bool, strides of 0 where broadcast
     bias: Strided | None  # (B, Hq, Lq, Lk), query's dtype or float32, strides of 0 where broadcast
-    kv_lengths: NDArray[np.int64] | None  # (B,)
-    query_offset: int | NDArray[np.int64]  # one for the whole batch, or (B,)
+    kv_lengths: Vector | None  # (B,), int64
+    query_offset: int | Vector  # one for the whole batch, or (B,), int64
     window_left: int
     window_right: int
-    alibi_slopes: NDArray[np.float64] | None  # (B, Hq)
-    sinks: NDArray[np.float64] | None  # (Hq,)
+    alibi_slopes: Vector | None  # (B, Hq), float64; on a GPU as given
+    sinks: Vector | None  # (Hq,), float64
     softcap: float  # 0: none
     scale: float
     dropout_p: float = 0.0
-    dropout_seed: int | None = None  # of 64 bits; None: `seeded` draws it
+    dropout_seed: Any = None  # of 64 bits; on a GPU it may be a tensor, (), int64; None: `seeded` draws it
     dropout_offset: int = 0  # of 32 bits
     alibi_slopes_given: Any = None  # as they came, for a backend that differentiates
     sinks_given: Any = None
@@ -67,7 +70,7 @@ class AttentionProblem(NamedTuple):
         softcap: float = 0.0,
         scale: float | None = None,
         dropout_p: float = 0.0,
-        dropout_seed: int | None = None,
+        dropout_seed: Any = None,
         dropout_offset: int = 0,
         layout: Layout = "bhsd",
         composed: bool = False,
@@ -104,7 +107,7 @@ class AttentionProblem(NamedTuple):
             check_softcap(softcap),
             1.0 / math.sqrt(head_dim) if scale is None else check_real("scale", scale),
             check_dropout_p(dropout_p),
-            None if dropout_seed is None else check_word("dropout_seed", dropout_seed, 64),
+            None if dropout_seed is None else _seed(library, dropout_seed),
             check_word("dropout_offset", dropout_offset, 32),
             alibi_slopes,
             sinks,
@@ -115,6 +118,14 @@ class AttentionProblem(NamedTuple):
         if self.dropout_p == 0 or self.dropout_seed is not None:
             return self
         return self._replace(dropout_seed=self.library.draw_seed(self.query.array))
+
+    def with_own_vectors(self) -> AttentionProblem:
+        """The same, with copies of what lies on a GPU and may be written to before a backward reads it."""
+        if self.library.on_host:
+            return self
+        names = "kv_lengths", "query_offset", "alibi_slopes", "sinks", "dropout_seed"
+        given = {name: getattr(self, name) for name in names}
+        return self._replace(**{name: x.clone() for name, x in given.items() if hasattr(x, "clone")})
 
     def without_tensors(self) -> AttentionProblem:
         """The same rules with nothing that keeps a tensor alive."""
@@ -265,53 +276,75 @@ def _broadcast(name: str, view: Strided, shape: Shape) -> Strided:
     return expanded
 
 
-def _kv_lengths(library: ArrayLibrary, lengths: Any, batch: int, seqlen_k: int) -> NDArray[np.int64]:
-    values = _vector("kv_lengths", library, lengths, INTEGERS, [(batch,)])
+def _kv_lengths(library: ArrayLibrary, lengths: Any, batch: int, seqlen_k: int) -> Vector:
+    values, kept = _vector("kv_lengths", library, lengths, INTEGERS, [(batch,)])
     wrong = np.flatnonzero((values < 0) | (values > seqlen_k))
     if wrong.size:
         at = wrong[0]
         got = f"{values[at]} at index {at}"
         raise ValueError(f"kv_lengths must be from 0 to key's length {seqlen_k}, got {got}")
-    return values.astype(np.int64)
+    return values.astype(np.int64) if kept is None else kept
 
 
-def _query_offset(library: ArrayLibrary, offset: Any, batch: int) -> int | NDArray[np.int64]:
+def _query_offset(library: ArrayLibrary, offset: Any, batch: int) -> int | Vector:
     single = _is_integer(offset)
-    values = np.array(offset) if single else _vector("query_offset", library, offset, INTEGERS, [(batch,)])
+    if single:
+        values, kept = np.array(offset), None
+    else:
+        values, kept = _vector("query_offset", library, offset, INTEGERS, [(batch,)])
     for extreme in (int(values.min(initial=0)), int(values.max(initial=0))):
         if abs(extreme) > MAX_OFFSET:
             raise ValueError(f"query_offset must be within 2**60 of 0, got {extreme}")
-    return int(offset) if single else values.astype(np.int64)
+    if single:
+        return int(offset)
+    return values.astype(np.int64) if kept is None else kept
 
 
-def _alibi_slopes(library: ArrayLibrary, slopes: Any, batch: int, heads: int) -> NDArray[np.float64]:
-    values = _vector("alibi_slopes", library, slopes, FLOATS + INTEGERS, [(heads,), (batch, heads)])
+def _alibi_slopes(library: ArrayLibrary, slopes: Any, batch: int, heads: int) -> Vector:
+    values, kept = _vector("alibi_slopes", library, slopes, FLOATS + INTEGERS, [(heads,), (batch, heads)])
     if not np.isfinite(values).all():
         raise ValueError(f"alibi_slopes must be finite, got {values[~np.isfinite(values)][0]}")
-    return np.broadcast_to(values.astype(np.float64), (batch, heads))
+    return np.broadcast_to(values.astype(np.float64), (batch, heads)) if kept is None else kept
 
 
-def _sinks(library: ArrayLibrary, sinks: Any, heads: int) -> NDArray[np.float64]:
-    values = _vector("sinks", library, sinks, FLOATS + INTEGERS, [(heads,)])
+def _sinks(library: ArrayLibrary, sinks: Any, heads: int) -> Vector:
+    values, kept = _vector("sinks", library, sinks, FLOATS + INTEGERS, [(heads,)])
     wrong = np.isnan(values) | (values == np.inf)
     if wrong.any():
         raise ValueError(f"sinks must be finite, or -inf for a head without one, got {values[wrong][0]}")
-    return values.astype(np.float64)
+    return values.astype(np.float64) if kept is None else kept
 
 
 def _vector(
     name: str, library: ArrayLibrary, value: Any, dtypes: tuple[str, ...], shapes: list[Shape]
-) -> NDArray[Any]:
-    """Copy a short argument out of an array or a sequence: what is checked then is what a kernel reads."""
+) -> tuple[NDArray[Any], Array | None]:
+    """Copy a short argument out of an array or a sequence: what is checked then is what a kernel reads.
+
+    A tensor that is kept on its device comes back as such, beside the values to check: none, but for
+    ``FASTATTN_DEBUG=1``, since to read them is to wait for the device. Kernels stay in bounds with any.
+    """
     if isinstance(value, (tuple, list)):
         library, value = NUMPY, _listed(name, value)
-    view = library.readable(name, value)
+    kept = library.keeps(value)
+    view = library.view(name, value) if kept else library.readable(name, value)
     if view.dtype not in dtypes:
         expected = "integers" if dtypes is INTEGERS else "real numbers"
         raise TypeError(f"{name} must hold {expected}, got {view.dtype}")
     if view.shape not in shapes:
         raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {view.shape}")
-    return view.read()
+    if not kept:
+        return view.read(), None
+    return library.readable(name, value).read() if flag("FASTATTN_DEBUG") else np.empty(0), view.array
+
+
+def _seed(library: ArrayLibrary, seed: Any) -> Any:
+    if not library.keeps(seed):
+        return check_word("dropout_seed", seed, 64)
+    view = library.view("dropout_seed", seed)
+    if view.dtype != "int64" or view.shape != ():
+        got = f"{view.dtype} of shape {view.shape}"
+        raise TypeError(f"dropout_seed must be an integer, or a tensor of one int64, got {got}")
+    return view.array
 
 
 def _listed(name: str, values: Any) -> NDArray[Any]:

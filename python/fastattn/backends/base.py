@@ -40,3 +40,11 @@ class ComposingBackend(Backend, Protocol):
         self, problem: AttentionProblem, return_lse: bool, return_weights: bool
     ) -> tuple[Array, Array | None, Array | None]:
         """Return out in the caller's layout, lse and weights; called in place of `run` if there is no out."""
+
+
+def elsewhere(problem: AttentionProblem) -> list[str]:
+    """The reason, if there is one, of a backend that reads memory from the CPU."""
+    if problem.library.on_host:
+        return []
+    device = problem.query.array.device
+    return [f"the tensors are on device '{device}', expected 'cpu'"]

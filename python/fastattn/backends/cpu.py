@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fastattn._threads import resolve_num_threads
 from fastattn.arrays import NUMPY, Strided
+from fastattn.backends.base import elsewhere
 from fastattn.outputs import Gradients, Outputs
 from fastattn.problem import AttentionProblem
 
@@ -34,8 +35,10 @@ class CpuBackend:
     name = "cpu"
 
     def supports(self, problem: AttentionProblem) -> list[str]:
-        """Name a missing extension, or a head dimension that the register tiles do not reach."""
-        reasons = [_missing] if _missing else []
+        """Name memory elsewhere, a missing extension, or a head dimension beyond the register tiles."""
+        reasons = elsewhere(problem)
+        if _missing:
+            reasons.append(_missing)
         if problem.query.shape[3] > MAX_HEAD_DIM:
             reasons.append(f"head dimension {problem.query.shape[3]} is more than {MAX_HEAD_DIM}")
         if problem.value.shape[3] > MAX_VALUE_DIM:

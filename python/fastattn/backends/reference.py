@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastattn.backends.base import elsewhere
 from fastattn.outputs import Outputs
 from fastattn.problem import AttentionProblem
 from fastattn.reference import each_head
@@ -13,8 +14,8 @@ class ReferenceBackend:
     name = "reference"
 
     def supports(self, problem: AttentionProblem) -> list[str]:
-        """Anything goes."""
-        return []
+        """Anything goes that is in the memory of the CPU."""
+        return elsewhere(problem)
 
     def run(self, problem: AttentionProblem, outputs: Outputs) -> None:
         """Compute one head at a time and store it."""

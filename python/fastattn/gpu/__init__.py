@@ -1,1 +1,1 @@
-"""Triton kernels for GPUs, and Gluon kernels for Hopper. The package itself needs neither torch nor triton."""
+"""Triton kernels for GPUs, Gluon kernels for Hopper. The package itself needs neither torch nor triton."""

@@ -42,8 +42,6 @@ def forward(call: Call, out: Tensor, lse: Tensor | None) -> None:
     """Write `out` (B, Hq, Lq, Dv) and, unless it is None, `lse` (B, Hq, Lq), float32."""
     batch, heads, seqlen_q, head_dim = call.query.shape
     kv_heads, seqlen_k, value_dim = call.key.shape[1], call.key.shape[2], call.value.shape[3]
-    rules = rules_of(call)
-    plain = rules.softcap is None and rules.bias is None and rules.slopes is None and call.scale > 0
     settings = configs.forward(call)
     blocks = triton.cdiv(seqlen_q, settings["BLOCK_M"])
     kv_bytes = seqlen_k * (head_dim + value_dim) * call.key.element_size()
@@ -53,8 +51,8 @@ def forward(call: Call, out: Tensor, lse: Tensor | None) -> None:
         matrix(call.key),
         matrix(call.value),
         matrix(out),
-        None if lse is None else lse,
-        rules,
+        lse,
+        rules_of(call),
         batch * heads,
         heads,
         width,
@@ -65,10 +63,20 @@ def forward(call: Call, out: Tensor, lse: Tensor | None) -> None:
         VALUE_DIM=value_dim,
         BLOCK_DIM=configs.padded(head_dim),
         BLOCK_VALUE=configs.padded(value_dim),
-        PLAIN=plain,
-        PRECISION="tf32" if call.tf32 else "ieee",
+        PLAIN=is_plain(call),
+        PRECISION=precision(call),
         **settings,
     )
+
+
+def is_plain(call: Call) -> bool:
+    """Whether scores are products times a positive scale: the highest product is the highest score."""
+    return not call.softcap and call.bias is None and call.alibi_slopes is None and call.scale > 0
+
+
+def precision(call: Call) -> str:
+    """How products of float32 are rounded."""
+    return "tf32" if call.tf32 else "ieee"
 
 
 @triton.jit
@@ -82,7 +90,7 @@ def block_and_head(blocks, batch_heads, width):
     return blocks - 1 - rank, section * width + rest - rank * here
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_heads", "heads", "width", "seqlen_q", "seqlen_k"])
 def forward_kernel(
     query,
     key,
@@ -108,42 +116,42 @@ def forward_kernel(
     """One block of queries of one head."""
     block, batch_head = block_and_head(tl.cdiv(seqlen_q, BLOCK_M), batch_heads, width)
     batch, head = batch_head // heads, batch_head % heads
+    kv_head = head // GROUP
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = load_rows(head_base(query, batch, head), query, rows, seqlen_q, HEAD_DIM, BLOCK_DIM, False, True)
+    q = load_rows(
+        head_base(query, batch, head),
+        query,
+        block * BLOCK_M,
+        seqlen_q,
+        BLOCK_M,
+        HEAD_DIM,
+        BLOCK_DIM,
+        False,
+        True,
+    )
     count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
     last = tl.minimum(block * BLOCK_M + BLOCK_M, seqlen_q) - 1
     start, inner_start, inner_end, end = key_ranges(block * BLOCK_M, last, offset, count, rules, BLOCK_N)
-    if rules.mask is not None:  # every tile has to ask it
-        inner_start = end
-        inner_end = end
 
-    level = tl.full([BLOCK_M], -INF, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_VALUE], tl.float32)
-    if rules.left is not None or rules.mask is not None:
-        level, total, acc = attend(
-            level, total, acc, q, key, value, rules, batch, head, heads, rows, start, inner_start,
-            seqlen_q, offset, count, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, True,
-        )  # fmt: skip
-    level, total, acc = attend(
-        level, total, acc, q, key, value, rules, batch, head, heads, rows, inner_start, inner_end,
-        seqlen_q, offset, count, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, False,
+    level, total, acc = attend_all(
+        q, key, value, rules, batch, head, batch_head, kv_head, rows, start, inner_start, inner_end, end,
+        seqlen_q, offset, count, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION,
+        BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    level, total, acc = attend(
-        level, total, acc, q, key, value, rules, batch, head, heads, rows, inner_end, end,
-        seqlen_q, offset, count, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, True,
-    )  # fmt: skip
-    if PLAIN:
-        level = level * rules.scale
     if rules.sinks is not None:
         level, total, acc = with_sink(level, total, acc, tl.load(rules.sinks + head))
-    some = total != 0  # NaN is something
-    total = tl.where(some, total, 1.0)
-    acc = acc / total[:, None]
+    acc, row_lse = normalised(level, total, acc)
     store_rows(head_base(out, batch, head), out, rows, seqlen_q, acc, VALUE_DIM, BLOCK_VALUE)
     if lse is not None:
-        at = lse + batch_head.to(tl.int64) * seqlen_q + rows
-        tl.store(at, tl.where(some, level + LN2 * tl.log2(total), -INF), mask=rows < seqlen_q)
+        tl.store(lse + batch_head.to(tl.int64) * seqlen_q + rows, row_lse, mask=rows < seqlen_q)
+
+
+@triton.jit
+def normalised(level, total, acc):
+    """Weighted means and log-sum-exps of rows; 0 and -inf for a row that attends to nothing."""
+    some = total != 0  # NaN is something
+    total = tl.where(some, total, 1.0)
+    return acc / total[:, None], tl.where(some, level + LN2 * tl.log2(total), -INF)
 
 
 @triton.jit
@@ -153,6 +161,61 @@ def with_sink(level, total, acc, sink):
     reference = tl.where(highest == -INF, 0.0, highest)
     shrink = tl.exp2((level - reference) * LOG2E)
     return highest, total * shrink + tl.exp2((sink - reference) * LOG2E), acc * shrink[:, None]
+
+
+@triton.jit
+def attend_all(
+    q,
+    key,
+    value,
+    rules,
+    batch,
+    head,
+    batch_head,
+    kv_head,
+    rows,
+    start,
+    inner_start,
+    inner_end,
+    end,
+    seqlen_q,
+    offset,
+    count,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    PLAIN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Attend to the ranges of `key_ranges`: highest score of each row (natural units), sum, weighted values.
+
+    The rows may be of several heads: `head` and `batch_head` are scalars, or (BLOCK_M, 1), one for each row.
+    """
+    level = tl.full([BLOCK_M], -INF, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_VALUE], tl.float32)
+    if rules.left is not None:
+        level, total, acc = attend(
+            level, total, acc, q, key, value, rules, batch, head, batch_head, kv_head, rows,
+            start, inner_start, seqlen_q, offset, count,
+            HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, True,
+        )  # fmt: skip
+    level, total, acc = attend(
+        level, total, acc, q, key, value, rules, batch, head, batch_head, kv_head, rows,
+        inner_start, inner_end, seqlen_q, offset, count,
+        HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, False,
+    )  # fmt: skip
+    level, total, acc = attend(
+        level, total, acc, q, key, value, rules, batch, head, batch_head, kv_head, rows,
+        inner_end, end, seqlen_q, offset, count,
+        HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, True,
+    )  # fmt: skip
+    if PLAIN:
+        level = level * rules.scale
+    return level, total, acc
 
 
 @triton.jit
@@ -166,14 +229,14 @@ def attend(
     rules,
     batch,
     head,
-    heads,
+    batch_head,
+    kv_head,
     rows,
     start,
     end,
     seqlen_q,
     offset,
     count,
-    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -184,12 +247,12 @@ def attend(
     CHECKED: tl.constexpr,
 ):
     """Go over the keys [start, end). `level` is the highest score so far, before its scale if PLAIN."""
-    key_base, value_base = head_base(key, batch, head // GROUP), head_base(value, batch, head // GROUP)
+    key_base, value_base = head_base(key, batch, kv_head), head_base(value, batch, kv_head)
     factor = rules.scale * LOG2E if PLAIN else LOG2E
     for first in tl.range(start, end, BLOCK_N):
         first = tl.multiple_of(first, BLOCK_N)
         keys = first + tl.arange(0, BLOCK_N)
-        k = load_rows(key_base, key, keys, count, HEAD_DIM, BLOCK_DIM, True, CHECKED)
+        k = load_rows(key_base, key, first, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, True, CHECKED)
         scores = tl.dot(q, k, input_precision=PRECISION)
         if not PLAIN:
             scores = adjusted(
@@ -207,8 +270,8 @@ def attend(
         shrink = tl.exp2((level - reference) * factor)
         total = total * shrink + tl.sum(p, 1)
         if rules.dropout_scale is not None:
-            p = p * dropout_factors(rules, batch * heads + head, rows, first, BLOCK_N, False)
-        v = load_rows(value_base, value, keys, count, VALUE_DIM, BLOCK_VALUE, False, CHECKED)
+            p = p * dropout_factors(rules, batch_head, rows, first, BLOCK_N, False)
+        v = load_rows(value_base, value, first, count, BLOCK_N, VALUE_DIM, BLOCK_VALUE, False, CHECKED)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         level = highest
     return level, total, acc

@@ -63,7 +63,6 @@ def rules_of(call: Call) -> Rules:
     """What `call` asks for besides the products."""
     slopes, mask, dropout = call.alibi_slopes, call.mask, call.dropout_p > 0
     seed = call.dropout_seed
-    drawn = not isinstance(seed, int)
     return Rules(
         call.scale,
         call.softcap or None,
@@ -78,8 +77,8 @@ def rules_of(call: Call) -> Rules:
         None if slopes is None else slopes.stride(0),
         None if slopes is None else slopes.stride(1),
         call.sinks,
-        _signed(seed, 64) if dropout and not drawn else None,
-        seed if dropout and drawn else None,
+        _signed(seed, 64) if dropout and isinstance(seed, int) else None,
+        seed if dropout and not isinstance(seed, int) else None,
         _signed(call.dropout_offset, 32) if dropout else None,
         math.ceil(call.dropout_p * 2.0**32) if dropout else None,
         (1 / (1 - call.dropout_p) if call.dropout_p < 1 else 0.0) if dropout else None,
@@ -88,7 +87,8 @@ def rules_of(call: Call) -> Rules:
 
 def _signed(word: int, bits: int) -> int:
     """The number whose two's complement `word` is: unsigned arguments would be typed by their size."""
-    return (word + 2 ** (bits - 1)) % 2**bits - 2 ** (bits - 1)
+    half = 1 << bits - 1
+    return (word + half) % (2 * half) - half
 
 
 @triton.jit
@@ -107,25 +107,30 @@ def places(base, matrix, rows, columns):
 def load_rows(
     base,
     matrix,
-    rows,
+    first,
     count,
+    BLOCK: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     CHECKED: tl.constexpr,
 ):
-    """Load (rows, BLOCK_DIM), or its transpose; 0 past DIM, and past `count` rows if CHECKED."""
-    columns = tl.arange(0, BLOCK_DIM)
+    """Load (BLOCK, BLOCK_DIM) from row `first`, or the transpose; 0 past DIM, and past `count` if CHECKED."""
+    # Places are computed anew for each tile: with the part that stays the same hoisted out of a loop, ptxas
+    # (12.8) orders the products of a Hopper one after another, and the kernel loses a tenth.
+    rows, columns = first + tl.arange(0, BLOCK), tl.arange(0, BLOCK_DIM)
     r = rows[None, :] if TRANSPOSED else rows[:, None]
     c = columns[:, None] if TRANSPOSED else columns[None, :]
     at = places(base, matrix, r, c)
     if CHECKED and BLOCK_DIM != DIM:
-        return tl.load(at, mask=(r < count) & (c < DIM), other=0.0)
-    if CHECKED:
-        return tl.load(at, mask=r < count, other=0.0)
-    if BLOCK_DIM != DIM:
-        return tl.load(at, mask=c < DIM, other=0.0)
-    return tl.load(at)
+        tile = tl.load(at, mask=(r < count) & (c < DIM), other=0.0)
+    elif CHECKED:
+        tile = tl.load(at, mask=r < count, other=0.0)
+    elif BLOCK_DIM != DIM:
+        tile = tl.load(at, mask=c < DIM, other=0.0)
+    else:
+        tile = tl.load(at)
+    return tile
 
 
 @triton.jit
@@ -141,17 +146,21 @@ def store_rows(base, matrix, rows, count, values, DIM: tl.constexpr, BLOCK_DIM: 
 def key_count(rules, batch, seqlen_k):
     """How many keys the sequence has; no stored length leads past the end."""
     if rules.lengths is None:
-        return seqlen_k
-    length = tl.load(rules.lengths + batch)
-    return tl.minimum(tl.maximum(length, 0), seqlen_k).to(tl.int32)
+        count = seqlen_k
+    else:
+        length = tl.load(rules.lengths + batch)
+        count = tl.minimum(tl.maximum(length, 0), seqlen_k).to(tl.int32)
+    return count
 
 
 @triton.jit
 def query_offset(rules, batch):
     """The key position at which query 0 stands."""
     if rules.offsets is None:
-        return rules.offset
-    return tl.load(rules.offsets + batch)
+        offset = rules.offset
+    else:
+        offset = tl.load(rules.offsets + batch)
+    return offset
 
 
 @triton.jit
@@ -175,7 +184,11 @@ def key_ranges(first, last, offset, count, rules, BLOCK_N: tl.constexpr):
         inner_start = (inner_start + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     inner_end = inner_end // BLOCK_N * BLOCK_N
     inner_start = tl.minimum(inner_start, (end + BLOCK_N - 1) // BLOCK_N * BLOCK_N)
-    return start, inner_start, tl.maximum(inner_end, inner_start), end
+    inner_end = tl.maximum(inner_end, inner_start)
+    if rules.mask is not None:  # every tile has to ask it
+        inner_start = start
+        inner_end = start
+    return start, inner_start, inner_end, end
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 """``torch.nn.functional.scaled_dot_product_attention``, with torch's arguments, computed by fastattn.
 
-What fastattn can serve, tensors on the CPU of one floating dtype whose shapes fit, is rearranged into a call
-of `fastattn.attention`. Everything else is torch's own: other devices, what only torch's machinery
-understands (subclasses, transforms), and every input that torch refuses, so that it is refused in
-torch's words.
+What fastattn can serve, tensors of one floating dtype whose shapes fit, on the CPU or on a GPU that it has
+kernels for, is rearranged into a call of `fastattn.attention`. Everything else is torch's own: other devices,
+what only torch's machinery understands (subclasses, transforms), and every input that torch refuses, so that
+it is refused in torch's words.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._device import DeviceContext
 
+from fastattn.backends import triton
 from fastattn.functional import attention
 
 _torch_sdpa = torch._C._nn.scaled_dot_product_attention
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _TRACED = (FakeTensor, FunctionalTensor)  # what stands for them in a trace
-_WIDEST = 512  # head dimensions that every kernel reaches; a trace cannot try and see
+# Head dimensions that every kernel reaches: a trace cannot try and see, and on a GPU torch has its own.
+_WIDEST = {"cpu": 512, "cuda": triton.MAX_HEAD_DIM}
 
 Size = tuple[int, ...]
 
@@ -75,10 +77,11 @@ def scaled_dot_product_attention(
 
     Notes
     -----
-    Torch's own function computes calls on tensors that are not on the CPU, of a subclass, nested, sparse or
-    of other dtypes; under forward-mode differentiation, ``torch.func``, ``torch.jit.trace`` and modes that
-    watch operations; in compiled code with head dimensions above 512; and with heads or head dimensions of
-    size 0, or a scale that is not finite.
+    Torch's own function computes calls on tensors of a subclass, nested, sparse or of other dtypes; under
+    forward-mode differentiation, ``torch.func``, ``torch.jit.trace`` and modes that watch operations; in
+    compiled code with head dimensions above 512; and with heads or head dimensions of size 0, or a scale that
+    is not finite. On a GPU also float64, head dimensions above 256, and everything where there are no kernels
+    for it: `fastattn.explain` says why. On other devices everything.
     `fastattn.attention` with ``backend="math"`` computes what its kernels do not take.
 
     See Also
@@ -106,7 +109,14 @@ def scaled_dot_product_attention(
         return _torch_sdpa(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    out = _attend(call, float(dropout_p), is_causal, scale)
+    try:
+        out = _attend(call, float(dropout_p), is_causal, scale)
+    except NotImplementedError:  # no kernel for it
+        if not query.is_cpu:
+            return _torch_sdpa(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        out = _attend(call, float(dropout_p), is_causal, scale, backend="math")
     return out if out.ndim == len(call.out_shape) else out.reshape(call.out_shape)
 
 
@@ -120,7 +130,9 @@ class _Call(NamedTuple):
     out_shape: Size
 
 
-def _attend(call: _Call, dropout_p: float, is_causal: bool, scale: float | None) -> Tensor:
+def _attend(
+    call: _Call, dropout_p: float, is_causal: bool, scale: float | None, backend: str | None = None
+) -> Tensor:
     query, key, value, mask, _ = call
     causal: Any = "top_left" if is_causal and query.shape[2] != key.shape[2] else is_causal
     arguments: dict[str, Any] = {"causal": causal, "scale": scale}
@@ -134,32 +146,40 @@ def _attend(call: _Call, dropout_p: float, is_causal: bool, scale: float | None)
         arguments["mask" if mask.dtype is torch.bool else "bias"] = mask
     if dropout_p:
         arguments["dropout_p"] = dropout_p
-    try:
-        out: Tensor = attention(query, key, value, **arguments)
-    except NotImplementedError:  # no kernel for it; operations of torch will do, as they do for torch
-        out = attention(query, key, value, **(arguments | {"backend": "math"}))
+    if backend:
+        arguments["backend"] = backend
+    out: Tensor = attention(query, key, value, **arguments)
     return out.transpose(1, 2) if by_rows else out
 
 
 def _is_ordinary(*tensors: Tensor) -> bool:
-    """Whether these are dense tensors of the CPU, and nothing but a compiler looks at them."""
+    """Whether these are dense tensors where there are kernels, and nothing but a compiler looks at them."""
     compiled = torch.compiler.is_compiling()
     for tensor in tensors:
         if type(tensor) not in _PLAIN and not (compiled and type(tensor) in _TRACED):
             return False
-        if not tensor.is_cpu:
+        if tensor.device != tensors[0].device:
             return False
         if tensor.layout is not torch.strided or tensor.is_nested:
             return False
-    if compiled:
-        return all(tensor.shape[-1] <= _WIDEST for tensor in tensors[:3] if tensor.ndim)
-    return not (
+    if (compiled or not tensors[0].is_cpu) and not _is_reached(*tensors[:3]):
+        return False
+    return compiled or not (
         torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
         or (torch._C._is_torch_function_mode_enabled() and _is_watched())
     )
+
+
+def _is_reached(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether there is a kernel for tensors of these sizes, where they are."""
+    on_gpu = not query.is_cpu
+    if on_gpu and (query.dtype is torch.float64 or not triton.serves(query.device)):
+        return False
+    widest = _WIDEST["cuda" if on_gpu else "cpu"]
+    return all(tensor.shape[-1] <= widest for tensor in (query, key, value) if tensor.ndim)
 
 
 def _is_watched() -> bool:
@@ -169,10 +189,12 @@ def _is_watched() -> bool:
 
 
 def as_autocast_would(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Cast as torch's function casts its arguments under ``torch.autocast("cpu")``."""
-    if not torch.is_autocast_enabled("cpu"):
+    """Cast as torch's function casts its arguments under ``torch.autocast``."""
+    device = next(tensor for tensor in tensors if tensor is not None).device.type
+    available = device == "cpu" or torch.amp.is_autocast_available(device)
+    if not available or not torch.is_autocast_enabled(device):
         return tensors
-    dtype = torch.get_autocast_dtype("cpu")
+    dtype = torch.get_autocast_dtype(device)
     return tuple(
         tensor.to(dtype)
         if tensor is not None and tensor.is_floating_point() and tensor.dtype is not torch.float64

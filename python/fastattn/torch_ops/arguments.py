@@ -23,7 +23,7 @@ class Operands(NamedTuple):
     query_offsets: Tensor | None  # one for each sequence
     alibi_slopes: Tensor | None
     sinks: Tensor | None
-    drawn_seed: Tensor | None  # of dropout, (), int64
+    drawn_seed: Tensor | None  # of dropout, (), int64; on a GPU it stays there
 
 
 class Rules(NamedTuple):
@@ -75,7 +75,9 @@ def flatten(
     offsets = _table("query_offset", query_offset) if offset is None else None
     dropout_p = check_dropout_p(dropout_p)
     drawn = None
-    if dropout_seed is not None:
+    if isinstance(dropout_seed, Tensor) and not dropout_seed.is_cpu:
+        drawn, dropout_seed = dropout_seed, None
+    elif dropout_seed is not None:
         dropout_seed = _word("dropout_seed", dropout_seed, 64)
         if dropout_seed >= _UINT64 // 2:
             dropout_seed -= _UINT64
@@ -108,7 +110,9 @@ def flatten(
 
 def options_of(operands: Operands, rules: Rules) -> dict[str, Any]:
     """The keyword arguments of `AttentionProblem.from_arguments`, back again."""
-    seed = rules.dropout_seed if operands.drawn_seed is None else int(operands.drawn_seed)
+    seed: Any = None if rules.dropout_seed is None else rules.dropout_seed % _UINT64
+    if operands.drawn_seed is not None:
+        seed = int(operands.drawn_seed) if operands.drawn_seed.is_cpu else operands.drawn_seed
     window = (rules.window_left, rules.window_right)
     return {
         "causal": rules.causal or False,
@@ -122,7 +126,7 @@ def options_of(operands: Operands, rules: Rules) -> dict[str, Any]:
         "softcap": rules.softcap,
         "scale": rules.scale,
         "dropout_p": rules.dropout_p,
-        "dropout_seed": None if seed is None else seed % _UINT64,
+        "dropout_seed": seed,
         "dropout_offset": rules.dropout_offset,
         "layout": rules.layout,
     }
@@ -164,8 +168,8 @@ def _table(name: str, value: Any) -> Tensor | None:
     """A short argument: a tensor, or numbers that become one; they are checked when they are read."""
     if isinstance(value, (tuple, list)):
         if not value:
-            return torch.empty(0, dtype=torch.int64)
-        return torch.tensor(value, dtype=_wide(value))
+            return torch.empty(0, dtype=torch.int64, device="cpu")
+        return torch.tensor(value, dtype=_wide(value), device="cpu")
     return _tensor(name, value)
 
 

@@ -135,7 +135,7 @@ class _Attention(Function):
         outputs = prepare_outputs(problem, None, return_lse=True, return_weights=call.return_weights)
         ctx.backend.run(problem, outputs)
         out, lse, weights = (None if view is None else view.array for view in outputs)
-        ctx.problem = problem.without_tensors()
+        ctx.problem = problem.with_own_vectors().without_tensors()
         # Not with the problem: hooks see what a graph saves, and a change of it in place is noticed.
         ctx.save_for_backward(query, key, value, mask, bias, out, lse, weights)
         ctx.vectors = alibi_slopes, sinks
@@ -162,7 +162,7 @@ class _Attention(Function):
             )
             *grads, slopes, sinks = grads
             tables = [
-                gradients.as_given(problem.library, table, given)
+                gradients.as_given(table, given)
                 for table, given in zip((slopes, sinks), ctx.vectors, strict=True)
             ]
         grads += tables

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import gradients
-from fastattn.arrays import is_traced, torch_descriptions
+from fastattn import gradients, tensors
+from fastattn.arrays import ArrayLibrary, is_traced
 from fastattn.dispatch import candidates, choose, choose_differentiable, run_plain
 from fastattn.outputs import check_flags, prepare_outputs, returned
 from fastattn.problem import AttentionProblem, bias_view, mask_view, views
@@ -23,7 +23,6 @@ from fastattn.torch_ops import vmap
 from fastattn.torch_ops.arguments import OPERANDS, RULES, Operands, Rules, flatten, options_of
 from fastattn.torch_ops.graph import TWICE, with_weights
 
-_DESCRIBED = torch_descriptions(torch)
 _AT = 3 + len(Operands._fields)  # where the rules start, behind query, key, value
 
 _library: Any = torch.library.Library("fastattn", "DEF")  # type: ignore[no-untyped-call]
@@ -60,23 +59,23 @@ def attention(
 def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
-    tensors: tuple[Tensor, ...],
+    given: tuple[Tensor, ...],
     wanted: tuple[bool, ...],
     options: dict[str, Any],
 ) -> list[Tensor | None]:
     """Gradients by way of the operator, in the order of `gradients.NAMES`, as their arguments were given.
 
-    `tensors` are out, lse, query, key and value.
+    `given` holds out, lse, query, key and value.
     """
-    out, lse, query, key, value = tensors
+    out, lse, query, key, value = given
     operands, rules = flatten(query, **options)
     weights = query.new_empty(0)  # there are none
     arguments = (grad_out, grad_lse, None, out, lse, weights, query, key, value, *operands, *rules)
     *grads, slopes, sinks = _spread(_call_backward(*arguments, list(wanted)), wanted)
     return [
         *grads,
-        gradients.as_given(_DESCRIBED, slopes, options["alibi_slopes"]),
-        gradients.as_given(_DESCRIBED, sinks, options["sinks"]),
+        gradients.as_given(slopes, options["alibi_slopes"]),
+        gradients.as_given(sinks, options["sinks"]),
     ]
 
 
@@ -94,13 +93,14 @@ def _call_backward(*arguments: Any) -> Any:
     return torch.ops.fastattn.backward(*arguments)
 
 
-def is_watched(*tensors: object) -> bool:
+def is_watched(*arrays: Any) -> bool:
     """Whether something of torch wants to see operators, or there is no memory behind tensors."""
     return bool(
         is_transformed()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
-        or any(isinstance(tensor, torch._subclasses.FakeTensor) for tensor in tensors)
+        or any(isinstance(array, torch._subclasses.FakeTensor) for array in arrays)
+        or all(getattr(array, "is_meta", False) for array in arrays)
     )
 
 
@@ -136,6 +136,10 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Ten
     return results if return_weights else (*results, query.new_empty(0))
 
 
+def _described(tensor: Tensor) -> ArrayLibrary:
+    return tensors.descriptions(torch, tensor.device)
+
+
 def _is_plain(operands: Operands, rules: Rules) -> bool:
     if rules.causal == "top_left" or any(operand is not None for operand in operands):
         return False
@@ -154,13 +158,14 @@ def _split(rest: Any) -> tuple[Operands, Rules, Any]:
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     operands, rules, return_weights = _split(rest)
-    q, k, v = views(_DESCRIBED, query, key, value, rules.layout)
+    described = _described(query)
+    q, k, v = views(described, query, key, value, rules.layout)
     (batch, heads, rows, _), keys, columns = q.shape, k.shape[2], v.shape[3]
     scores = (batch, heads, rows, keys)
     if operands.mask is not None:
-        mask_view(_DESCRIBED, operands.mask, scores)
+        mask_view(described, operands.mask, scores)
     if operands.bias is not None:
-        bias_view(_DESCRIBED, operands.bias, q.dtype, scores)
+        bias_view(described, operands.bias, q.dtype, scores)
     shape = (batch, heads, rows, columns) if rules.layout == "bhsd" else (batch, rows, heads, columns)
     wide = torch.float64 if query.dtype is torch.float64 else torch.float32
     return (
@@ -226,8 +231,7 @@ def _differentiate(
     arguments = (grad_out, grad_lse, grad_weights, out, lse, weights, query, key, value, *rest, *ctx.rules)
     of = dict(zip(gradients.NAMES, _spread(_call_backward(*arguments, list(wanted)), wanted), strict=True))
     tables = {
-        name: gradients.as_given(_DESCRIBED, of[name], getattr(operands, name))
-        for name in ("alibi_slopes", "sinks")
+        name: gradients.as_given(of[name], getattr(operands, name)) for name in ("alibi_slopes", "sinks")
     }
     given = Operands(*[None] * len(rest))._replace(bias=of["bias"], **tables)
     return of["query"], of["key"], of["value"], *given, *[None] * (len(ctx.rules) + 1)
@@ -271,8 +275,9 @@ class _TransformedBackward(torch.autograd.Function):
         return tuple(torch.ops.fastattn.backward(*args))
 
 
-_library.impl("forward", _forward, "CPU")
-_library.impl("backward", _backward, "CPU")
+for _device in "CPU", "CUDA":
+    _library.impl("forward", _forward, _device)
+    _library.impl("backward", _backward, _device)
 torch.library.register_fake("fastattn::forward", _fake_forward, lib=_library)
 torch.library.register_fake("fastattn::backward", _fake_backward, lib=_library)
 torch.library.register_autograd("fastattn::forward", _differentiate, setup_context=_keep, lib=_library)

@@ -1,0 +1,189 @@
+"""Attention of few queries to many keys: the keys are divided among programs, and their results merged.
+
+The rows of one program are all queries of all heads that share its keys and values, so that each key is read
+once. Where keys are divided depends on their number alone: no result depends on what else is in the batch.
+
+References
+----------
+Dao, Haziza, Massa, Sizov, "Flash-Decoding for long-context inference", 2023.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.gpu import configs
+from fastattn.gpu.call import Call
+from fastattn.gpu.forward import attend_all, is_plain, normalised, precision
+from fastattn.gpu.tile import (
+    INF,
+    LN2,
+    LOG2E,
+    head_base,
+    key_count,
+    key_ranges,
+    matrix,
+    places,
+    query_offset,
+    rules_of,
+)
+
+
+def decode(call: Call, out: Tensor, lse: Tensor | None) -> None:
+    """Write `out` (B, Hq, Lq, Dv) and, unless it is None, `lse` (B, Hq, Lq), float32."""
+    batch, heads, seqlen_q, head_dim = call.query.shape
+    kv_heads, seqlen_k, value_dim = call.key.shape[1], call.key.shape[2], call.value.shape[3]
+    settings = configs.decode(call)
+    chunk = configs.decode_chunk(seqlen_k)
+    chunks = max(1, triton.cdiv(seqlen_k, chunk))
+    rules, value_block = rules_of(call), configs.padded(value_dim)
+    means = torch.empty(
+        chunks, batch * heads * seqlen_q, value_dim, dtype=torch.float32, device=call.query.device
+    )
+    levels = torch.empty(2, chunks, batch * heads * seqlen_q, dtype=torch.float32, device=call.query.device)
+    blocks = triton.cdiv(seqlen_q * (heads // kv_heads), settings["BLOCK_M"])
+    chunk_kernel[(chunks, blocks, batch * kv_heads)](
+        matrix(call.query),
+        matrix(call.key),
+        matrix(call.value),
+        means,
+        *levels,
+        rules,
+        batch * heads * seqlen_q,
+        kv_heads,
+        seqlen_q,
+        seqlen_k,
+        CHUNK=chunk,
+        GROUP=heads // kv_heads,
+        HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim,
+        BLOCK_DIM=configs.padded(head_dim),
+        BLOCK_VALUE=value_block,
+        PLAIN=is_plain(call),
+        PRECISION=precision(call),
+        **settings,
+    )
+    merge_kernel[(batch * heads * seqlen_q,)](
+        means,
+        *levels,
+        matrix(out),
+        lse,
+        rules.sinks,
+        batch * heads * seqlen_q,
+        heads,
+        seqlen_q,
+        chunks,
+        VALUE_DIM=value_dim,
+        BLOCK_VALUE=value_block,
+        BLOCK_CHUNKS=triton.next_power_of_2(chunks),
+        num_warps=4 if chunks * value_block >= 2048 else 1,
+    )
+
+
+@triton.jit(do_not_specialize=["all_rows", "kv_heads", "seqlen_q", "seqlen_k"])
+def chunk_kernel(
+    query,
+    key,
+    value,
+    means,
+    levels,
+    totals,
+    rules,
+    all_rows,
+    kv_heads,
+    seqlen_q,
+    seqlen_k,
+    CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    PLAIN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Attend to one chunk of the keys: `means` (chunks, rows, Dv), `levels` and `totals` (chunks, rows)."""
+    chunk, block = tl.program_id(0), tl.program_id(1)
+    batch, kv_head = tl.program_id(2) // kv_heads, tl.program_id(2) % kv_heads
+    packed = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = packed // GROUP
+    head = kv_head * GROUP + packed % GROUP
+    batch_head = batch * kv_heads * GROUP + head
+    columns = tl.arange(0, BLOCK_DIM)[None, :]
+    at = places(head_base(query, batch, head[:, None]), query, rows[:, None], columns)
+    q = tl.load(at, mask=(rows < seqlen_q)[:, None] & (columns < HEAD_DIM), other=0.0)
+
+    count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
+    first = block * BLOCK_M // GROUP
+    last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, seqlen_q - 1)
+    start, inner_start, inner_end, end = key_ranges(first, last, offset, count, rules, BLOCK_N)
+    low, high = chunk * CHUNK, chunk * CHUNK + CHUNK
+    level, total, acc = attend_all(
+        q, key, value, rules, batch, head[:, None], batch_head[:, None], kv_head, rows,
+        within(start, low, high), within(inner_start, low, high), within(inner_end, low, high),
+        within(end, low, high), seqlen_q, offset, count,
+        HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    mean, _ = normalised(level, total, acc)
+    at_row = chunk.to(tl.int64) * all_rows + batch_head.to(tl.int64) * seqlen_q + rows
+    # Not their log-sum-exp: beside a level of -3e38 no total would be left in it.
+    tl.store(levels + at_row, level, mask=rows < seqlen_q)
+    tl.store(totals + at_row, total, mask=rows < seqlen_q)
+    columns = tl.arange(0, BLOCK_VALUE)[None, :]
+    at = means + at_row[:, None] * VALUE_DIM + columns
+    tl.store(at, mean, mask=(rows < seqlen_q)[:, None] & (columns < VALUE_DIM))
+
+
+@triton.jit
+def within(place, low, high):
+    """Clamp `place` to [low, high]."""
+    return tl.minimum(tl.maximum(place, low), high)
+
+
+@triton.jit(do_not_specialize=["all_rows", "heads", "seqlen_q", "chunks"])
+def merge_kernel(
+    means,
+    levels,
+    totals,
+    out,
+    lse,
+    sinks,
+    all_rows,
+    heads,
+    seqlen_q,
+    chunks,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
+):
+    """Merge what one row has got from each chunk, in one order, and its sink."""
+    row = tl.program_id(0)
+    batch_head = row // seqlen_q
+    chunk, columns = tl.arange(0, BLOCK_CHUNKS), tl.arange(0, BLOCK_VALUE)
+    at = chunk.to(tl.int64) * all_rows + row
+    levels = tl.load(levels + at, mask=chunk < chunks, other=-INF)
+    totals = tl.load(totals + at, mask=chunk < chunks, other=0.0)
+    level = tl.max(levels, 0)
+    if sinks is not None:
+        sink = tl.load(sinks + batch_head % heads)
+        level = tl.maximum(level, sink)
+    reference = tl.where(level == -INF, 0.0, level)
+    share = tl.exp2((levels - reference) * LOG2E) * totals
+    total = tl.sum(share, 0)
+    if sinks is not None:
+        total += tl.exp2((sink - reference) * LOG2E)
+    mask = (chunk < chunks)[:, None] & (columns < VALUE_DIM)[None, :]
+    mean = tl.load(means + at[:, None] * VALUE_DIM + columns[None, :], mask=mask, other=0.0)
+    some = total != 0
+    total = tl.where(some, total, 1.0)
+    merged = tl.sum(mean * share[:, None], 0) / total
+    base = head_base(out, batch_head // heads, batch_head % heads)
+    at = places(base, out, row % seqlen_q, columns)
+    tl.store(at, merged.to(out.pointer.dtype.element_ty), mask=columns < VALUE_DIM)
+    if lse is not None:
+        tl.store(lse + row, tl.where(some, level + LN2 * tl.log2(total), -INF))

@@ -1,0 +1,100 @@
+"""The probabilities themselves, which attention is usually computed without."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.gpu import configs
+from fastattn.gpu.call import Call
+from fastattn.gpu.forward import precision
+from fastattn.gpu.tile import (
+    INF,
+    LOG2E,
+    adjusted,
+    dropout_factors,
+    head_base,
+    key_count,
+    load_rows,
+    matrix,
+    places,
+    query_offset,
+    rules_of,
+    visible,
+)
+
+
+def weights(call: Call, lse: Tensor, weights: Tensor) -> None:
+    """Write the probabilities after dropout into `weights` (B, Hq, Lq, Lk), given `lse` (B, Hq, Lq)."""
+    batch, heads, seqlen_q, head_dim = call.query.shape
+    kv_heads, seqlen_k = call.key.shape[1:3]
+    settings = configs.weights(call)
+    blocks_m, blocks_n = (
+        triton.cdiv(*pair) for pair in ((seqlen_q, settings["BLOCK_M"]), (seqlen_k, settings["BLOCK_N"]))
+    )
+    if not weights.numel():
+        return
+    weights_kernel[(blocks_m * blocks_n * batch * heads,)](
+        matrix(call.query),
+        matrix(call.key),
+        lse,
+        matrix(weights),
+        rules_of(call),
+        blocks_m,
+        blocks_n,
+        heads,
+        seqlen_q,
+        seqlen_k,
+        GROUP=heads // kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_DIM=configs.padded(head_dim),
+        PRECISION=precision(call),
+        **settings,
+    )
+
+
+@triton.jit(do_not_specialize=["blocks_m", "blocks_n", "heads", "seqlen_q", "seqlen_k"])
+def weights_kernel(
+    query,
+    key,
+    lse,
+    weights,
+    rules,
+    blocks_m,
+    blocks_n,
+    heads,
+    seqlen_q,
+    seqlen_k,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One tile of one head."""
+    pid = tl.program_id(0)
+    batch_head = pid // (blocks_m * blocks_n)
+    row = pid // blocks_n % blocks_m * BLOCK_M
+    column = pid % blocks_n * BLOCK_N
+    batch, head = batch_head // heads, batch_head % heads
+    rows, keys = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
+    count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
+    q = load_rows(
+        head_base(query, batch, head), query, row, seqlen_q, BLOCK_M, HEAD_DIM, BLOCK_DIM, False, True
+    )
+    k = load_rows(
+        head_base(key, batch, head // GROUP), key, column, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, True, True
+    )
+    r, c = rows[:, None], keys[None, :]
+    scores = adjusted(
+        tl.dot(q, k, input_precision=PRECISION), rules, batch, head, r, c, seqlen_q, offset, count
+    )
+    seen = visible(rules, batch, head, r, c, seqlen_q, offset, count) & (scores != -INF)
+    level = tl.load(lse + batch_head.to(tl.int64) * seqlen_q + rows, mask=rows < seqlen_q, other=0.0)
+    p = tl.where(seen, tl.exp2((scores - level[:, None]) * LOG2E), 0.0)
+    if rules.dropout_scale is not None:
+        p = p * dropout_factors(rules, batch_head, rows, column, BLOCK_N, False)
+    at = places(head_base(weights, batch, head), weights, r, c)
+    tl.store(at, p.to(weights.pointer.dtype.element_ty), mask=(r < seqlen_q) & (c < seqlen_k))

@@ -1,0 +1,103 @@
+"""Compiles kernels for a GPU that is not there, through the functions that launch them on one that is.
+
+    PYTHONPATH=tests python tests/gpu/aot.py TARGET[,TARGET] JOB ...
+
+prints a line of JSON for each job that it begins, for each kernel compiled, and at the end of each job. It is
+a process of its own, because a layout that cannot be compiled ends it. With --options it says what would be
+compiled, and compiles nothing.
+
+Tensors are torch's fakes: they have a device, shapes and strides, but no memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from binaries import describe
+from interpreter import use_target
+from jobs import JOBS, TARGETS, Job, Target
+from portable import call_of
+
+ALIGNED = 1 << 20  # an address as torch's allocator gives them
+
+
+def pretend(target: Target) -> None:
+    """Let torch and Triton find this GPU."""
+    use_target(GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32))
+    torch.version.hip = "6.4" if target.backend == "hip" else None
+    torch.cuda.get_device_capability = lambda device=None: target.capability
+    properties = SimpleNamespace(
+        name=target.name,
+        major=target.capability[0],
+        minor=target.capability[1],
+        multi_processor_count=132,
+        gcnArchName=target.name,
+    )
+    torch.cuda.get_device_properties = lambda device=None: properties
+    FakeTensor.data_ptr = lambda self: ALIGNED + self.storage_offset() * self.element_size()
+
+
+def compile_instead(report: Callable[[Any], None], compiles: bool) -> None:
+    """Let launches compile, and `report` what came out."""
+    plain = JITFunction.run
+
+    def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        told = {name: value for name, value in options.items() if name.isupper() or name.startswith("num_")}
+        record = {"kernel": self.__name__, "options": told}
+        if compiles:
+            record |= describe(plain(self, *arguments, grid=grid, warmup=True, **options))
+        report(record)
+
+    JITFunction.run = run
+
+
+def on_device(value: Any) -> Any:
+    """A tensor's likeness on the GPU."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+
+
+def launch(job: Job) -> None:
+    """Call the function that the job names."""
+    options = job.case.options(job.dtype, "torch") | {"dropout_p": job.dropout_p}
+    call = call_of(*job.case.tensors(job.dtype, "torch"), **options)
+    launcher = getattr(importlib.import_module(f"fastattn.gpu.{job.launcher}"), job.launcher)
+    with FakeTensorMode():
+        call = type(call)(*map(on_device, call))
+        rows = call.query.shape[:3]
+        out = call.query.new_empty(*rows, call.value.shape[3])
+        lse = call.query.new_empty(rows, dtype=torch.float32)
+        if job.launcher == "weights":
+            launcher(call, lse, call.query.new_empty(*rows, call.key.shape[2]))
+        else:
+            launcher(call, out, lse)
+
+
+def main(targets: str, *names: str, compiles: bool = True) -> None:
+    def tell(**what: Any) -> None:
+        print(json.dumps(what), flush=True)
+
+    compile_instead(lambda record: tell(**record), compiles)
+    for target in targets.split(","):
+        pretend(TARGETS[target])
+        for name in names:
+            tell(begin=name)
+            launch(JOBS[name])
+            tell(end=name, target=target)
+
+
+if __name__ == "__main__":
+    given = [argument for argument in sys.argv[1:] if argument != "--options"]
+    main(*given, compiles="--options" not in sys.argv)

@@ -1,0 +1,59 @@
+"""What a compiled kernel needs and is made of, read from the binary by the tools that come with Triton."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+# Instructions that tell how a kernel computes: products, copies, spilled registers.
+NVIDIA = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "LDL", "STL", "LDGSTS", "UTMALDG", "UTMASTG", "USETMAXREG")
+AMD = ("v_mfma", "scratch_load", "scratch_store", "buffer_load", "global_load", "ds_read")
+
+
+def describe(kernel: Any) -> dict[str, Any]:
+    """Registers, shared memory and spills of a kernel, and how often it has which instruction."""
+    found = _amd(kernel.asm["amdgcn"]) if "amdgcn" in kernel.asm else _nvidia(kernel.asm["cubin"])
+    return found | {"shared": kernel.metadata.shared}
+
+
+def _nvidia(cubin: bytes) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True)
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage.stdout + usage.stderr)
+    assert numbers is not None, usage.stdout + usage.stderr
+    registers, stack, _, local = map(int, numbers.groups())
+    return {
+        "registers": registers,
+        "spilled": stack + local,  # bytes
+        "instructions": _count(code.stdout, NVIDIA),
+    }
+
+
+def _amd(code: str) -> dict[str, Any]:
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", code)
+        assert found is not None, name
+        return int(found[1])
+
+    return {
+        "registers": number("vgpr_count"),
+        "spilled": number("private_segment_fixed_size"),  # bytes
+        "spilled registers": number("vgpr_spill_count"),
+        "instructions": _count(code, AMD),
+    }
+
+
+def _count(code: str, names: tuple[str, ...]) -> dict[str, int]:
+    counts = {name: len(re.findall(rf"\b{name}", code)) for name in names}
+    return {name: count for name, count in counts.items() if count}

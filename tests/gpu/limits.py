@@ -1,0 +1,41 @@
+"""What a binary must be like, whatever the device that it is for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jobs import Job, Target
+
+# Rows of a tile from which on Hopper and the larger Blackwell use their wide products.
+WIDE_ROWS = 64
+
+
+def faults(record: dict[str, Any], job: Job, target: Target) -> list[str]:
+    """What is wrong with a compiled kernel, in words."""
+    instructions, found = record["instructions"], []
+    if record["spilled"] or record.get("spilled registers"):
+        registers = record.get("spilled registers", "some")
+        found.append(f"{registers} registers are spilled to {record['spilled']} bytes of local memory")
+    if instructions.get("LDL") or instructions.get("STL"):
+        found.append("local memory is read or written")
+    if record["shared"] > target.shared_kib * 1024:
+        found.append(f"{record['shared']} bytes of shared memory, of {target.shared_kib * 1024}")
+    if "PRECISION" in record["options"]:
+        wanted = products(record, job, target)
+        if wanted and not any(instructions.get(name) for name in wanted):
+            found.append(f"no {' or '.join(wanted)} among {instructions}")
+    return found
+
+
+def products(record: dict[str, Any], job: Job, target: Target) -> tuple[str, ...]:
+    """The instructions of which one must be there for the products of a kernel."""
+    if target.backend == "hip":
+        return ("v_mfma",)
+    if job.dtype == "float32":
+        return ()  # as they are in IEEE arithmetic: no matrix unit has them
+    rows = record["options"].get("BLOCK_M", 0)
+    if target.name == "sm90" and rows >= WIDE_ROWS:
+        return ("HGMMA",)
+    if target.name == "sm100" and rows >= WIDE_ROWS:
+        return ("UTCHMMA", "HMMA")
+    return ("HMMA",)

@@ -1,0 +1,81 @@
+"""Kernels compiled ahead of time: nothing spilled, shared memory that there is, products by matrix units."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from compiled import ROOT, Records, Refused, compile_jobs, shipped_options
+from jobs import JOBS, QUICK, QUICK_TARGETS, TARGETS
+from limits import faults
+from resources import RESULTS, Table, path_of, version_of
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+# A folder with another Triton, in which all is compiled as well.
+NEWEST = os.environ.get("FASTATTN_TEST_TRITON")
+TABLES = sorted(RESULTS.glob("gpu-resources-triton-*.json"))
+
+
+@cache
+def compiled(target: str, names: tuple[str, ...], folder: Path | None) -> dict[str, Records | Refused]:
+    return compile_jobs(TARGETS[target], names, folder)
+
+
+def check(target: str, name: str, names: tuple[str, ...], folder: Path | None = None) -> None:
+    records = compiled(target, names, folder)[name]
+    if isinstance(records, Refused):
+        pytest.fail(records, pytrace=False)
+    assert records
+    wrong = {record["kernel"]: faults(record, JOBS[name], TARGETS[target]) for record in records}
+    assert not any(wrong.values()), wrong
+    table = read(path_of(version_of(folder)))
+    assert records == table[target][name], "the table is out of date: make gpu-resources"
+
+
+@cache
+def read(path: Path) -> Table:
+    table: Table = json.loads(path.read_text())
+    return table
+
+
+@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("target", QUICK_TARGETS)
+def test_quick(target: str, name: str) -> None:
+    check(target, name, QUICK)
+
+
+@pytest.mark.gpu_slow
+@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_all(target: str, name: str) -> None:
+    check(target, name, tuple(JOBS))
+
+
+@pytest.mark.gpu_slow
+@pytest.mark.skipif(NEWEST is None, reason="FASTATTN_TEST_TRITON names no other triton")
+@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_all_by_the_newest_triton(target: str, name: str) -> None:
+    assert NEWEST is not None
+    check(target, name, tuple(JOBS), ROOT / NEWEST)
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_tables_are_of_what_ships(path: Path) -> None:
+    """Every kernel of every job has a row, with the options that it is launched with."""
+    shipped = shipped_options()
+    table = read(path)
+    assert {(target, name) for target, jobs in table.items() for name in jobs} == set(shipped)
+    for (target, name), records in shipped.items():
+        rows = [(record["kernel"], record["options"]) for record in table[target][name]]
+        assert rows == [(record["kernel"], record["options"]) for record in records], (target, name)
+
+
+def test_both_kinds_of_table_are_there() -> None:
+    assert path_of("3.6.0") in TABLES
