@@ -474,6 +474,7 @@ def _gluon() -> dict[str, types.ModuleType]:
         "convert_layout": lambda value, layout, assert_trivial=False: value,
         "program_id": lambda axis: agent().program,
         "num_programs": lambda axis: machine().programs,
+        "inline_asm_elementwise": lambda assembly, constraints, values, **_: 0,
         "atomic_add": atomic_add,
         "store": store,
         "load": load,

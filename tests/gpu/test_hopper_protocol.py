@@ -92,6 +92,69 @@ def run_forward(module: types.ModuleType, case: Case, seed: int, stages: int = 2
     np.testing.assert_allclose(lse, expected_lse, atol=2e-6, err_msg="lse")
 
 
+def run_backward(module: types.ModuleType, case: Case, seed: int, stages: int = 2) -> None:
+    q, k, v, grad = inputs(case, seed)
+    group = case.heads // case.kv_heads
+    p, lse = weights(case, q, k)
+    dp = grad @ np.repeat(v, group, 1).swapaxes(2, 3)
+    delta = (p * dp).sum(-1)
+    ds = p * (dp - delta[..., None])
+    by_group = (case.batch, case.kv_heads, group, case.keys, 4)
+    expected = {
+        "dq": SCALE * ds @ np.repeat(k, group, 1),
+        "dk": SCALE * (ds.swapaxes(2, 3) @ q).reshape(by_group).sum(2),
+        "dv": (p.swapaxes(2, 3) @ grad).reshape(by_group).sum(2),
+    }
+    dq, dk, dv = (np.full_like(x, np.nan) for x in (q, k, v))
+    level = np.where(np.isinf(lse), np.inf, lse / np.log(2)).reshape(-1, case.queries).astype(np.float32)
+    delta = delta.reshape(-1, case.queries).astype(np.float32)
+    sizes = [Number(x) for x in (case.queries, case.keys, case.heads)]
+    constants = dict(GROUP=group, BLOCK_M=4, BLOCK_N=4, STAGES=stages, CAUSAL=case.causal, num_warps=4)
+    rows, half = [1, 1, 4, 4], [1, 1, 2, 4]
+    heads = case.batch * case.kv_heads
+    launch(
+        module.key_value_kernel,
+        -(-case.keys // 4) * heads,
+        seed,
+        Descriptor(q, rows),
+        Descriptor(k, half),
+        Descriptor(v, half),
+        Descriptor(grad, rows),
+        Descriptor(level, [1, 4]),
+        Descriptor(delta, [1, 4]),
+        Descriptor(dk, half),
+        Descriptor(dv, half),
+        SCALE,
+        *sizes,
+        Number(heads),
+        Number(1),
+        Number(case.offset),
+        **constants,
+    )
+    heads = case.batch * case.heads
+    launch(
+        module.query_kernel,
+        -(-case.queries // 4) * heads,
+        seed,
+        Descriptor(q, half),
+        Descriptor(k, rows),
+        Descriptor(v, rows),
+        Descriptor(grad, half),
+        Descriptor(dq, half),
+        Pointer(level),
+        Pointer(delta),
+        SCALE,
+        *sizes,
+        Number(heads),
+        Number(group),
+        Number(case.offset),
+        Number(case.queries),
+        **constants,
+    )
+    for name, result in (("dq", dq), ("dk", dk), ("dv", dv)):
+        np.testing.assert_allclose(result, expected[name], atol=2e-5, err_msg=name)
+
+
 @pytest.fixture(scope="module")
 def forward() -> types.ModuleType:
     return load_kernels("hopper_forward")
@@ -211,3 +274,15 @@ def test_queries_that_share_memory_with_the_output_are_released_after_it() -> No
     with pytest.raises(Fault):
         for seed in range(40):
             run_forward(module, CASES[2], seed, own=False)
+
+
+@pytest.fixture(scope="module")
+def backward() -> types.ModuleType:
+    return load_kernels("hopper_backward")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_backward_is_right_under_every_schedule(backward: types.ModuleType, case: Case, stages: int) -> None:
+    for seed in range(SCHEDULES):
+        run_backward(backward, case, seed, stages)
