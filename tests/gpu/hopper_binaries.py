@@ -75,7 +75,7 @@ EVENTS = {"HGMMA": "product", "WARPGROUP.DEPBAR": "wait", "MUFU.EX2": "exp2"}
 
 
 def exponentials_under_products(code: str) -> list[int]:
-    """How many exp2 there are between each wait that leaves one product in flight and the next that leaves none."""
+    """How many exp2 there are from each wait that leaves one product to the next that leaves none."""
     counts, here = [], None
     for instruction, operands in re.findall(r"\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)(.*)", code):
         if instruction.startswith("MUFU.EX2") and here is not None:

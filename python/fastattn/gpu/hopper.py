@@ -58,8 +58,6 @@ def forward(call: Call, out: Tensor, lse: Tensor | None) -> None:
         torch.zeros(1, dtype=torch.int32, device=out.device) if dynamic else None,
         *_sizes(call, batch * heads, _cached_heads(call.key) * (heads // kv_heads)),
         GROUP=heads // kv_heads,
-        BLOCK_M=rows,
-        BLOCK_N=columns,
         STAGES=stages,
         CAUSAL=causal,
         RAGGED=seqlen_k % columns != 0,
@@ -108,14 +106,14 @@ def backward(
 def _key_value_gradients(
     call: Call, grad_out: Tensor, level: Tensor, delta: Tensor, dkey: Tensor | None, dvalue: Tensor | None
 ) -> None:
-    from fastattn.gpu.hopper_backward import key_value_kernel
+    from fastattn.gpu.hopper_key_gradient import key_gradient_kernel
 
     kv_heads, seqlen_k, head_dim = call.key.shape[1:]
     group = call.query.shape[1] // kv_heads
     rows, columns, stages = KEY_TILES[head_dim]
     batch_heads = call.key.shape[0] * kv_heads
     into = [_target(x, call.key) for x in (dkey, dvalue)]
-    key_value_kernel[(-(-seqlen_k // columns) * batch_heads,)](
+    key_gradient_kernel[(-(-seqlen_k // columns) * batch_heads,)](
         descriptor(call.query, rows),
         descriptor(call.key, columns // 2),
         descriptor(call.value, columns // 2),
@@ -125,8 +123,6 @@ def _key_value_gradients(
         *(descriptor(x, columns // 2) for x in into),
         *_sizes(call, batch_heads, max(1, _cached_heads(call.query) // group)),
         GROUP=group,
-        BLOCK_M=rows,
-        BLOCK_N=columns,
         STAGES=stages,
         CAUSAL=call.window_right == 0,
         num_warps=4,
@@ -135,13 +131,13 @@ def _key_value_gradients(
 
 
 def _query_gradient(call: Call, grad_out: Tensor, level: Tensor, delta: Tensor, dquery: Tensor) -> None:
-    from fastattn.gpu.hopper_backward import query_kernel
+    from fastattn.gpu.hopper_query_gradient import query_gradient_kernel
 
     batch, heads, seqlen_q, head_dim = call.query.shape
     group = heads // call.key.shape[1]
     rows, columns, stages = QUERY_TILES[head_dim]
     into = [_target(dquery, call.query)]
-    query_kernel[(-(-seqlen_q // rows) * batch * heads,)](
+    query_gradient_kernel[(-(-seqlen_q // rows) * batch * heads,)](
         descriptor(call.query, rows // 2),
         descriptor(call.key, columns),
         descriptor(call.value, columns),
@@ -152,8 +148,6 @@ def _query_gradient(call: Call, grad_out: Tensor, level: Tensor, delta: Tensor, 
         *_sizes(call, batch * heads, _cached_heads(call.key) * group),
         level.stride(0),
         GROUP=group,
-        BLOCK_M=rows,
-        BLOCK_N=columns,
         STAGES=stages,
         CAUSAL=call.window_right == 0,
         num_warps=4,
@@ -162,7 +156,7 @@ def _query_gradient(call: Call, grad_out: Tensor, level: Tensor, delta: Tensor, 
 
 
 def _sizes(call: Call, batch_heads: int, width: int) -> tuple[float | int, ...]:
-    """Arguments that all kernels have in common; an offset beyond all queries and keys is as good as one at their end."""
+    """Arguments that all kernels have; an offset beyond all keys is as good as one at their end."""
     seqlen_q, seqlen_k = call.query.shape[2], call.key.shape[2]
     offset = min(max(call.query_offset, -seqlen_q), seqlen_k)
     return call.scale, seqlen_q, seqlen_k, call.query.shape[1], batch_heads, min(width, batch_heads), offset

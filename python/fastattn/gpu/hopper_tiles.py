@@ -1,4 +1,4 @@
-"""What the Hopper kernels share: rings of tiles in shared memory, and names that changed in Triton.
+"""What the Hopper kernels share: how tiles are dealt out, rings of them, and names that changed in Triton.
 
 Barriers count phases: `full` of a slot completes when its bytes have landed, `empty` when both consumers
 have read them. The n-th use of a slot is phase n of both, and a wait names the parity of the phase it waits
@@ -16,6 +16,68 @@ load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glo
 store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 CONSUMERS = gl.constexpr(2)
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+MMA = gl.constexpr([3, 0])  # products of warpgroups
+
+
+@aggregate
+class Sizes:
+    """Sizes of a call, how its tiles are dealt out, and which keys their rows see."""
+
+    queries: gl.tensor
+    keys: gl.tensor
+    heads: gl.tensor
+    batch_heads: gl.tensor  # heads over which tiles are dealt out: of queries or of keys
+    width: gl.tensor  # heads whose operands the L2 cache holds at once
+    offset: gl.tensor  # the key position of query 0
+    GROUP: gl.constexpr
+    CAUSAL: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, queries, keys, heads, batch_heads, width, offset, GROUP, CAUSAL):
+        self.queries = queries
+        self.keys = keys
+        self.heads = heads
+        self.batch_heads = batch_heads
+        self.width = width
+        self.offset = offset
+        self.GROUP = gl.constexpr(GROUP)
+        self.CAUSAL = gl.constexpr(CAUSAL)
+
+    @gluon.jit
+    def place(self, tiles, index):
+        """Give tile and head of number `index`: first tiles of `width` heads, then their second, and so on."""
+        section = index // (tiles * self.width)
+        rest = index - section * (tiles * self.width)
+        here = gl.minimum(self.width, self.batch_heads - section * self.width)
+        tile = rest // here
+        return tile, section * self.width + rest - tile * here
+
+    @gluon.jit
+    def query_place(self, index, BLOCK_M: gl.constexpr):
+        """Give first row and head of a tile of queries, those that see the most keys first."""
+        tiles = gl.cdiv(self.queries, BLOCK_M)
+        tile, head = self.place(tiles, index)
+        if self.CAUSAL:
+            tile = tiles - 1 - tile
+        return tile * BLOCK_M, head
+
+    @gluon.jit
+    def blocks(self, row, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+        """Count the blocks of keys that some of the `BLOCK_M` rows from `row` on see."""
+        end = self.keys
+        if self.CAUSAL:
+            end = gl.minimum(end, gl.minimum(row + BLOCK_M, self.queries) + self.offset)
+        return gl.cdiv(gl.maximum(end, 0), BLOCK_N)
+
+    @gluon.jit
+    def whole_blocks(self, row, BLOCK_N: gl.constexpr):
+        """Count the blocks of keys of which all rows from `row` on see all."""
+        end = self.keys
+        if self.CAUSAL:
+            end = gl.minimum(gl.maximum(row + self.offset + 1, 0), end)
+        return end // BLOCK_N
 
 
 @aggregate
