@@ -102,7 +102,7 @@ def _on_device(name: str, vector: Any, dtype: torch.dtype, device: torch.device)
             "the graph would read the memory that this call copies from"
         )
     # Copied to a staging buffer before this returns, so that the host need not wait for the device.
-    return torch.from_numpy(np.ascontiguousarray(vector)).to(device, dtype, non_blocking=True)
+    return torch.from_numpy(np.array(vector)).to(device, dtype, non_blocking=True)
 
 
 def _allows_tf32() -> bool:
