@@ -65,4 +65,4 @@ def backward(
     if wanted.alibi_slopes is not None and slope_terms is not None:
         wanted.alibi_slopes.copy_(slope_terms.sum(2))
     if wanted.sinks is not None and sink_terms is not None:
-        wanted.sinks.copy_(sink_terms.sum((0, 2)))
+        wanted.sinks.copy_(sink_terms.sum(2).sum_to_size(wanted.sinks.shape))

@@ -42,8 +42,8 @@ class Gradients(NamedTuple):
     key: Tensor | None = None
     value: Tensor | None = None
     bias: Tensor | None = None  # (B, Hq, Lq, Lk), of size 1 on each axis along which the bias was broadcast
-    alibi_slopes: Tensor | None = None  # (B, Hq) float32
-    sinks: Tensor | None = None  # (Hq,) float32
+    alibi_slopes: Tensor | None = None  # (B, Hq), float32 or float64
+    sinks: Tensor | None = None  # (B, Hq), or (Hq,) of the whole batch, float32 or float64
 
 
 def from_problem(problem: AttentionProblem) -> Call:

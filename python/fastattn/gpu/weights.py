@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastattn.gpu import configs
 from fastattn.gpu.call import Call
-from fastattn.gpu.forward import is_plain, precision
+from fastattn.gpu.forward import is_plain
 from fastattn.gpu.row_terms import excess_of
 from fastattn.gpu.tile import (
     INF,
@@ -52,7 +52,7 @@ def weights(call: Call, lse: Tensor, weights: Tensor) -> None:
         GROUP=heads // kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_DIM=configs.padded(head_dim),
-        PRECISION=precision(call),
+        PRECISION=configs.precision(call),
         **settings,
     )
 
