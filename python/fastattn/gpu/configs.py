@@ -55,13 +55,17 @@ def backward_keys(call: Call, atomic: bool = False) -> dict[str, Any]:
     """Tiles and launch options of the kernel for the gradients of key and value."""
     if not call.query.is_cuda:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+    if max(padded(call.query.shape[3]), padded(call.value.shape[3])) <= 64:
+        return {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
 
 
 def backward_queries(call: Call) -> dict[str, Any]:
     """Tiles and launch options of the kernel for the gradient of query."""
     if not call.query.is_cuda:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    if max(padded(call.query.shape[3]), padded(call.value.shape[3])) <= 64:
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
 
 
