@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastattn.gpu import configs
 from fastattn.gpu.call import Call
-from fastattn.gpu.forward import precision
 from fastattn.gpu.score_gradient import Incoming, load_terms, probabilities, score_gradients, weight_factors
 from fastattn.gpu.tile import (
     head_base,
@@ -73,7 +72,7 @@ def _add_tiles(call: Call, incoming: Incoming, grad: Tensor, of_batch: bool, of_
         VALUE_DIM=value_dim,
         BLOCK_DIM=configs.padded(head_dim),
         BLOCK_VALUE=configs.padded(value_dim),
-        PRECISION=precision(call),
+        PRECISION=configs.precision(call),
         ALL_ROWS=grad.shape[2] != seqlen_q,
         ALL_KEYS=grad.shape[3] != seqlen_k,
         **settings,

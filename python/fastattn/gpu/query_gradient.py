@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastattn.gpu import configs
 from fastattn.gpu.call import Call
-from fastattn.gpu.forward import CACHED_BYTES, block_and_head, is_plain, precision
+from fastattn.gpu.forward import CACHED_BYTES, block_and_head, is_plain
 from fastattn.gpu.score_gradient import (
     Incoming,
     load_terms,
@@ -60,7 +60,7 @@ def query_gradient(
         BLOCK_DIM=configs.padded(head_dim),
         BLOCK_VALUE=configs.padded(value_dim),
         PLAIN=is_plain(call),
-        PRECISION=precision(call),
+        PRECISION=configs.precision(call),
         **settings,
     )
 
