@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastattn.gpu import configs
 from fastattn.gpu.call import Call
-from fastattn.gpu.forward import is_plain, precision
+from fastattn.gpu.forward import is_plain
 from fastattn.gpu.tile import (
     INF,
     LOG2E,
@@ -84,7 +84,7 @@ def row_terms(
             GROUP=heads // call.key.shape[1],
             HEAD_DIM=head_dim,
             BLOCK_DIM=configs.padded(head_dim),
-            PRECISION=precision(call),
+            PRECISION=configs.precision(call),
             **settings,
         )
     return terms

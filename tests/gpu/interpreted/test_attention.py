@@ -480,11 +480,16 @@ class TestAutocast:
 
 class TestExplained:
     def test_the_kernel_and_why_no_other(self, place: str) -> None:
+        from fastattn.gpu import configs
+
         query, key, value = arrays(rows=100)
         found = fa.explain(query, key, value, backend="triton")
         assert found.backend == "triton"
         assert found.details["kernel"] == "portable"
-        assert found.details["no decode"] == "100 queries are more than 64; 37 keys are one chunk of 512"
+        assert (
+            found.details["no decode"]
+            == f"100 queries are more than 64; 37 keys are one chunk of {configs.decode_chunk(KEYS)}"
+        )
         assert "BLOCK_M" in found.details["tiles"]
 
     def test_few_queries_are_decoded(self) -> None:
