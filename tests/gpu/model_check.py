@@ -17,7 +17,6 @@ registers.
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import sys
 import threading
@@ -439,7 +438,7 @@ def _function(function: Callable[..., Any]) -> Callable[..., Any]:
     return quiet
 
 
-def _gluon() -> dict[str, types.ModuleType]:
+def _gluon() -> dict[str, Any]:
     """Build the stand-ins, by the names under which kernels import them."""
     layout = lambda *_, **__: None  # noqa: E731
     names: dict[str, Any] = {
@@ -474,6 +473,7 @@ def _gluon() -> dict[str, types.ModuleType]:
         "convert_layout": lambda value, layout, assert_trivial=False: value,
         "program_id": lambda axis: agent().program,
         "num_programs": lambda axis: machine().programs,
+        "inline_asm_elementwise": lambda assembly, constraints, values, **_: 0,
         "atomic_add": atomic_add,
         "store": store,
         "load": load,
@@ -501,7 +501,7 @@ def _gluon() -> dict[str, types.ModuleType]:
         f"{root}.gluon": gluon,
         f"{root}.gluon.language": language,
         f"{root}.gluon.language.nvidia.hopper": hopper,
-    }  # type: ignore[dict-item]
+    }
 
 
 @contextmanager
@@ -521,26 +521,25 @@ def _modules(stand_ins: dict[str, Any]) -> Iterator[None]:
 def load_kernels(name: str, *changes: tuple[str, str]) -> types.ModuleType:
     """Execute `fastattn.gpu.<name>` on the stand-ins, with every (old, new) of `changes` made to its source.
 
-    What the module does not have is changed in that of the rings.
+    What the kernels share is changed likewise.
     """
-    left = dict(changes)
-    stand_ins: dict[str, Any] = _gluon()
-    with _modules(stand_ins):
-        rings = _execute("hopper_rings", left)
-        with _modules({"fastattn.gpu.hopper_rings": rings}):
-            module = _execute(name, left)
-    assert not left, f"nothing to change: {sorted(left)}"
+    made: set[str] = set()
+    with _modules(_gluon()):
+        tiles = _execute("hopper_tiles", changes, made)
+        with _modules({"fastattn.gpu.hopper_tiles": tiles}):
+            module = _execute(name, changes, made)
+    assert made == {old for old, _ in changes}, f"nothing to change for {changes}"
     return module
 
 
-def _execute(name: str, changes: dict[str, str]) -> types.ModuleType:
+def _execute(name: str, changes: tuple[tuple[str, str], ...], made: set[str]) -> types.ModuleType:
     path = GPU / f"{name}.py"
     source = path.read_text()
-    for old in [old for old in changes if old in source]:
-        source = source.replace(old, changes.pop(old))
-    spec = importlib.util.spec_from_loader(f"model_of_{name}", loader=None)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
+    for old, new in changes:
+        if old in source:
+            source = source.replace(old, new)
+            made.add(old)
+    module = types.ModuleType(f"model_of_{name}")
     exec(compile(source, str(path), "exec"), module.__dict__)
     return module
 

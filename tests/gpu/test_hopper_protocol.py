@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from tests.gpu.model_check import Descriptor, Fault, Number, Pointer, launch, load_kernels
+from model_check import GPU, Descriptor, Fault, Number, Pointer, launch, load_kernels
 
 SCHEDULES = 12
 SCALE = 0.5
@@ -33,6 +33,7 @@ CASES = [
     Case(9, 10, False, 0, programs=3),
     Case(9, 9, True, 0),
     Case(10, 13, True, 3, heads=4, kv_heads=2),
+    Case(10, 12, True, 2),
     Case(13, 6, True, -7),  # tiles in which no row sees anything
     Case(9, 13, True, 0, programs=1),  # keys that no row sees
 ]
@@ -78,8 +79,6 @@ def run_forward(module: types.ModuleType, case: Case, seed: int, stages: int = 2
         SCALE,
         *map(Number, (case.queries, case.keys, case.heads, heads, case.heads // case.kv_heads, case.offset)),
         GROUP=case.heads // case.kv_heads,
-        BLOCK_M=4,
-        BLOCK_N=4,
         STAGES=stages,
         CAUSAL=case.causal,
         RAGGED=case.keys % 4 != 0,
@@ -90,6 +89,90 @@ def run_forward(module: types.ModuleType, case: Case, seed: int, stages: int = 2
     expected = p @ np.repeat(v, case.heads // case.kv_heads, 1)
     np.testing.assert_allclose(out, expected, atol=2e-6, err_msg="out")
     np.testing.assert_allclose(lse, expected_lse, atol=2e-6, err_msg="lse")
+
+
+class Backward(NamedTuple):
+    """The kernels of a backward."""
+
+    keys: Any
+    queries: Any
+
+
+def load_backward(*changes: tuple[str, str]) -> Backward:
+    """Load both, with changes for either."""
+    left = {}
+    kernels = []
+    for kind in ("key", "query"):
+        name = f"hopper_{kind}_gradient"
+        source = (GPU / f"{name}.py").read_text() + (GPU / "hopper_tiles.py").read_text()
+        mine = [change for change in changes if change[0] in source]
+        left |= dict(mine)
+        kernels.append(getattr(load_kernels(name, *mine), f"{kind}_gradient_kernel"))
+    assert len(left) == len(changes), "nothing to change"
+    return Backward(*kernels)
+
+
+def run_backward(kernels: Backward, case: Case, seed: int, stages: int = 2) -> None:
+    q, k, v, grad = inputs(case, seed)
+    group = case.heads // case.kv_heads
+    p, lse = weights(case, q, k)
+    dp = grad @ np.repeat(v, group, 1).swapaxes(2, 3)
+    delta = (p * dp).sum(-1)
+    ds = p * (dp - delta[..., None])
+    by_group = (case.batch, case.kv_heads, group, case.keys, 4)
+    expected = {
+        "dq": SCALE * ds @ np.repeat(k, group, 1),
+        "dk": SCALE * (ds.swapaxes(2, 3) @ q).reshape(by_group).sum(2),
+        "dv": (p.swapaxes(2, 3) @ grad).reshape(by_group).sum(2),
+    }
+    dq, dk, dv = (np.full_like(x, np.nan) for x in (q, k, v))
+    level = np.where(np.isinf(lse), np.inf, lse / np.log(2)).reshape(-1, case.queries).astype(np.float32)
+    delta = delta.reshape(-1, case.queries).astype(np.float32)
+    sizes = [Number(x) for x in (case.queries, case.keys, case.heads)]
+    constants = dict(GROUP=group, STAGES=stages, CAUSAL=case.causal, num_warps=4)
+    rows, half = [1, 1, 4, 4], [1, 1, 2, 4]
+    heads = case.batch * case.kv_heads
+    launch(
+        kernels.keys,
+        -(-case.keys // 4) * heads,
+        seed,
+        Descriptor(q, rows),
+        Descriptor(k, half),
+        Descriptor(v, half),
+        Descriptor(grad, rows),
+        Descriptor(level, [1, 4]),
+        Descriptor(delta, [1, 4]),
+        Descriptor(dk, half),
+        Descriptor(dv, half),
+        SCALE,
+        *sizes,
+        Number(heads),
+        Number(1),
+        Number(case.offset),
+        **constants,
+    )
+    heads = case.batch * case.heads
+    launch(
+        kernels.queries,
+        -(-case.queries // 4) * heads,
+        seed,
+        Descriptor(q, half),
+        Descriptor(k, rows),
+        Descriptor(v, rows),
+        Descriptor(grad, half),
+        Descriptor(dq, half),
+        Pointer(level),
+        Pointer(delta),
+        SCALE,
+        *sizes,
+        Number(heads),
+        Number(group),
+        Number(case.offset),
+        Number(case.queries),
+        **constants,
+    )
+    for name, result in (("dq", dq), ("dk", dk), ("dv", dv)):
+        np.testing.assert_allclose(result, expected[name], atol=2e-5, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +294,84 @@ def test_queries_that_share_memory_with_the_output_are_released_after_it() -> No
     with pytest.raises(Fault):
         for seed in range(40):
             run_forward(module, CASES[2], seed, own=False)
+
+
+@pytest.fixture(scope="module")
+def backward() -> Backward:
+    return load_backward()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_backward_is_right_under_every_schedule(backward: Backward, case: Case, stages: int) -> None:
+    for seed in range(SCHEDULES // 2):
+        run_backward(backward, case, seed, stages)
+
+
+BACKWARD_FAULTS = {
+    "the producer waits for the phase before": (
+        "((count // self.STAGES) & 1) ^ 1",
+        "(count // self.STAGES) & 1",
+    ),
+    "rows are copied into a slot in use": (
+        "        mbarrier.wait(self.empty.index(slot), ((count // self.STAGES) & 1) ^ 1)\n        full",
+        "        full",
+    ),
+    "keys are copied into a slot in use": (
+        "        mbarrier.wait(self.empty.index(slot), ((count // self.STAGES) & 1) ^ 1)\n        mbarrier",
+        "        mbarrier",
+    ),
+    "one arrival frees rows": (
+        "        allocate_barriers(STAGES, CONSUMERS),",
+        "        allocate_barriers(STAGES, 1),",
+    ),
+    "one arrival frees keys": (
+        ", allocate_barriers(STAGES, CONSUMERS), STAGES)",
+        ", allocate_barriers(STAGES, 1), STAGES)",
+    ),
+    "the bytes of lse are not expected": (
+        "query.block_type.nbytes + lse.block_type.nbytes",
+        "query.block_type.nbytes",
+    ),
+    "rows are not released": ("    rows.release(count)\n", ""),
+    "rows are released before the last products": (
+        "    dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))\n    rows.release(count)\n",
+        "    rows.release(count)\n    dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))\n",
+    ),
+    "one product is not awaited": ("dk, dv = warpgroup_mma_wait(0,", "dk, dv = warpgroup_mma_wait(1,"),
+    "queries are not awaited": ("    mbarrier.wait(rows.queries_full.index(slot), phase)\n", ""),
+    "the output's gradient is not awaited": ("    mbarrier.wait(rows.grads_full.index(slot), phase)\n", ""),
+    "rows of another phase are awaited": ("    phase = (count // rows.STAGES) & 1", "    phase = count & 1"),
+    "the tile of keys is not awaited": ("    mbarrier.wait(tile.full.index(WHO), 0)\n", ""),
+    "the tile of queries is not awaited": ("    mbarrier.wait(shared.full.index(WHO), 0)\n", ""),
+    "heads of a group use the ring anew": (
+        "            filled += 1\n",
+        "            filled = block - start + 1\n",
+    ),
+    "keys are released before their second product": (
+        "    dq = warpgroup_mma_wait(0, deps=(dq,))\n    shared.keys.release(i)\n",
+        "    shared.keys.release(i)\n    dq = warpgroup_mma_wait(0, deps=(dq,))\n",
+    ),
+    "values are not released": ("    shared.values.release(i)\n", ""),
+    "values are not awaited": ("    shared.values.wait(i)\n", ""),
+    "gradients are copied without a fence": ("    fence_async_shared()\n    store_tile(", "    store_tile("),
+    "the program ends before its gradients have left": ("    tma.store_wait(0)\n", ""),
+    "barriers are used without a fence": ("    fence_async_shared()\n    gl.warp", "    gl.warp"),
+    "the causal rule is off by one": (
+        "maximum(row + self.offset + 1, 0)",
+        "maximum(row + self.offset + 2, 0)",
+    ),
+    "a block of queries too few is cut": (
+        "maximum(key_row + BLOCK_N - 1 -",
+        "maximum(key_row + BLOCK_N - 2 -",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BACKWARD_FAULTS)
+def test_faults_of_the_backward_are_noticed(fault: str) -> None:
+    kernels = load_backward(BACKWARD_FAULTS[fault])
+    with pytest.raises((Fault, AssertionError)):
+        for seed in range(40):
+            for case in CASES[1:]:
+                run_backward(kernels, case, seed)

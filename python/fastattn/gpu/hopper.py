@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fastattn.gpu import hopper_check
-from fastattn.gpu.call import Call
+from fastattn.gpu.call import Call, Gradients
 from fastattn.problem import UNBOUNDED
 
 # Rows of a tile of queries, of a block of keys, and blocks of keys in flight, by head_dim: what fits in
 # 227 KiB of shared memory with all accumulators in 240 registers (tests/gpu/test_hopper_compile.py).
 FORWARD_TILES = {64: (128, 128, 2), 128: (128, 128, 2), 256: (128, 64, 2)}
+# The same of the backward: blocks of queries by tiles of keys, and tiles of queries by blocks of keys.
+KEY_TILES = {64: (64, 128, 2), 128: (64, 128, 2)}
+QUERY_TILES = {64: (128, 128, 2), 128: (128, 64, 2)}
 
 
 def supports(call: Call) -> list[str]:
@@ -32,50 +37,149 @@ def supports(call: Call) -> list[str]:
 
 def forward(call: Call, out: Tensor, lse: Tensor | None) -> None:
     """Write `out` (B, Hq, Lq, D) and, unless it is None, `lse` (B, Hq, Lq), float32. Only launches."""
-    from fastattn.gpu.forward import CACHED_BYTES
     from fastattn.gpu.hopper_forward import forward_kernel
 
     batch, heads, seqlen_q, head_dim = call.query.shape
     kv_heads, seqlen_k = call.key.shape[1:3]
     if out.numel() == 0 or seqlen_k == 0:
         return _see_nothing(out, lse)
-    target = (
-        out
-        if not _layout_reasons("out", out)
-        else torch.empty_like(out, memory_format=torch.contiguous_format)
-    )
     rows, columns, stages = FORWARD_TILES[head_dim]
     causal = call.window_right == 0
     tiles = -(-seqlen_q // rows) * batch * heads
     programs = min(_multiprocessors(out.device), tiles)
-    kv_bytes = 2 * seqlen_k * head_dim * call.key.element_size()
-    width = min(batch * heads, max(1, CACHED_BYTES // kv_bytes) * (heads // kv_heads))
-    counter = torch.zeros(1, dtype=torch.int32, device=out.device) if causal and programs < tiles else None
+    dynamic = causal and programs < tiles  # otherwise tiles are equally long
+    into = [_target(out, call.query)]
     forward_kernel[(programs,)](
         descriptor(call.query, rows // 2),
         descriptor(call.key, columns),
         descriptor(call.value, columns),
-        descriptor(target, rows // 2),
+        descriptor(into[0], rows // 2),
         lse,
-        counter,
-        call.scale,
-        seqlen_q,
-        seqlen_k,
-        heads,
-        batch * heads,
-        width,
-        min(max(call.query_offset, -seqlen_q), seqlen_k),
+        torch.zeros(1, dtype=torch.int32, device=out.device) if dynamic else None,
+        *_sizes(call, batch * heads, _cached_heads(call.key) * (heads // kv_heads)),
         GROUP=heads // kv_heads,
-        BLOCK_M=rows,
-        BLOCK_N=columns,
         STAGES=stages,
         CAUSAL=causal,
         RAGGED=seqlen_k % columns != 0,
         OWN_OUTPUT=head_dim < 256,
         num_warps=4,
     )
-    if target is not out:
-        out.copy_(target)
+    _hand_over(into, (out,))
+
+
+def backward_supports(call: Call) -> list[str]:
+    """Say why the Hopper backward cannot take `call`; empty if it can. As `supports`."""
+    return _refusals(call, "backward", tuple(KEY_TILES))
+
+
+def backward(
+    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, wanted: Gradients
+) -> None:
+    """Write the gradients of query, key and value that are `wanted`. Only launches.
+
+    Parameters
+    ----------
+    out, grad_out
+        (B, Hq, Lq, D) of query's dtype, any strides.
+    lse, grad_lse
+        (B, Hq, Lq) float32, natural logarithm; no gradient if None.
+    """
+    from fastattn.gpu.row_terms import row_terms
+
+    if call.query.numel() == 0 or call.key.numel() == 0:
+        for gradient in (wanted.query, wanted.key, wanted.value):
+            if gradient is not None:
+                gradient.zero_()
+        return
+    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
+    terms = row_terms(call, out, lse.contiguous(), grad_out, grad_lse, None)
+    # Rows of TMA begin at multiples of 16 bytes.
+    level, delta = (pad(x.flatten(0, 1), (0, -x.shape[2] % 4)) for x in (terms.level, terms.delta))
+    if _layout_reasons("grad_out", grad_out):
+        grad_out = grad_out.contiguous()
+    if wanted.key is not None or wanted.value is not None:
+        _key_value_gradients(call, grad_out, level, delta, wanted.key, wanted.value)
+    if wanted.query is not None:
+        _query_gradient(call, grad_out, level, delta, wanted.query)
+
+
+def _key_value_gradients(
+    call: Call, grad_out: Tensor, level: Tensor, delta: Tensor, dkey: Tensor | None, dvalue: Tensor | None
+) -> None:
+    from fastattn.gpu.hopper_key_gradient import key_gradient_kernel
+
+    kv_heads, seqlen_k, head_dim = call.key.shape[1:]
+    group = call.query.shape[1] // kv_heads
+    rows, columns, stages = KEY_TILES[head_dim]
+    batch_heads = call.key.shape[0] * kv_heads
+    into = [_target(x, call.key) for x in (dkey, dvalue)]
+    key_gradient_kernel[(-(-seqlen_k // columns) * batch_heads,)](
+        descriptor(call.query, rows),
+        descriptor(call.key, columns // 2),
+        descriptor(call.value, columns // 2),
+        descriptor(grad_out, rows),
+        _vector_descriptor(level, rows),
+        _vector_descriptor(delta, rows),
+        *(descriptor(x, columns // 2) for x in into),
+        *_sizes(call, batch_heads, max(1, _cached_heads(call.query) // group)),
+        GROUP=group,
+        STAGES=stages,
+        CAUSAL=call.window_right == 0,
+        num_warps=4,
+    )
+    _hand_over(into, (dkey, dvalue))
+
+
+def _query_gradient(call: Call, grad_out: Tensor, level: Tensor, delta: Tensor, dquery: Tensor) -> None:
+    from fastattn.gpu.hopper_query_gradient import query_gradient_kernel
+
+    batch, heads, seqlen_q, head_dim = call.query.shape
+    group = heads // call.key.shape[1]
+    rows, columns, stages = QUERY_TILES[head_dim]
+    into = [_target(dquery, call.query)]
+    query_gradient_kernel[(-(-seqlen_q // rows) * batch * heads,)](
+        descriptor(call.query, rows // 2),
+        descriptor(call.key, columns),
+        descriptor(call.value, columns),
+        descriptor(grad_out, rows // 2),
+        descriptor(into[0], rows // 2),
+        level,
+        delta,
+        *_sizes(call, batch * heads, _cached_heads(call.key) * group),
+        level.stride(0),
+        GROUP=group,
+        STAGES=stages,
+        CAUSAL=call.window_right == 0,
+        num_warps=4,
+    )
+    _hand_over(into, (dquery,))
+
+
+def _sizes(call: Call, batch_heads: int, width: int) -> tuple[float | int, ...]:
+    """Arguments that all kernels have; an offset beyond all keys is as good as one at their end."""
+    seqlen_q, seqlen_k = call.query.shape[2], call.key.shape[2]
+    offset = min(max(call.query_offset, -seqlen_q), seqlen_k)
+    return call.scale, seqlen_q, seqlen_k, call.query.shape[1], batch_heads, min(width, batch_heads), offset
+
+
+def _cached_heads(tensor: Tensor) -> int:
+    """Count the heads of `tensor`, and of another like it, that the L2 cache holds at once."""
+    from fastattn.gpu.forward import CACHED_BYTES
+
+    return max(1, CACHED_BYTES // (2 * tensor.shape[2] * tensor.shape[3] * tensor.element_size()))
+
+
+def _target(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """Give what TMA can write into in place of `tensor`."""
+    if tensor is None or _layout_reasons("", tensor):
+        return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    return tensor
+
+
+def _hand_over(written: Sequence[Tensor], wanted: Sequence[Tensor | None]) -> None:
+    for source, target in zip(written, wanted, strict=True):
+        if target is not None and source is not target:
+            target.copy_(source)
 
 
 def _see_nothing(out: Tensor, lse: Tensor | None) -> None:
@@ -97,6 +201,15 @@ def descriptor(tensor: Tensor, rows: int) -> Any:
     return TensorDescriptor(
         tensor, list(tensor.shape), [*strides[:3], 1], block, _shared_layout(rows, head_dim)
     )
+
+
+def _vector_descriptor(tensor: Tensor, rows: int) -> Any:
+    """Numbers of query rows (B Hq, L), `rows` of one head at a time."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, rows], layout)
 
 
 @functools.lru_cache

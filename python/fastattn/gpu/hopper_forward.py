@@ -23,74 +23,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fastattn.gpu.hopper_rings import Ring, aggregate, allocate_barriers, allocate_ring, load_tile, store_tile
+from fastattn.gpu.hopper_tiles import (
+    LN2,
+    LOG2E,
+    MMA,
+    Ring,
+    Sizes,
+    aggregate,
+    allocate_barriers,
+    allocate_ring,
+    allocate_tiles,
+    load_tile,
+    store_tile,
+)
 
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
 QUEUE = gl.constexpr(2)  # slots of the queue of tiles
-
-
-@aggregate
-class Work:
-    """The tiles of a call: which rows of which head each has, and which blocks of keys it visits."""
-
-    queries: gl.tensor
-    keys: gl.tensor
-    heads: gl.tensor
-    batch_heads: gl.tensor
-    width: gl.tensor  # heads whose keys and values the L2 cache holds at once
-    offset: gl.tensor  # the key position of query 0
-    GROUP: gl.constexpr
-    BLOCK_M: gl.constexpr
-    BLOCK_N: gl.constexpr
-    CAUSAL: gl.constexpr
-
-    @gluon.constexpr_function
-    def __init__(self, queries, keys, heads, batch_heads, width, offset, GROUP, BLOCK_M, BLOCK_N, CAUSAL):
-        self.queries = queries
-        self.keys = keys
-        self.heads = heads
-        self.batch_heads = batch_heads
-        self.width = width
-        self.offset = offset
-        self.GROUP = gl.constexpr(GROUP)
-        self.BLOCK_M = gl.constexpr(BLOCK_M)
-        self.BLOCK_N = gl.constexpr(BLOCK_N)
-        self.CAUSAL = gl.constexpr(CAUSAL)
-
-    @gluon.jit
-    def tiles(self):
-        """Count the tiles."""
-        return gl.cdiv(self.queries, self.BLOCK_M) * self.batch_heads
-
-    @gluon.jit
-    def tile(self, index):
-        """Give row, batch entry and head of a tile: `width` heads at a time, their longest tiles first."""
-        row_blocks = gl.cdiv(self.queries, self.BLOCK_M)
-        section = index // (row_blocks * self.width)
-        rest = index - section * (row_blocks * self.width)
-        here = gl.minimum(self.width, self.batch_heads - section * self.width)
-        block = rest // here
-        head = section * self.width + rest - block * here
-        if self.CAUSAL:
-            block = row_blocks - 1 - block
-        return block * self.BLOCK_M, head // self.heads, head % self.heads
-
-    @gluon.jit
-    def blocks(self, row):
-        """Count the blocks of keys that the tile at `row` visits: at least one, for the protocol's sake."""
-        end = self.keys
-        if self.CAUSAL:
-            end = gl.minimum(end, gl.minimum(row + self.BLOCK_M, self.queries) + self.offset)
-        return gl.maximum(gl.cdiv(end, self.BLOCK_N), 1)
-
-    @gluon.jit
-    def whole_blocks(self, row):
-        """Count the blocks of keys of which every row from `row` on sees all."""
-        end = self.keys
-        if self.CAUSAL:
-            end = gl.minimum(gl.maximum(row + self.offset + 1, 0), end)
-        return end // self.BLOCK_N
 
 
 @aggregate
@@ -148,21 +95,26 @@ class Shared:
 
 
 @gluon.jit
-def produce(query, key, value, counter, shared, work):
+def produce(query, key, value, counter, shared, sizes):
     """Take tiles and copy their queries, keys and values."""
+    BLOCK_M: gl.constexpr = 2 * query.block_type.shape[2]
+    BLOCK_N: gl.constexpr = key.block_type.shape[2]
+    total = gl.cdiv(sizes.queries, BLOCK_M) * sizes.batch_heads
     tile = gl.program_id(0)
     taken = 0
     filled = 0
-    while tile < work.tiles():
+    while tile < total:
         shared.queue.put(taken, tile)
-        row, batch, head = work.tile(tile)
-        kv_head = head // work.GROUP
-        blocks = work.blocks(row)
+        row, batch_head = sizes.query_place(tile, BLOCK_M)
+        batch = batch_head // sizes.heads
+        head = batch_head % sizes.heads
+        kv_head = head // sizes.GROUP
+        blocks = gl.maximum(sizes.blocks(row, BLOCK_M, BLOCK_N), 1)  # all tiles have one protocol
         for i in range(blocks):
-            key_row = (blocks - 1 - i) * work.BLOCK_N
+            key_row = (blocks - 1 - i) * BLOCK_N
             shared.keys.fill(filled + i, key, [batch, kv_head, key_row, 0])
             if i == 0:
-                load_queries(query, shared, taken, batch, head, row, work.BLOCK_M)
+                load_queries(query, shared, taken, batch, head, row)
             shared.values.fill(filled + i, value, [batch, kv_head, key_row, 0])
         filled += blocks
         taken += 1
@@ -174,24 +126,24 @@ def produce(query, key, value, counter, shared, work):
 
 
 @gluon.jit
-def load_queries(query, shared, taken, batch, head, row, BLOCK_M: gl.constexpr):
+def load_queries(query, shared, taken, batch, head, row):
     """Copy each consumer's half of a tile once it has left the last one."""
     for who in gl.static_range(2):
         mbarrier.wait(shared.queries_empty.index(who), (taken & 1) ^ 1)
         mbarrier.expect(shared.queries_full.index(who), query.block_type.nbytes)
-        copy_rows = [batch, head, row + who * (BLOCK_M // 2), 0]
+        copy_rows = [batch, head, row + who * query.block_type.shape[2], 0]
         load_tile(query, copy_rows, shared.queries_full.index(who), shared.queries.index(who))
 
 
 @gluon.jit
-def softmax(scores, level, total, scale, row, key_row, work, MASKED: gl.constexpr, layout: gl.constexpr):
+def softmax(scores, level, total, scale, row, key_row, sizes, MASKED: gl.constexpr, layout: gl.constexpr):
     """Do one step of the online softmax: weights, the factor of what was summed up, the new level and sum."""
     if MASKED:
         rows = row + gl.arange(0, scores.shape[0], gl.SliceLayout(1, layout))
         columns = key_row + gl.arange(0, scores.shape[1], gl.SliceLayout(0, layout))
-        seen = columns[None, :] < work.keys
-        if work.CAUSAL:
-            seen = seen & (columns[None, :] <= rows[:, None] + work.offset)
+        seen = columns[None, :] < sizes.keys
+        if sizes.CAUSAL:
+            seen = seen & (columns[None, :] <= rows[:, None] + sizes.offset)
         scores = gl.where(seen, scores, float("-inf"))
     new_level = gl.maximum(level, gl.max(scores, 1) * scale)
     shift = new_level
@@ -204,12 +156,12 @@ def softmax(scores, level, total, scale, row, key_row, work, MASKED: gl.constexp
 
 @gluon.jit
 def attend(
-    i, blocks, used, acc, weights, factor, level, total, q, shared, work, scale, row, MASKED: gl.constexpr,
+    i, blocks, used, acc, weights, factor, level, total, q, shared, sizes, scale, row, MASKED: gl.constexpr,
     score_layout: gl.constexpr,
 ):  # fmt: skip
     """Scores of block `i`, output of block `i - 1`, and the softmax of block `i` under the second product."""
-    ROWS: gl.constexpr = work.BLOCK_M // 2
-    BLOCK_N: gl.constexpr = work.BLOCK_N
+    ROWS: gl.constexpr = q.shape[0]
+    BLOCK_N: gl.constexpr = shared.keys.tiles.shape[3]
     HEAD_DIM: gl.constexpr = q.shape[1]
     at = used + i
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, score_layout)
@@ -221,7 +173,7 @@ def attend(
     scores = warpgroup_mma_wait(1, deps=(scores,))
     key_row = (blocks - 1 - i) * BLOCK_N
     new_weights, factor, level, total = softmax(
-        scores, level, total, scale, row, key_row, work, MASKED, score_layout
+        scores, level, total, scale, row, key_row, sizes, MASKED, score_layout
     )
     new_weights = gl.convert_layout(new_weights.to(weights.dtype), weights.type.layout)
     # This wait begins a basic block, which keeps ptxas from moving the exponentials behind the next one.
@@ -239,22 +191,25 @@ def rescale(acc, factor):
 
 
 @gluon.jit
-def consume(WHO: gl.constexpr, out, lse, scale, shared, work, RAGGED: gl.constexpr, OWN_OUTPUT: gl.constexpr):
+def consume(
+    WHO: gl.constexpr, out, lse, scale, shared, sizes, RAGGED: gl.constexpr, OWN_OUTPUT: gl.constexpr
+):
     """Compute half of the rows of each tile."""
-    ROWS: gl.constexpr = work.BLOCK_M // 2
-    BLOCK_N: gl.constexpr = work.BLOCK_N
+    ROWS: gl.constexpr = out.block_type.shape[2]
+    BLOCK_N: gl.constexpr = shared.keys.tiles.shape[3]
     HEAD_DIM: gl.constexpr = out.block_type.shape[3]
-    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout(MMA, [4, 1], [16, BLOCK_N, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout(MMA, [4, 1], [16, HEAD_DIM, 16])
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     q = shared.queries.index(WHO).reshape([ROWS, HEAD_DIM])
     scale *= LOG2E
     taken = 0
     used = 0
+    total_tiles = gl.cdiv(sizes.queries, 2 * ROWS) * sizes.batch_heads
     tile = shared.queue.get(taken)
-    while tile < work.tiles():
-        row, batch, head = work.tile(tile)
-        blocks = work.blocks(row)
+    while tile < total_tiles:
+        row, batch_head = sizes.query_place(tile, 2 * ROWS)
+        blocks = gl.maximum(sizes.blocks(row, 2 * ROWS, BLOCK_N), 1)
         row += WHO * ROWS
         level = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, score_layout))
         total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, score_layout))
@@ -274,14 +229,14 @@ def consume(WHO: gl.constexpr, out, lse, scale, shared, work, RAGGED: gl.constex
             scale,
             row,
             (blocks - 1) * BLOCK_N,
-            work,
-            work.CAUSAL or RAGGED,
+            sizes,
+            sizes.CAUSAL or RAGGED,
             score_layout,
         )
         weights = gl.convert_layout(weights.to(out.dtype), weight_layout)
         shared.keys.wait(used + 1, pred=blocks > 1)
 
-        cut = gl.maximum(blocks - work.whole_blocks(row), 1)
+        cut = gl.maximum(blocks - sizes.whole_blocks(row, BLOCK_N), 1)
         for i in range(1, cut):
             acc, weights, factor, level, total = attend(
                 i,
@@ -294,7 +249,7 @@ def consume(WHO: gl.constexpr, out, lse, scale, shared, work, RAGGED: gl.constex
                 total,
                 q,
                 shared,
-                work,
+                sizes,
                 scale,
                 row,
                 True,
@@ -312,7 +267,7 @@ def consume(WHO: gl.constexpr, out, lse, scale, shared, work, RAGGED: gl.constex
                 total,
                 q,
                 shared,
-                work,
+                sizes,
                 scale,
                 row,
                 False,
@@ -330,15 +285,15 @@ def consume(WHO: gl.constexpr, out, lse, scale, shared, work, RAGGED: gl.constex
         if lse is not None:
             rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, score_layout))
             row_lse = gl.where(some, (level + gl.log2(total)) * LN2, float("-inf"))
-            start = work.queries.to(gl.int64) * (batch * work.heads + head)
-            gl.store(lse + start + rows, row_lse, mask=rows < work.queries)
+            start = sizes.queries.to(gl.int64) * batch_head
+            gl.store(lse + start + rows, row_lse, mask=rows < sizes.queries)
         tma.store_wait(0)  # the last tile's output has left the staging memory
         acc, inverse = warpgroup_mma_wait(0, deps=(acc, inverse))
         shared.values.release(used - 1)
         staging = shared.outputs.index(WHO)
         staging.reshape([ROWS, HEAD_DIM]).store(rescale(acc, inverse).to(out.dtype))
         fence_async_shared()
-        store_tile(out, [batch, head, row, 0], staging)
+        store_tile(out, [batch_head // sizes.heads, batch_head % sizes.heads, row, 0], staging)
         if not OWN_OUTPUT:
             tma.store_wait(0)
             mbarrier.arrive(shared.queries_empty.index(WHO), count=1)
@@ -350,21 +305,21 @@ def consume(WHO: gl.constexpr, out, lse, scale, shared, work, RAGGED: gl.constex
 @gluon.jit(do_not_specialize=["queries", "keys", "heads", "batch_heads", "width", "offset"])
 def forward_kernel(
     query, key, value, out, lse, counter, scale, queries, keys, heads, batch_heads, width, offset,
-    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, RAGGED: gl.constexpr, OWN_OUTPUT: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Attention of (B, Hq, M, D) on (B, Hkv, N, D).
 
-    query and out are descriptors of BLOCK_M / 2 rows, key and value of BLOCK_N. lse is None or (B, Hq, M)
-    float32, natural logarithm. counter holds a zero, and programs take their tiles from it; or it is None,
-    and each has every so many. RAGGED: BLOCK_N does not divide N. OWN_OUTPUT: there is memory for queries
-    and outputs.
+    query and out are descriptors of half a tile of rows, key and value of a block of keys. lse is None or
+    (B, Hq, M) float32, natural logarithm. counter holds a zero, and programs take their tiles from it; or
+    it is None, and each has every so many. RAGGED: the last block of keys has fewer than the others.
+    OWN_OUTPUT: there is memory for queries and outputs.
     """
-    work = Work(queries, keys, heads, batch_heads, width, offset, GROUP, BLOCK_M, BLOCK_N, CAUSAL)
-    query_tiles = gl.allocate_shared_memory(query.dtype, [2, *query.block_type.shape], query.layout)
+    sizes = Sizes(queries, keys, heads, batch_heads, width, offset, GROUP, CAUSAL)
+    query_tiles = allocate_tiles(query, 2)
     out_tiles = query_tiles
     if OWN_OUTPUT:
-        out_tiles = gl.allocate_shared_memory(out.dtype, [2, *out.block_type.shape], out.layout)
+        out_tiles = allocate_tiles(out, 2)
     tile_numbers = gl.allocate_shared_memory(
         gl.int32, [QUEUE, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     )
@@ -380,9 +335,9 @@ def forward_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (consume, (gl.constexpr(0), out, lse, scale, shared, work, RAGGED, OWN_OUTPUT)),
-            (consume, (gl.constexpr(1), out, lse, scale, shared, work, RAGGED, OWN_OUTPUT)),
-            (produce, (query, key, value, counter, shared, work)),
+            (consume, (gl.constexpr(0), out, lse, scale, shared, sizes, RAGGED, OWN_OUTPUT)),
+            (consume, (gl.constexpr(1), out, lse, scale, shared, sizes, RAGGED, OWN_OUTPUT)),
+            (produce, (query, key, value, counter, shared, sizes)),
         ],
         [4, 1],
         [240, 24],  # registers; what is left goes to the first consumer

@@ -21,9 +21,7 @@ def check(case: Case, dtype: str, **more: Any) -> None:
     actual = torch.full(case.scores_shape, torch.nan, dtype=tensors[0].dtype)
     weights(call_of(*tensors, **options), attend(*tensors, **options).lse, actual)
     expected = bounds.expect(*tensors, **options)
-    bounds.assert_within(
-        abs(actual.double().numpy() - expected.weights), allowed_weights(expected, dtype)
-    )
+    bounds.assert_within(abs(actual.double().numpy() - expected.weights), allowed_weights(expected, dtype))
     assert not actual[torch.from_numpy(expected.weights == 0)].any()
 
 
