@@ -6,7 +6,7 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The tests are a folder without __init__.py, so any package of that name among those installed would come first.
+# The tests are a folder without __init__.py: any package of that name among those installed would come first.
 _tests = ModuleType("tests")
 _tests.__path__ = [str(ROOT / "tests")]
 sys.modules.setdefault("tests", _tests)

@@ -23,7 +23,7 @@ LSE = {"float32": 2e-5, "tf32": 1e-2, "float16": 1e-4, "bfloat16": 1e-4}  # abso
 SEEN = 1e-4  # a probability above this is no 0 in any dtype
 
 
-class Wrong(Exception):
+class WrongError(Exception):
     """A result that is not right; says how."""
 
 
@@ -55,9 +55,9 @@ class Check:
         return replace(drawn, options=drawn.options | self.extras)
 
     def run(self, device: str, seed: int, backend: str | None) -> dict[str, float]:
-        """Relative errors by name. Raises Wrong."""
+        """Relative errors by name. Raises WrongError."""
         inputs = self.inputs(device, seed)
-        route = Kernels(self.kernels, self.atomic, self.tf32) if self.kernels else public(backend)
+        route = Kernels(self.kernels, self.atomic, self.tf32) if self.kernels else public(backend, self.mode)
         check = _check_backward if self.mode == "backward" else _check_forward
         return check(self, route, inputs, device)
 
@@ -82,7 +82,7 @@ def _check_forward(check: Check, route: Any, inputs: Inputs, device: str) -> dic
         errors["weights"] = _compare_weights(check, first, right, torchs)
     for name, one, other in zip(first._fields, first, second, strict=True):
         if one is not None and not torch.equal(one, other):
-            raise Wrong(f"{name} differs between two runs")
+            raise WrongError(f"{name} differs between two runs")
     return errors
 
 
@@ -92,9 +92,9 @@ def _compare_weights(
     weights = found.weights
     assert weights is not None
     if bool(((weights != 0) & (right.weights == 0)).any()):
-        raise Wrong("weights that are hidden or dropped are not 0")
+        raise WrongError("weights that are hidden or dropped are not 0")
     if bool(((weights == 0) & (right.weights > SEEN)).any()):
-        raise Wrong("weights that are kept are 0")
+        raise WrongError("weights that are kept are 0")
     return compare("weights", weights, right.weights, LIMITS[check.precision], torchs and torchs.weights)
 
 
@@ -114,10 +114,10 @@ def _check_backward(check: Check, route: Any, inputs: Inputs, device: str) -> di
         small = name in ("sinks", "alibi_slopes")
         limit = LIMITS[check.precision] * (SMALL_GRADIENT if small else GRADIENT)
         if gradient.shape != right[name].shape:
-            raise Wrong(f"gradient of {name} has shape {tuple(gradient.shape)}")
+            raise WrongError(f"gradient of {name} has shape {tuple(gradient.shape)}")
         errors[f"d{name}"] = compare(f"gradient of {name}", gradient, right[name], limit, torchs.get(name))
         if not check.atomic and not torch.equal(gradient, second[name]):
-            raise Wrong(f"gradient of {name} differs between two runs")
+            raise WrongError(f"gradient of {name} differs between two runs")
     return errors
 
 
@@ -134,7 +134,7 @@ def _gradients(inputs: Inputs, grad_lse: Tensor | None, dtype: torch.dtype) -> d
 
 
 def error_of(found: Tensor, right: Tensor) -> tuple[float, float]:
-    """||found - right|| / ||right||, and the same of the worst row, whose norm counts as that of a mean one at least."""
+    """||found - right|| / ||right||, and that of the worst row, over the norm of a mean row at least."""
     right = right.double()
     difference = (found.double() - right).reshape(-1, right.shape[-1] if right.ndim else 1)
     rows = right.reshape(difference.shape).norm(dim=-1)
@@ -149,16 +149,16 @@ def error_of(found: Tensor, right: Tensor) -> tuple[float, float]:
 
 
 def compare(name: str, found: Tensor, right: Tensor, limit: float, torchs: Tensor | None = None) -> float:
-    """The relative error. Raises Wrong where it is too large or no number."""
+    """The relative error. Raises WrongError where it is too large or no number."""
     whole, row = error_of(found, right)
     if not (whole <= limit and row <= ROW * limit):
-        raise Wrong(
+        raise WrongError(
             f"{name} is off by {whole:.1e} of its norm (limit {limit:.0e}), its worst row by {row:.1e}"
         )
     if torchs is not None and bool(right.any()):
         own, _ = error_of(torchs, right)
         if not whole <= OF_TORCH * own + limit / 4:
-            raise Wrong(f"{name} is off by {whole:.1e} of its norm, torch's own operations by {own:.1e}")
+            raise WrongError(f"{name} is off by {whole:.1e} of its norm, torch's own operations by {own:.1e}")
     return whole
 
 
@@ -166,9 +166,9 @@ def compare_lse(found: Tensor, right: Tensor, limit: float) -> float:
     """The largest error, of |lse| where that is above 1."""
     dead = right == -reference.INF
     if not torch.equal(found == -reference.INF, dead):
-        raise Wrong("lse is not -inf exactly where nothing is visible")
+        raise WrongError("lse is not -inf exactly where nothing is visible")
     difference = ((found.double() - right) / right.abs().clamp_min(1)).masked_fill(dead, 0).abs()
     worst = float(difference.max()) if difference.numel() else 0.0
     if not worst <= limit:
-        raise Wrong(f"lse is off by {worst:.1e} (limit {limit:.0e})")
+        raise WrongError(f"lse is off by {worst:.1e} (limit {limit:.0e})")
     return worst

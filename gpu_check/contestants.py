@@ -1,6 +1,6 @@
 """Who is timed: fastattn, one set of its kernels, and the attention of torch by the kernel that runs it.
 
-Each takes a row and its inputs, and gives a call that returns (out,), or the gradients of query, key and value.
+Each takes a case and its inputs, and gives a call that returns (out,), or gradients of query, key and value.
 """
 
 from __future__ import annotations

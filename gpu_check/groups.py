@@ -122,10 +122,17 @@ def decode() -> list[Check]:
 
 def hopper(mode: str) -> list[Check]:
     """What the kernels for sm90 take: 16 bit, head_dim 64 and 128, full and causal."""
-    sizes = [(2, 4, 4, 512, 512), (1, 4, 2, 200, 200), (2, 4, 1, 333, 777), (1, 3, 3, 64, 333), (1, 2, 2, 1, 1000),
-             (1, 8, 2, 1025, 1025), (1, 2, 2, 513, 129)]  # fmt: skip
+    sizes = [
+        (2, 4, 4, 512, 512),
+        (1, 4, 2, 200, 200),
+        (2, 4, 1, 333, 777),
+        (1, 3, 3, 64, 333),
+        (1, 2, 2, 1, 1000),
+        (1, 8, 2, 1025, 1025),
+        (1, 2, 2, 513, 129),
+    ]
     cases = [
-        Case(f"hopper-{b}x{hq}x{hkv}x{q}x{k}", q, k, dim, 0, b, hq, hkv, causal)
+        Case(f"hopper-{b}x{hq}x{hkv}x{q}x{k}{causal * '-causal'}", q, k, dim, 0, b, hq, hkv, causal)
         for b, hq, hkv, q, k in sizes
         for dim in (128, 64)
         for causal in (True, False)

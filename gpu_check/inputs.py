@@ -15,7 +15,7 @@ LAYOUTS = ("plain", "bshd", "padded", "unaligned")
 
 @dataclass
 class Inputs:
-    """Query, key, value (B, H, L, D), the other arguments of `fastattn.attention`, and what a backward starts from."""
+    """Query, key, value (B, H, L, D), the other arguments of a call, and where a backward starts."""
 
     query: Tensor
     key: Tensor

@@ -1,4 +1,4 @@
-"""Lists worked through by processes that may hang or crash: that costs the item they were at, and no other."""
+"""Lists worked through by processes that may hang or crash: that costs the item they were at, no other."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from gpu_check import ROOT
 from gpu_check.worker import DEVICE_LOST, MARK
 
+LAST_WORDS = 30.0  # seconds that a process has to end in when its work is done
 LAST_LINES = 60  # of what a process prints besides, kept for a crash
 
 
@@ -104,8 +106,9 @@ def _lines(process: subprocess.Popen[str]) -> queue.Queue[str | None]:
 
     def read() -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            lines.put(line.rstrip("\n"))
+        with process.stdout:
+            for line in process.stdout:
+                lines.put(line.rstrip("\n"))
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
@@ -138,13 +141,15 @@ def _listen(
             log.append(line)
             continue
         message = json.loads(line[len(MARK) :])
+        if "end" in message:  # not the end of its output, which a compiler that it started may hold open
+            break
         if "start" in message:
             at, since = message["start"], time.monotonic()
             log.clear()
         else:
             last = message.pop("done")
             settle(last, **message)
-    status, remaining = process.wait(), task.remaining()
+    status, remaining = _exit_code(process), task.remaining()
     if status and not (status == DEVICE_LOST and last in task.outcomes):
         settle(at, "crashed", f"the process ended with {status}")
     elif remaining and last not in task.outcomes:
@@ -165,10 +170,15 @@ def _until(lines: queue.Queue[str | None], patience: float, deadline: float) -> 
         yield line
 
 
+def _exit_code(process: subprocess.Popen[str]) -> int | str:
+    try:
+        return process.wait(LAST_WORDS)
+    except subprocess.TimeoutExpired:
+        return "no exit"
+
+
 def _end(process: subprocess.Popen[str]) -> None:
     """End it with all that it started, compilers among them."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()

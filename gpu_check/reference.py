@@ -1,7 +1,7 @@
 """What is right: attention composed of plain operations of torch, in float64 on the device.
 
-`attend` takes every argument, keeps every score, and is differentiated by torch. `Heads` takes long sequences,
-plain rules only, some heads at a time, with a backward written out. They share nothing with the kernels, and
+`attend` takes every argument, keeps every score, and is differentiated by torch. `Heads` takes long sequences
+under plain rules, some heads of them, with a backward written out. They share nothing with the kernels, and
 with `fastattn.reference` the random numbers of dropout alone.
 """
 
@@ -47,7 +47,7 @@ def attend(
     dropout_offset: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> Result:
-    """The arguments of `fastattn.attention` on tensors (B, H, L, D), differentiable in all that are floats."""
+    """The arguments of `fastattn.attention` on tensors (B, H, L, D), differentiable in all of floats."""
     group = query.shape[1] // key.shape[1]
     device, shape = query.device, (*query.shape[:3], key.shape[2])
     if query_offset is None:
@@ -120,7 +120,7 @@ def dropout_keeps(shape: tuple[int, ...], p: float, seed: int, offset: int) -> T
 
 
 class Heads:
-    """Some key/value heads of a long call, with the query heads they serve: out, and gradients, in float64."""
+    """Some key/value heads of a long call, with the query heads they serve: out and gradients in float64."""
 
     def __init__(self, case: Case, query: Tensor, key: Tensor, value: Tensor, at_most: int = 4) -> None:
         assert not case.arrays and not case.softcap, case
@@ -128,10 +128,10 @@ class Heads:
         self.group = case.query_heads // case.kv_heads
         self.inputs = query, key, value
         every = case.batch * case.kv_heads
-        drawn = torch.randperm(every, generator=torch.Generator().manual_seed(every))[: max(0, at_most - 2)]
+        order = torch.randperm(every, generator=torch.Generator().manual_seed(every)).tolist()
         # The last head has the largest offsets into memory.
-        chosen = sorted({0, every - 1, *drawn.tolist()})
-        self.places = [divmod(head, case.kv_heads) for head in chosen]
+        chosen = dict.fromkeys([0, every - 1, *order])
+        self.places = [divmod(head, case.kv_heads) for head in sorted(list(chosen)[:at_most])]
 
     def of_query(self, tensor: Tensor) -> Tensor:
         """The query heads that are looked at, of a tensor (B, Hq, Lq, ...)."""

@@ -20,6 +20,14 @@ _SHORT = {"portable atomic": "port. atomic", "hopper atomic": "hop. atomic", "cu
           "flash folded": "flash (f)"}  # fmt: skip
 
 
+_LEGEND = """\
+Rates are TFLOP/s of visible pairs; of decode rows GB/s, each input and output counted once; of overhead rows
+microseconds of the host. In brackets the share of the ceiling measured in this run. Medians of event times,
+contestants in turns, the second-level cache overwritten before each call. Every result was held against
+float64 before it was timed. (f): query heads folded into rows. ~: quartiles a tenth of the median apart.
+"""
+
+
 @dataclass
 class Report:
     """One run. Everything in it was measured or seen on `machine`."""
@@ -86,10 +94,7 @@ def markdown(report: Report) -> str:
     for title, rows in _sections(report):
         parts += [f"## {title}\n", _table(*_rate_cells(report, rows))]
     parts += [
-        "Rates are TFLOP/s of visible pairs, GB/s of decode rows counting each input and output once, microseconds "
-        "of overhead rows; in brackets the share of the ceiling measured in this run. Medians of event times, "
-        "contestants in turns, the second-level cache overwritten before each call. Every contestant's result was "
-        "held against float64 first. (f): query heads folded into rows.\n",
+        _LEGEND,
         *(f"- {note}\n" for note in [*report.notes, *_refusals(report)]),
     ]
     return "\n".join(parts)
@@ -98,16 +103,16 @@ def markdown(report: Report) -> str:
 def summary(report: Report) -> str:
     """For a terminal: what went wrong, the marks, and a line for each row."""
     lines = [_facts(report).strip()]
-    lines += [_plain(cells, (16, 6, 8, 9, 6, 8)) for cells in
-              [("group", "right", "skipped", "left out", "wrong", "worst"), *_check_cells(report)]]  # fmt: skip
+    checks = [("group", "right", "skipped", "left out", "wrong", "worst"), *_check_cells(report)]
+    lines += [_plain(cells, (18, 6, 8, 9, 6, 8)) for cells in checks]
     lines += [line[:230] for line in _failures(report)][:14]
     for _, rows in _sections(report):
         header, cells = _rate_cells(report, rows)
         widths = [34, *[max(13, len(name) + 1) for name in header[1:]]]
         lines += ["", _plain(header, widths), *(_plain(row, widths) for row in cells)]
     lines += [f"note: {note[:230]}" for note in [*report.notes, *_refusals(report)]][:14]
-    lines += ["", _plain(("mark", "must", "aim", "reached"), (62, 6, 6, 8))]
-    lines += [_plain(cells, (62, 6, 6, 8)) for cells in _target_cells(report)]
+    lines += ["", _plain(("mark", "must", "aim", "reached"), (62, 6, 6, 14))]
+    lines += [_plain(cells, (62, 6, 6, 14)) for cells in _target_cells(report)]
     return "\n".join(lines)
 
 
@@ -156,10 +161,11 @@ def _failures(report: Report) -> list[str]:
         for x in outcomes:
             if x.status in BAD:
                 grouped.setdefault((group, x.status, x.why), []).append(x.label)
-    return [
-        f"- {group}, {labels[0]}{f' and {len(labels) - 1} more' if len(labels) > 1 else ''}: {status}: {why}\n"
-        for (group, status, why), labels in grouped.items()
-    ]
+    lines = []
+    for (group, status, why), labels in grouped.items():
+        more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
+        lines.append(f"- {group}, {labels[0]}{more}: {status}: {why}\n")
+    return lines
 
 
 def _sections(report: Report) -> Iterator[tuple[str, list[Outcome]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from gpu_check.inputs import Inputs
 
 
-class Skipped(Exception):
+class SkippedError(Exception):
     """What is not there to be checked; says why."""
 
 
@@ -122,11 +123,7 @@ class Kernels:
 
     def _launch_forward(self) -> Callable[..., None]:
         if self.name == "hopper":
-            from fastattn.gpu import hopper
-
-            if torch.cuda.get_device_capability() != (9, 0):
-                raise Skipped("the device is not of compute capability 9.0")
-            return hopper.forward
+            return self._hopper().forward
         if self.name == "decode":
             from fastattn.gpu import decode
 
@@ -135,27 +132,36 @@ class Kernels:
 
         return forward.forward
 
+    def _hopper(self) -> Any:
+        from fastattn.gpu import hopper
+
+        if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+            raise SkippedError("the device is not of compute capability 9.0")
+        return hopper
+
     def _launch_backward(self) -> Callable[..., None]:
         if self.name == "hopper":
-            from fastattn.gpu import hopper
-
+            hopper = self._hopper()
             if not hasattr(hopper, "backward"):
-                raise Skipped("there is no Hopper backward")
+                raise SkippedError("there is no Hopper backward")
             return hopper.backward
         from fastattn.gpu import backward
 
         return backward.backward
 
 
-def public(backend: str | None) -> Any:
-    """The public function, or the portable kernels where it has no backend for them."""
+def public(backend: str | None, mode: str) -> Any:
+    """The public function, or the portable kernels where it does not lead to them."""
     from fastattn.dispatch import BACKENDS
 
-    return Public(backend) if "triton" in BACKENDS else Kernels("portable")
+    there = hasattr(BACKENDS[backend or "triton"], "run_backward" if mode == "backward" else "run")
+    return Public(backend) if there else Kernels("portable")
 
 
 def call_of(inputs: Inputs, tf32: bool = False) -> Any:
     """What the kernels take, made of the arguments alone."""
+    if not inputs.query.is_cuda and "TRITON_INTERPRET" not in os.environ:
+        raise SkippedError("kernels need a device, or Triton's interpreter")
     from fastattn.gpu.call import Call
     from fastattn.problem import UNBOUNDED
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench import work
-from gpu_check.checks import LIMITS, Wrong, compare
+from gpu_check.checks import LIMITS, WrongError, compare
 from gpu_check.contestants import CONTESTANTS, PEERS
 from gpu_check.inputs import Inputs, draw_on_device, poison
 from gpu_check.reference import Heads
-from gpu_check.routes import Skipped
+from gpu_check.routes import SkippedError
 from gpu_check.timing import Clock, ceilings, host_seconds
 from gpu_check.torch_checks import capture
 from tests.shapes import Case
@@ -84,7 +84,7 @@ class Row:
         names = ("out",) if self.mode == "forward" else ("dquery", "dkey", "dvalue")
         errors = [compare(*each, limit) for each in zip(names, (of_query, *of_key), right, strict=True)]
         if not all(bool(x.isfinite().all()) for x in results):
-            raise Wrong("not every element is a finite number")
+            raise WrongError("not every element is a finite number")
         return max(errors)
 
 
@@ -92,9 +92,9 @@ def _what_happened(name: str, reason: Exception) -> dict[str, Any]:
     """A contestant that has no time. What a failed launch leaves of the device is no use to the others."""
     if "CUDA error" in str(reason):
         raise RuntimeError(f"{name}: {reason}") from reason
-    if isinstance(reason, Wrong):
+    if isinstance(reason, WrongError):
         status = "wrong"
-    elif name in PEERS or isinstance(reason, (NotImplementedError, Skipped)):
+    elif name in PEERS or isinstance(reason, (NotImplementedError, SkippedError)):
         status = "refused"
     else:
         status = "failed"

@@ -1,4 +1,4 @@
-"""The marks that the project has set itself on an H100 or H200: ratios of times, or shares of a ceiling, of one run."""
+"""The marks that the project has set itself on an H100 or H200, as ratios within one run."""
 
 from __future__ import annotations
 

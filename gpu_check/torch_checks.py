@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpu_check import reference
-from gpu_check.checks import LIMITS, Wrong, compare
+from gpu_check.checks import LIMITS, WrongError, compare
 from gpu_check.inputs import poison
-from gpu_check.routes import Skipped
+from gpu_check.routes import SkippedError
 
 Action = Callable[[str], None]
 SHAPE = 2, 8, 333, 64
@@ -53,7 +53,7 @@ def hold(found: Tensor, inputs: list[Tensor], limit: float = LIMIT, **options: A
 
 def need_device(device: str) -> None:
     if device == "cpu":
-        raise Skipped("needs a device")
+        raise SkippedError("needs a device")
 
 
 def capture(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -118,7 +118,7 @@ def graph_replays_a_training_step(device: str) -> None:
     captured = [x.clone() for x in found]
     for one, other in zip(captured, step(), strict=True):
         if not torch.equal(one, other):
-            raise Wrong("the gradients of a replay are not those of a call")
+            raise WrongError("the gradients of a replay are not those of a call")
 
 
 def works_on_another_stream(device: str) -> None:
@@ -183,7 +183,7 @@ def autocast_casts(device: str) -> None:
     with torch.autocast(device, torch.bfloat16):
         out = fa.attention(*inputs)
     if out.dtype != torch.bfloat16:
-        raise Wrong(f"under autocast out is {out.dtype}")
+        raise WrongError(f"under autocast out is {out.dtype}")
     hold(out, [x.to(torch.bfloat16) for x in inputs])
 
 
@@ -196,7 +196,7 @@ def patch_takes_the_place_of_sdpa(device: str) -> None:
         out = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
     hold(out, [query, key, value], causal=True)
     if not torch.equal(out, fa.attention(query, key, value, causal="top_left")):
-        raise Wrong("the patched function is not fastattn's")
+        raise WrongError("the patched function is not fastattn's")
 
 
 def strides_beyond_31_bits(device: str) -> None:
@@ -204,7 +204,7 @@ def strides_beyond_31_bits(device: str) -> None:
 
     need_device(device)
     if torch.cuda.mem_get_info()[0] < 16 << 30:
-        raise Skipped("needs 16 GiB of free memory")
+        raise SkippedError("needs 16 GiB of free memory")
     far = (1 << 31) + 64
     storage = torch.empty(far + 200 * 64, device=device, dtype=torch.bfloat16)
     key = storage.as_strided((1, 2, 200, 64), (0, far, 64, 1)).normal_()
@@ -224,7 +224,7 @@ def dropout_draws_from_torch(device: str) -> None:
         poison(device)
         found.append(fa.attention(*inputs, dropout_p=0.3))
     if not torch.equal(found[0], found[1]) or torch.equal(found[0], found[2]):
-        raise Wrong("dropout does not follow torch.manual_seed")
+        raise WrongError("dropout does not follow torch.manual_seed")
 
 
 def lengths_are_clamped(device: str) -> None:
@@ -257,7 +257,7 @@ def debug_checks_lengths(device: str) -> None:
         [sys.executable, "-c", _DEBUG], env=environment, capture_output=True, text=True, timeout=60
     )
     if done.returncode:
-        raise Wrong(done.stderr.strip()[-500:])
+        raise WrongError(done.stderr.strip()[-500:])
 
 
 def explain_names_the_kernels(device: str) -> None:
@@ -266,7 +266,7 @@ def explain_names_the_kernels(device: str) -> None:
     need_device(device)
     found = fa.explain(*tensors(device), causal=True)
     if found.backend != "triton":
-        raise Wrong(f"explain: {found}")
+        raise WrongError(f"explain: {found}")
 
 
 CHECKS = [

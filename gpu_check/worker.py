@@ -1,9 +1,10 @@
-"""One process that works through a list and says on standard output, line by line, what it starts and finds."""
+"""One process that works through a list and says on standard output, line by line, what it finds."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from dataclasses import replace
@@ -18,7 +19,7 @@ def say(**message: Any) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the items of `--items`; ends with DEVICE_LOST where the device can no longer be used by this process."""
+    """Run the items of `--items`; ends with DEVICE_LOST where this process can no longer use the device."""
     parser = argparse.ArgumentParser()
     parser.add_argument("list", help="a name that lists.items_of knows")
     parser.add_argument("--items", required=True, help="indices into it, with commas between")
@@ -27,10 +28,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--backend")
     parser.add_argument("--without", default="", help="contestants that start so are left out of rows")
     options = parser.parse_args(arguments)
-    from gpu_check.checks import Wrong
+    from gpu_check.checkers import INSTRUMENTED, prepare_instrumented
+    from gpu_check.checks import WrongError
     from gpu_check.lists import items_of
-    from gpu_check.routes import Skipped
+    from gpu_check.routes import SkippedError
 
+    if os.environ.get(INSTRUMENTED):
+        prepare_instrumented(options.device)
     items = items_of(options.list)
     for index in map(int, options.items.split(",")):
         item = _without(items[index], options.without)
@@ -39,9 +43,9 @@ def main(arguments: list[str]) -> int:
             found: dict[str, Any] = {
                 "status": "right", **item.run(options.device, options.seed + index, options.backend)
             }  # fmt: skip
-        except Skipped as reason:
+        except SkippedError as reason:
             found = {"status": "skipped", "why": str(reason)}
-        except Wrong as reason:
+        except WrongError as reason:
             found = {"status": "wrong", "why": str(reason)}
         except Exception as error:
             first = (str(error).strip().splitlines() or [""])[0]
@@ -50,6 +54,7 @@ def main(arguments: list[str]) -> int:
         say(done=index, **found)
         if found["status"] == "failed" and _device_is_lost(options.device):
             return DEVICE_LOST
+    say(end=True)
     return 0
 
 

@@ -7,9 +7,9 @@ from functools import cache
 
 
 @cache
-def flag(name: str) -> bool:
-    """Whether the variable `name` is 1; unset, empty and 0 are no, anything else a ValueError."""
+def flag(name: str, default: bool = False) -> bool:
+    """Whether the variable `name` is 1; `default` if it is unset or empty, a ValueError if it is not 0."""
     value = os.environ.get(name, "")
     if value not in ("", "0", "1"):
         raise ValueError(f"{name} must be 0 or 1, got {value!r}")
-    return value == "1"
+    return value == "1" if value else default

@@ -36,8 +36,9 @@ def attention(
 ) -> Any:
     r"""Exact attention: ``softmax(scale * query @ key.T + bias) @ value`` for every head.
 
-    All arrays are NumPy's or all are torch's, and so are the results. query, key, value and out have one
-    dtype: float64, float32, bfloat16 (in NumPy: ``ml_dtypes.bfloat16``) or float16. Strides may be any.
+    All arrays are NumPy's or all are torch's, on the CPU or on one GPU, and so are the results. query, key,
+    value and out have one dtype: float64 (on the CPU), float32, bfloat16 (in NumPy: ``ml_dtypes.bfloat16``)
+    or float16. Strides may be any.
 
     Parameters
     ----------
@@ -69,7 +70,7 @@ def attention(
         Defaults to ``1 / sqrt(D)``.
     dropout_p : float
         Probabilities are set to 0 with this probability, and multiplied by ``1 / (1 - dropout_p)`` otherwise.
-    dropout_seed : int, optional
+    dropout_seed : int or int64 tensor of shape (), optional
         From 0 to 2**64 - 1. One seed and offset drop the same probabilities on every backend. By default it
         is drawn: for tensors from torch's default generator of their device, for NumPy anew each time.
     dropout_offset : int
@@ -82,7 +83,7 @@ def attention(
         Also return the probabilities, after dropout, shape (B, Hq, Lq, Lk), in query's dtype.
     out : array, shape (B, Hq, Lq, Dv), optional
         Written and returned. Must not share memory with an input.
-    backend : {"cpu", "reference", "math"}, optional
+    backend : {"cpu", "triton", "reference", "math"}, optional
         Defaults to ``FASTATTN_BACKEND``, else to the first that can run the call; see `explain`. "math" is
         composed of operations of torch: for tensors of any device, with every score in memory, differentiable
         any number of times in query, key, value, bias, sinks and alibi_slopes.
@@ -99,8 +100,9 @@ def attention(
     ValueError
         For shapes that do not fit and values out of range, and for an `out` that overlaps an input or itself.
     RuntimeError
-        For tensors on other devices than the CPU, unless the backend is "math"; for an `out` where anything
-        requires grad; for gradients of gradients, unless the backend is "math".
+        For tensors on different devices, or on one that is neither the CPU nor a GPU of CUDA or ROCm; for an
+        `out` where anything requires grad; for gradients of gradients. The backend "math" has both, on any
+        device.
     NotImplementedError
         If no backend can run the call; the message holds the reasons of each.
     MemoryError
@@ -110,8 +112,14 @@ def attention(
     -----
     Tensors that require grad get a graph. ``torch.autocast`` casts query, key and value.
 
-    What is masked, or lies past a length, changes no bit of the output, not even NaN. Dropout keeps a
-    probability where a word of Philox 4x32-10 [2]_ says so; `fastattn.philox` is its definition.
+    On a GPU, kv_lengths, query_offset, alibi_slopes and sinks may be lists or tensors of the CPU, checked
+    as everywhere, or tensors of the GPU: those are never waited for, and their values are not checked unless
+    ``FASTATTN_DEBUG=1``. Kernels then stay within the keys that there are. A call only launches kernels, on
+    the current stream, and can be captured in a CUDA graph.
+
+    On the CPU, what is masked, or lies past a length, changes no bit of the output, not even NaN; on a GPU
+    that holds past a length, and where no row of a tile may look. Dropout keeps a probability where a word of
+    Philox 4x32-10 [2]_ says so; `fastattn.philox` is its definition.
 
     References
     ----------

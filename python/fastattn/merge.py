@@ -98,7 +98,7 @@ def _merge_tensors(a: Any, log_a: Any, b: Any, log_b: Any, swapped: bool) -> tup
         if swapped:
             share = share.transpose(1, 2)
         out = out + torch.where(share == 0, 0, share * part)
-    return out.to(a.dtype), highest + torch.log(total)
+    return out.to(a.dtype).contiguous(), highest + torch.log(total)
 
 
 def _check_dtypes(a: Strided, log_a: Strided, b: Strided, log_b: Strided) -> None:

@@ -130,7 +130,7 @@ def backward(
     ValueError
         For shapes that do not fit, values out of range, and the gradient of something that was not given.
     RuntimeError
-        For tensors on other devices than the CPU, or that require grad: no graph is made of a backward.
+        For tensors on different devices, or that require grad: no graph is made of a backward.
     NotImplementedError
         If the backend computes no gradients; of "math", differentiate `fastattn.attention`.
 

@@ -10,7 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn._flags import flag
-from fastattn.arrays import FLOATS, INTEGERS, NUMPY, Array, ArrayLibrary, Strided, library_of, type_name
+from fastattn.arrays import (
+    FLOATS,
+    INTEGERS,
+    NUMPY,
+    Array,
+    ArrayLibrary,
+    Strided,
+    is_tensor,
+    library_of,
+    type_name,
+)
 
 Causal: TypeAlias = bool | Literal["bottom_right", "top_left"]
 Layout: TypeAlias = Literal["bhsd", "bshd"]
@@ -47,7 +57,7 @@ class AttentionProblem(NamedTuple):
     softcap: float  # 0: none
     scale: float
     dropout_p: float = 0.0
-    dropout_seed: Any = None  # of 64 bits; on a GPU it may be a tensor, (), int64; None: `seeded` draws it
+    dropout_seed: Any = None  # 64 bits; on a GPU a tensor, (), int64, or a number; None: `seeded` draws it
     dropout_offset: int = 0  # of 32 bits
     alibi_slopes_given: Any = None  # as they came, for a backend that differentiates
     sinks_given: Any = None
@@ -338,13 +348,14 @@ def _vector(
 
 
 def _seed(library: ArrayLibrary, seed: Any) -> Any:
-    if not library.keeps(seed):
+    if library is NUMPY or not is_tensor(seed):
         return check_word("dropout_seed", seed, 64)
-    view = library.view("dropout_seed", seed)
+    kept = library.keeps(seed)
+    view = library.view("dropout_seed", seed) if kept else library.readable("dropout_seed", seed)
     if view.dtype != "int64" or view.shape != ():
         got = f"{view.dtype} of shape {view.shape}"
         raise TypeError(f"dropout_seed must be an integer, or a tensor of one int64, got {got}")
-    return view.array
+    return view.array if kept else int(view.read()) % 2**64
 
 
 def _listed(name: str, values: Any) -> NDArray[Any]:

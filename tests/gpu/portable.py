@@ -10,7 +10,7 @@ from torch import Tensor
 
 import bounds
 from bounds import Expected
-from fastattn.gpu.call import Call
+from fastattn.gpu.call import Call, from_problem
 from fastattn.gpu.forward import forward
 from fastattn.problem import AttentionProblem
 from kernels import Kernel
@@ -30,32 +30,7 @@ class Results(NamedTuple):
 
 def call_of(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Call:
     """The arguments of `fastattn.attention` as kernels read them."""
-    problem = AttentionProblem.from_arguments(query, key, value, **options)
-    shape, device = problem.scores_shape, query.device
-    one_offset = isinstance(problem.query_offset, int)
-
-    def vector(values: Any, dtype: torch.dtype) -> Tensor | None:
-        return None if values is None else torch.as_tensor(np.array(values), dtype=dtype, device=device)
-
-    return Call(
-        query,
-        key,
-        value,
-        None if problem.mask is None else problem.mask.array.expand(shape),
-        None if problem.bias is None else problem.bias.array.expand(shape),
-        vector(problem.kv_lengths, torch.int64),
-        None if one_offset else vector(problem.query_offset, torch.int64),
-        problem.query_offset if one_offset else 0,
-        problem.window_left,
-        problem.window_right,
-        vector(problem.alibi_slopes, torch.float32),
-        vector(problem.sinks, torch.float32),
-        problem.softcap,
-        problem.scale,
-        problem.dropout_p,
-        problem.dropout_seed or 0,
-        problem.dropout_offset,
-    )
+    return from_problem(AttentionProblem.from_arguments(query, key, value, **options))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, *, run: Any = forward, **options: Any) -> Results:
@@ -83,6 +58,11 @@ def allowed(expected: Expected, dtype: str) -> np.ndarray:
     rounded = ROUNDING[dtype] * expected.mass + SUBNORMAL[dtype] / 2 * keys * expected.largest
     error = own + rounded + bounds.FLUSHED[dtype] * expected.largest
     return error if dtype == "float32" else error + bounds.ulp(abs(expected.out) + error, dtype) / 2
+
+
+def allowed_weights(expected: Expected, dtype: str) -> np.ndarray:
+    """The error allowed in each probability."""
+    return bounds.allowed_weights(Kernel("triton", dtype, ""), expected)
 
 
 def check_case(case: Case, dtype: str, *, run: Any = forward, spread: float = 1.0, **more: Any) -> None:

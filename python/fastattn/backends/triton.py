@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastattn.arrays import NUMPY
-from fastattn.outputs import Outputs
+from fastattn.outputs import Gradients, Outputs
 from fastattn.problem import AttentionProblem
 
 if TYPE_CHECKING:
@@ -44,32 +43,23 @@ class TritonBackend:
 
     def run(self, problem: AttentionProblem, outputs: Outputs) -> None:
         """Launch kernels on the current stream of the device."""
-        import torch
+        from fastattn.gpu import launch
 
-        from fastattn.gpu import choice
-        from fastattn.gpu.call import from_problem, tensor
-        from fastattn.gpu.weights import weights
+        launch.forward(problem, outputs)
 
-        out, lse, probabilities = (None if view is None else tensor(view) for view in outputs)
-        assert out is not None
-        if not out.shape[0] or not out.shape[2]:
-            return  # no batch or no query: every output is empty
-        with _current(out.device):
-            call = from_problem(problem)
-            if lse is None and probabilities is not None:
-                lse = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
-            choice.of_forward(call).launch(call, out, lse)
-            if lse is not None and probabilities is not None:
-                weights(call, lse, probabilities)
+    def run_backward(
+        self, problem: AttentionProblem, outputs: Outputs, incoming: Outputs, gradients: Gradients
+    ) -> None:
+        """Launch kernels on the current stream of the device."""
+        from fastattn.gpu import launch
+
+        launch.backward(problem, outputs, incoming, gradients)
 
     def describe(self, problem: AttentionProblem) -> dict[str, str]:
         """Tell the device, the kernel and its tiles, and why it is not another one."""
-        from fastattn.gpu import choice
-        from fastattn.gpu.call import from_problem
+        from fastattn.gpu import launch
 
-        device = problem.query.array.device
-        with _current(device):
-            return {"device": device_name(device), **choice.of_forward(from_problem(problem)).described()}
+        return {"device": device_name(problem.query.array.device), **launch.described(problem)}
 
 
 def missing(device: torch.device) -> list[str]:
@@ -126,12 +116,3 @@ def _missing_capability(device: torch.device) -> str:
         return ""
     found, needed = (f"{major}.{minor}" for major, minor in (capability, MIN_CAPABILITY))
     return f"{torch.cuda.get_device_name(device)} has compute capability {found}, expected {needed} or more"
-
-
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make `device` the one that kernels are launched on."""
-    import torch
-
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)

@@ -35,6 +35,17 @@ class Call(NamedTuple):
     tf32: bool = False  # float32 products may round their operands
 
 
+class Gradients(NamedTuple):
+    """Memory for the gradients of a call; None: not wanted."""
+
+    query: Tensor | None = None  # as in `Call`, any strides
+    key: Tensor | None = None
+    value: Tensor | None = None
+    bias: Tensor | None = None  # (B, Hq, Lq, Lk), of size 1 on each axis along which the bias was broadcast
+    alibi_slopes: Tensor | None = None  # (B, Hq), float32 or float64
+    sinks: Tensor | None = None  # (B, Hq), or (Hq,) of the whole batch, float32 or float64
+
+
 def from_problem(problem: AttentionProblem) -> Call:
     """See `problem` as the kernels do. Nothing is read from the device, nor waited for.
 
@@ -91,7 +102,7 @@ def _on_device(name: str, vector: Any, dtype: torch.dtype, device: torch.device)
             "the graph would read the memory that this call copies from"
         )
     # Copied to a staging buffer before this returns, so that the host need not wait for the device.
-    return torch.from_numpy(np.ascontiguousarray(vector)).to(device, dtype, non_blocking=True)
+    return torch.from_numpy(np.array(vector)).to(device, dtype, non_blocking=True)
 
 
 def _allows_tf32() -> bool:

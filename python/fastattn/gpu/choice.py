@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastattn.gpu import configs
+from fastattn.gpu import configs, hopper
 from fastattn.gpu.call import Call
 from fastattn.gpu.decode import decode
 from fastattn.gpu.forward import forward
@@ -37,6 +37,13 @@ def of_forward(call: Call) -> Kernel:
     if not reasons:
         return Kernel("decode", decode, configs.decode(call), refusals)
     refusals["decode"] = reasons
+    reasons = hopper.supports(call)
+    if not reasons:
+        tiles = dict(
+            zip(("BLOCK_M", "BLOCK_N", "stages"), hopper.FORWARD_TILES[call.query.shape[3]], strict=True)
+        )
+        return Kernel("hopper", hopper.forward, tiles, refusals)
+    refusals["hopper"] = reasons
     return Kernel("portable", forward, configs.forward(call), refusals)
 
 

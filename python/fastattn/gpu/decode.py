@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastattn.gpu import configs
 from fastattn.gpu.call import Call
-from fastattn.gpu.forward import attend_all, is_plain, normalised, precision
+from fastattn.gpu.forward import attend_all, is_plain, normalised
 from fastattn.gpu.tile import (
     INF,
     LN2,
@@ -63,7 +63,7 @@ def decode(call: Call, out: Tensor, lse: Tensor | None) -> None:
         BLOCK_DIM=configs.padded(head_dim),
         BLOCK_VALUE=value_block,
         PLAIN=is_plain(call),
-        PRECISION=precision(call),
+        PRECISION=configs.precision(call),
         **settings,
     )
     merge_kernel[(batch * heads * seqlen_q,)](

@@ -64,7 +64,7 @@ def forward(call: Call, out: Tensor, lse: Tensor | None) -> None:
         BLOCK_DIM=configs.padded(head_dim),
         BLOCK_VALUE=configs.padded(value_dim),
         PLAIN=is_plain(call),
-        PRECISION=precision(call),
+        PRECISION=configs.precision(call),
         **settings,
     )
 
@@ -72,11 +72,6 @@ def forward(call: Call, out: Tensor, lse: Tensor | None) -> None:
 def is_plain(call: Call) -> bool:
     """Whether scores are products times a positive scale: the highest product is the highest score."""
     return not call.softcap and call.bias is None and call.alibi_slopes is None and call.scale > 0
-
-
-def precision(call: Call) -> str:
-    """How products of float32 are rounded."""
-    return "tf32" if call.tf32 else "ieee"
 
 
 @triton.jit

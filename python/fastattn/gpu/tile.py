@@ -143,6 +143,17 @@ def store_rows(base, matrix, rows, count, values, DIM: tl.constexpr, BLOCK_DIM: 
 
 
 @triton.jit
+def hidden_zeros(number, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Zeros that the compiler cannot see through nor take one for another: products of `number` by 0.
+
+    Constants it would set once more where a loop may not run at all, and for their sake wait for each product
+    of that loop.
+    """
+    numbers = first + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    return numbers.to(tl.float32) * (number * 0.0)
+
+
+@triton.jit
 def key_count(rules, batch, seqlen_k):
     """How many keys the sequence has; no stored length leads past the end."""
     if rules.lengths is None:
@@ -165,27 +176,39 @@ def query_offset(rules, batch):
 
 @triton.jit
 def key_ranges(first, last, offset, count, rules, BLOCK_N: tl.constexpr):
-    """Split the keys that queries `first` to `last` may attend to: start, [inner_start, inner_end), end.
+    """Split the keys that queries `first` to `last` may attend to; see `tile_ranges`."""
+    return tile_ranges(first, last, offset, count, rules.left, rules.right, rules.mask is not None, BLOCK_N)
 
-    All are multiples of BLOCK_N, but for `end`. Tiles of the inner range are visible to each of these queries
-    as far as lengths and the window tell; nobody sees anything outside [start, end).
+
+@triton.jit
+def query_ranges(first, last, offset, count, rules, BLOCK_M: tl.constexpr):
+    """Split the queries, `count` of them, that may attend to keys `first` to `last`; see `tile_ranges`."""
+    return tile_ranges(first, last, -offset, count, rules.right, rules.left, rules.mask is not None, BLOCK_M)
+
+
+@triton.jit
+def tile_ranges(first, last, offset, count, left, right, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """Split what positions `first` to `last` meet on the other side: start, [inner_start, inner_end), end.
+
+    All are multiples of BLOCK, but for `end`. Tiles of the inner range meet each of these positions as far as
+    lengths and the window tell; nobody meets anything outside [start, end).
     """
     end = count
     inner_end = count
-    if rules.right is not None:
-        end = clamped(last, offset + 1, rules.right, 0, count)
-        inner_end = clamped(first, offset + 1, rules.right, 0, count)
+    if right is not None:
+        end = clamped(last, offset + 1, right, 0, count)
+        inner_end = clamped(first, offset + 1, right, 0, count)
     start = end * 0
     inner_start = end * 0
-    if rules.left is not None:
-        start = clamped(first, offset, -rules.left, 0, end)
-        inner_start = clamped(last, offset, -rules.left, 0, end)
-        start = start // BLOCK_N * BLOCK_N
-        inner_start = (inner_start + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    inner_end = inner_end // BLOCK_N * BLOCK_N
-    inner_start = tl.minimum(inner_start, (end + BLOCK_N - 1) // BLOCK_N * BLOCK_N)
+    if left is not None:
+        start = clamped(first, offset, -left, 0, end)
+        inner_start = clamped(last, offset, -left, 0, end)
+        start = start // BLOCK * BLOCK
+        inner_start = (inner_start + BLOCK - 1) // BLOCK * BLOCK
+    inner_end = inner_end // BLOCK * BLOCK
+    inner_start = tl.minimum(inner_start, (end + BLOCK - 1) // BLOCK * BLOCK)
     inner_end = tl.maximum(inner_end, inner_start)
-    if rules.mask is not None:  # every tile has to ask it
+    if MASKED:  # every tile has to ask it
         inner_start = start
         inner_end = start
     return start, inner_start, inner_end, end
@@ -216,9 +239,21 @@ def visible(rules, batch, head, rows, keys, seqlen_q, offset, count):
 @triton.jit
 def adjusted(products, rules, batch, head, rows, keys, seqlen_q, offset, count):
     """Scores in natural units, before anything is hidden: scale, softcap, bias and ALiBi."""
+    return moved(capped(products, rules), rules, batch, head, rows, keys, seqlen_q, offset, count)
+
+
+@triton.jit
+def capped(products, rules):
+    """Scale, and softcap."""
     scores = products * rules.scale
     if rules.softcap is not None:
         scores = rules.softcap * tanh(scores / rules.softcap)
+    return scores
+
+
+@triton.jit
+def moved(scores, rules, batch, head, rows, keys, seqlen_q, offset, count):
+    """Bias, and ALiBi."""
     if rules.bias is not None:
         at = places(head_base(rules.bias, batch, head), rules.bias, rows, keys)
         scores += tl.load(at, mask=(rows < seqlen_q) & (keys < count), other=0.0).to(tl.float32)

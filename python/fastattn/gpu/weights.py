@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fastattn.gpu import configs
 from fastattn.gpu.call import Call
-from fastattn.gpu.forward import precision
 from fastattn.gpu.tile import (
     INF,
     LOG2E,
@@ -49,7 +48,7 @@ def weights(call: Call, lse: Tensor, weights: Tensor) -> None:
         GROUP=heads // kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_DIM=configs.padded(head_dim),
-        PRECISION=precision(call),
+        PRECISION=configs.precision(call),
         **settings,
     )
 

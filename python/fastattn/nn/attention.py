@@ -75,7 +75,7 @@ class Attention(nn.Module):
         one product where sources are the same. Results and initial weights are those of separate ones,
         and either loads a state_dict of the other. Needs `kdim` and `vdim` to be E.
     backend : str, optional
-        As of `fastattn.attention`: "math" for other devices and for gradients of gradients.
+        As of `fastattn.attention`: "math" for gradients of gradients, and for devices without kernels.
     device, dtype : optional
         Of the parameters.
 

@@ -40,7 +40,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     device, dtype : optional
         Of the parameters.
     backend : str, optional
-        As of `fastattn.attention`: "math" for other devices and for gradients of gradients.
+        As of `fastattn.attention`: "math" for gradients of gradients, and for devices without kernels.
 
     Raises
     ------

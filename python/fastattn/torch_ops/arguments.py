@@ -23,7 +23,7 @@ class Operands(NamedTuple):
     query_offsets: Tensor | None  # one for each sequence
     alibi_slopes: Tensor | None
     sinks: Tensor | None
-    drawn_seed: Tensor | None  # of dropout, (), int64; on a GPU it stays there
+    drawn_seed: Tensor | None  # of dropout, or given as a tensor; (), int64
 
 
 class Rules(NamedTuple):
@@ -75,7 +75,7 @@ def flatten(
     offsets = _table("query_offset", query_offset) if offset is None else None
     dropout_p = check_dropout_p(dropout_p)
     drawn = None
-    if isinstance(dropout_seed, Tensor) and not dropout_seed.is_cpu:
+    if isinstance(dropout_seed, Tensor):
         drawn, dropout_seed = dropout_seed, None
     elif dropout_seed is not None:
         dropout_seed = _word("dropout_seed", dropout_seed, 64)
@@ -112,7 +112,7 @@ def options_of(operands: Operands, rules: Rules) -> dict[str, Any]:
     """The keyword arguments of `AttentionProblem.from_arguments`, back again."""
     seed: Any = None if rules.dropout_seed is None else rules.dropout_seed % _UINT64
     if operands.drawn_seed is not None:
-        seed = int(operands.drawn_seed) if operands.drawn_seed.is_cpu else operands.drawn_seed
+        seed = operands.drawn_seed
     window = (rules.window_left, rules.window_right)
     return {
         "causal": rules.causal or False,

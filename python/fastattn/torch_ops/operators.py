@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from fastattn import gradients, tensors
 from fastattn.arrays import ArrayLibrary, is_traced
@@ -95,13 +96,12 @@ def _call_backward(*arguments: Any) -> Any:
 
 def is_watched(*arrays: Any) -> bool:
     """Whether something of torch wants to see operators, or there is no memory behind tensors."""
-    return bool(
-        is_transformed()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state() is not None
-        or any(isinstance(array, torch._subclasses.FakeTensor) for array in arrays)
-        or all(getattr(array, "is_meta", False) for array in arrays)
-    )
+    if is_transformed() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return True
+    for array in arrays:  # a loop: generators take twice the time, and calls on few tokens microseconds
+        if isinstance(array, FakeTensor):
+            return True
+    return getattr(arrays[0], "is_meta", False) and all(getattr(array, "is_meta", False) for array in arrays)
 
 
 def is_transformed() -> bool:

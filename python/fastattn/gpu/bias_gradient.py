@@ -1,0 +1,209 @@
+"""The gradient of a bias: a program owns a tile of it as it was given, and sums over all that it went to."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.gpu import configs
+from fastattn.gpu.call import Call
+from fastattn.gpu.score_gradient import Incoming, load_terms, probabilities, score_gradients, weight_factors
+from fastattn.gpu.tile import (
+    head_base,
+    key_count,
+    key_ranges,
+    load_rows,
+    matrix,
+    places,
+    query_offset,
+    query_ranges,
+    rules_of,
+)
+
+
+def bias_gradient(call: Call, incoming: Incoming, grad_bias: Tensor) -> None:
+    """Write `grad_bias`, (B, Hq, Lq, Lk) with a size of 1 on each axis along which the bias is one for all.
+
+    Where the bias has a number for each query and key, a tile of it is summed over batches and heads in its
+    program. Else there are few of its tiles: each head gets sums of its own, at most one a query or key.
+    """
+    batch, heads, seqlen_q, _ = call.query.shape
+    seqlen_k = call.key.shape[2]
+    if 0 in (batch, seqlen_q, seqlen_k):
+        grad_bias.zero_()
+        return
+    of_batch, of_head, of_row, of_key = (
+        mine == all for mine, all in zip(grad_bias.shape, (batch, heads, seqlen_q, seqlen_k), strict=True)
+    )
+    if of_row and of_key:
+        _add_tiles(call, incoming, grad_bias, of_batch, of_head)
+        return
+    shape = (batch, heads, seqlen_q, 1) if not of_key else (batch, heads, 1, seqlen_k)
+    sums = torch.empty(shape, dtype=torch.float32, device=grad_bias.device)
+    _add_tiles(call, incoming, sums, True, True)
+    grad_bias.copy_(sums.sum_to_size(grad_bias.shape))
+
+
+def _add_tiles(call: Call, incoming: Incoming, grad: Tensor, of_batch: bool, of_head: bool) -> None:
+    batch, heads, seqlen_q, head_dim = call.query.shape
+    seqlen_k, value_dim = call.key.shape[2], call.value.shape[3]
+    settings = configs.backward_bias(call)
+    row_tiles = triton.cdiv(grad.shape[2], settings["BLOCK_M"])
+    key_tiles = triton.cdiv(grad.shape[3], settings["BLOCK_N"])
+    bias_gradient_kernel[(row_tiles * key_tiles * grad.shape[0] * grad.shape[1],)](
+        matrix(call.query),
+        matrix(call.key),
+        matrix(call.value),
+        incoming,
+        matrix(grad),
+        rules_of(call),
+        heads,
+        seqlen_q,
+        seqlen_k,
+        row_tiles,
+        key_tiles,
+        grad.shape[1],
+        1 if of_batch else batch,
+        1 if of_head else heads,
+        GROUP=heads // call.key.shape[1],
+        HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim,
+        BLOCK_DIM=configs.padded(head_dim),
+        BLOCK_VALUE=configs.padded(value_dim),
+        PRECISION=configs.precision(call),
+        ALL_ROWS=grad.shape[2] != seqlen_q,
+        ALL_KEYS=grad.shape[3] != seqlen_k,
+        **settings,
+    )
+
+
+_SIZES = [
+    "heads",
+    "seqlen_q",
+    "seqlen_k",
+    "row_tiles",
+    "key_tiles",
+    "own_heads",
+    "batch_members",
+    "head_members",
+]
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def bias_gradient_kernel(
+    query,
+    key,
+    value,
+    incoming,
+    grad_bias,
+    rules,
+    heads,
+    seqlen_q,
+    seqlen_k,
+    row_tiles,
+    key_tiles,
+    own_heads,
+    batch_members,
+    head_members,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALL_ROWS: tl.constexpr,
+    ALL_KEYS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One tile of the gradient. ALL_ROWS, ALL_KEYS: it has one number for all queries, or for all keys."""
+    tile, slot = tl.program_id(0) % (row_tiles * key_tiles), tl.program_id(0) // (row_tiles * key_tiles)
+    own_row, own_key = tile // key_tiles * BLOCK_M, tile % key_tiles * BLOCK_N
+    own_batch, own_head = slot // own_heads, slot % own_heads
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for member in tl.range(batch_members * head_members):
+        batch, head = own_batch + member // head_members, own_head + member % head_members
+        count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
+        if ALL_ROWS:
+            last = tl.minimum(own_key + BLOCK_N, count) - 1
+            there = tl.where(own_key < count, seqlen_q, 0)
+            start, _, _, end = query_ranges(own_key, last, offset, there, rules, BLOCK_M)
+        else:
+            last = tl.minimum(own_row + BLOCK_M, seqlen_q) - 1
+            start, _, _, end = key_ranges(own_row, last, offset, count, rules, BLOCK_N)
+            if not ALL_KEYS:
+                start = tl.maximum(start, own_key)
+                end = tl.minimum(end, own_key + BLOCK_N)
+        for first in tl.range(start, end, BLOCK_M if ALL_ROWS else BLOCK_N):
+            first_row = first if ALL_ROWS else own_row
+            first_key = own_key if ALL_ROWS else first
+            sums += tile_gradient(
+                query, key, value, incoming, rules, batch, head, heads, first_row, first_key, seqlen_q,
+                offset, count, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PRECISION, BLOCK_M,
+                BLOCK_N,
+            )  # fmt: skip
+
+    rows, keys = own_row + tl.arange(0, BLOCK_M), own_key + tl.arange(0, BLOCK_N)
+    base, dtype = head_base(grad_bias, own_batch, own_head), grad_bias.pointer.dtype.element_ty
+    if ALL_KEYS:
+        tl.store(places(base, grad_bias, rows, rows * 0), tl.sum(sums, 1).to(dtype), mask=rows < seqlen_q)
+    elif ALL_ROWS:
+        tl.store(places(base, grad_bias, keys * 0, keys), tl.sum(sums, 0).to(dtype), mask=keys < seqlen_k)
+    else:
+        inside = (rows < seqlen_q)[:, None] & (keys < seqlen_k)[None, :]
+        tl.store(places(base, grad_bias, rows[:, None], keys[None, :]), sums.to(dtype), mask=inside)
+
+
+@triton.jit
+def tile_gradient(
+    query,
+    key,
+    value,
+    incoming,
+    rules,
+    batch,
+    head,
+    heads,
+    first_row,
+    first_key,
+    seqlen_q,
+    offset,
+    count,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Compute dS of one tile of one head."""
+    rows, keys = first_row + tl.arange(0, BLOCK_M), first_key + tl.arange(0, BLOCK_N)
+    batch_head, kv_head = batch * heads + head, head // GROUP
+    level, excess, delta = load_terms(incoming.terms, batch_head, first_row, seqlen_q, BLOCK_M, True)
+    q = load_rows(
+        head_base(query, batch, head), query, first_row, seqlen_q, BLOCK_M, HEAD_DIM, BLOCK_DIM, False, True
+    )
+    k = load_rows(
+        head_base(key, batch, kv_head), key, first_key, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, True, True
+    )
+    p, _ = probabilities(
+        tl.dot(q, k, input_precision=PRECISION), level[:, None], excess[:, None], rules, batch, head, rows[:,
+        None], keys[None, :], seqlen_q, offset, count, False, True,
+    )  # fmt: skip
+    do = load_rows(
+        head_base(incoming.grad_out, batch, head), incoming.grad_out, first_row, seqlen_q, BLOCK_M, VALUE_DIM,
+        BLOCK_VALUE, False, True
+    )  # fmt: skip
+    v = load_rows(
+        head_base(value, batch, kv_head), value, first_key, count, BLOCK_N, VALUE_DIM, BLOCK_VALUE, True, True
+    )
+    dp = tl.dot(do, v, input_precision=PRECISION)
+    factors = weight_factors(rules, batch_head, rows, first_key, BLOCK_N, False)
+    return score_gradients(
+        p, dp, factors, delta[:, None], incoming, rules, batch, head, rows[:, None], keys[None, :], seqlen_q,
+        count, True,
+    )  # fmt: skip

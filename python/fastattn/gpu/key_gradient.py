@@ -1,0 +1,233 @@
+"""Gradients of keys and values: one program owns a block of keys and goes over the queries that may see it.
+
+Scores are held as (keys, queries), so that P and dS of a tile are operands of the products for dV and dK as
+they are. All query heads that share the keys are summed in the program.
+
+References
+----------
+Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", 2023.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.gpu import configs
+from fastattn.gpu.call import Call
+from fastattn.gpu.forward import CACHED_BYTES, block_and_head, is_plain
+from fastattn.gpu.score_gradient import (
+    Incoming,
+    load_terms,
+    probabilities,
+    product_gradients,
+    score_gradients,
+    weight_factors,
+)
+from fastattn.gpu.tile import (
+    head_base,
+    hidden_zeros,
+    key_count,
+    load_rows,
+    matrix,
+    query_offset,
+    query_ranges,
+    rules_of,
+    store_rows,
+)
+
+
+def key_gradient(
+    call: Call,
+    incoming: Incoming,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+    query_sums: Tensor | None = None,
+) -> None:
+    """Write the gradients of key and value.
+
+    `query_sums` (B, Hq, Lq, D), float32, contiguous: that of query is added to it, by atomic additions whose
+    order is left to chance; not yet multiplied by the scale.
+    """
+    batch, heads, seqlen_q, head_dim = call.query.shape
+    kv_heads, seqlen_k, value_dim = call.key.shape[1], call.key.shape[2], call.value.shape[3]
+    settings = configs.backward_keys(call, query_sums is not None)
+    blocks = triton.cdiv(seqlen_k, settings["BLOCK_N"])
+    if blocks * batch * kv_heads == 0:
+        return
+    query_bytes = seqlen_q * (head_dim + value_dim) * call.query.element_size() * (heads // kv_heads)
+    key_gradient_kernel[(blocks * batch * kv_heads,)](
+        matrix(call.query),
+        matrix(call.key),
+        matrix(call.value),
+        incoming,
+        matrix(grad_key),
+        matrix(grad_value),
+        query_sums,
+        rules_of(call),
+        batch * kv_heads,
+        kv_heads,
+        min(batch * kv_heads, max(1, CACHED_BYTES // max(query_bytes, 1))),
+        seqlen_q,
+        seqlen_k,
+        GROUP=heads // kv_heads,
+        HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim,
+        BLOCK_DIM=configs.padded(head_dim),
+        BLOCK_VALUE=configs.padded(value_dim),
+        PLAIN=is_plain(call),
+        PRECISION=configs.precision(call),
+        **settings,
+    )
+
+
+@triton.jit(do_not_specialize=["batch_heads", "kv_heads", "width", "seqlen_q", "seqlen_k"])
+def key_gradient_kernel(
+    query,
+    key,
+    value,
+    incoming,
+    grad_key,
+    grad_value,
+    query_sums,
+    rules,
+    batch_heads,
+    kv_heads,
+    width,
+    seqlen_q,
+    seqlen_k,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    PLAIN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One block of keys of one key/value head."""
+    blocks = tl.cdiv(seqlen_k, BLOCK_N)
+    block, batch_head = block_and_head(blocks, batch_heads, width)
+    first_key = (blocks - 1 - block) * BLOCK_N  # under the causal rule the first keys are seen most
+    batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
+    keys = first_key + tl.arange(0, BLOCK_N)
+    count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
+    base = head_base(key, batch, kv_head)
+    k = load_rows(base, key, first_key, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, False, True)
+    base = head_base(value, batch, kv_head)
+    v = load_rows(base, value, first_key, count, BLOCK_N, VALUE_DIM, BLOCK_VALUE, False, True)
+    last_key = tl.minimum(first_key + BLOCK_N, count) - 1
+    there = tl.where(first_key < count, seqlen_q, 0)
+    start, inner_start, inner_end, end = query_ranges(first_key, last_key, offset, there, rules, BLOCK_M)
+    whole = first_key + BLOCK_N <= count
+    inner_start = tl.where(whole, inner_start, start)
+    inner_end = tl.where(whole, inner_end, start)
+
+    dk = hidden_zeros(rules.scale, 0, BLOCK_N, BLOCK_DIM)
+    dv = hidden_zeros(rules.scale, BLOCK_N * BLOCK_DIM, BLOCK_N, BLOCK_VALUE)
+    for member in tl.range(GROUP):
+        head = kv_head * GROUP + member
+        batch_head = batch * kv_heads * GROUP + head
+        if rules.right is not None:
+            dk, dv = gather(
+                dk, dv, k, v, query, incoming, query_sums, rules, batch, head, batch_head, first_key, start,
+                inner_start, seqlen_q, offset, count, grad_key is not None, grad_value is not None, HEAD_DIM,
+                VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N, True,
+            )  # fmt: skip
+        dk, dv = gather(
+            dk, dv, k, v, query, incoming, query_sums, rules, batch, head, batch_head, first_key, inner_start,
+            inner_end, seqlen_q, offset, count, grad_key is not None, grad_value is not None, HEAD_DIM,
+            VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N, False,
+        )  # fmt: skip
+        dk, dv = gather(
+            dk, dv, k, v, query, incoming, query_sums, rules, batch, head, batch_head, first_key, inner_end,
+            end, seqlen_q, offset, count, grad_key is not None, grad_value is not None, HEAD_DIM,
+            VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N, True,
+        )  # fmt: skip
+    inside = (keys < count)[:, None]
+    if grad_key is not None:
+        dk = tl.where(inside, dk * rules.scale, 0.0)
+        base = head_base(grad_key, batch, kv_head)
+        store_rows(base, grad_key, keys, seqlen_k, dk, HEAD_DIM, BLOCK_DIM)
+    if grad_value is not None:
+        dv = tl.where(inside, dv, 0.0)
+        base = head_base(grad_value, batch, kv_head)
+        store_rows(base, grad_value, keys, seqlen_k, dv, VALUE_DIM, BLOCK_VALUE)
+
+
+@triton.jit
+def gather(
+    dk,
+    dv,
+    k,
+    v,
+    query,
+    incoming,
+    query_sums,
+    rules,
+    batch,
+    head,
+    batch_head,
+    first_key,
+    start,
+    end,
+    seqlen_q,
+    offset,
+    count,
+    OF_KEY: tl.constexpr,
+    OF_VALUE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    PLAIN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHECKED: tl.constexpr,
+):
+    """Add what the queries [start, end) of one head give to the keys of a block."""
+    query_base = head_base(query, batch, head)
+    grad_out_base = head_base(incoming.grad_out, batch, head)
+    keys = (first_key + tl.arange(0, BLOCK_N))[:, None]
+    for first in tl.range(start, end, BLOCK_M):
+        first = tl.multiple_of(first, BLOCK_M)
+        rows = first + tl.arange(0, BLOCK_M)
+        q = load_rows(query_base, query, first, seqlen_q, BLOCK_M, HEAD_DIM, BLOCK_DIM, False, CHECKED)
+        level, excess, delta = load_terms(incoming.terms, batch_head, first, seqlen_q, BLOCK_M, CHECKED)
+        products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        p, scores = probabilities(
+            products, level[None, :], excess[None, :], rules, batch, head, rows[None, :], keys, seqlen_q,
+            offset, count, PLAIN, CHECKED,
+        )  # fmt: skip
+        factors = weight_factors(rules, batch_head, rows, first_key, BLOCK_N, True)
+        do = load_rows(
+            grad_out_base, incoming.grad_out, first, seqlen_q, BLOCK_M, VALUE_DIM, BLOCK_VALUE, False, CHECKED
+        )  # fmt: skip
+        if OF_KEY or query_sums is not None:  # before the other product: fewer tiles to keep meanwhile
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        if OF_VALUE:
+            weights = p if rules.dropout_scale is None else p * factors
+            dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
+        if OF_KEY or query_sums is not None:
+            ds = score_gradients(
+                p, dp, factors, delta[None, :], incoming, rules, batch, head, rows[None, :], keys, seqlen_q,
+                count, CHECKED,
+            )  # fmt: skip
+            ds = product_gradients(ds, scores, rules).to(q.dtype)
+            if OF_KEY:
+                dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+            if query_sums is not None:
+                dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
+                add_rows(query_sums, batch_head, rows[:, None], seqlen_q, dq, HEAD_DIM, BLOCK_DIM)
+    return dk, dv
+
+
+@triton.jit
+def add_rows(sums, batch_head, rows, seqlen_q, values, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Add to rows of contiguous sums (B, Hq, Lq, D), atomically."""
+    columns = tl.arange(0, BLOCK_DIM)[None, :]
+    at = sums + (batch_head.to(tl.int64) * seqlen_q + rows) * HEAD_DIM + columns
+    tl.atomic_add(at, values, mask=(rows < seqlen_q) & (columns < HEAD_DIM), sem="relaxed")

@@ -1,0 +1,71 @@
+"""From a problem to the kernels: what is launched for it, where. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from fastattn._flags import flag
+from fastattn.arrays import Strided
+from fastattn.gpu import backward as kernels
+from fastattn.gpu import choice
+from fastattn.gpu.call import Gradients, from_problem, tensor
+from fastattn.gpu.weights import weights as write_weights
+from fastattn.outputs import Gradients as Memory
+from fastattn.outputs import Outputs
+from fastattn.problem import AttentionProblem
+
+
+def forward(problem: AttentionProblem, outputs: Outputs) -> None:
+    """Write every element of `outputs`."""
+    out = tensor(outputs.out)
+    lse = None if outputs.lse is None else tensor(outputs.lse)
+    if not out.shape[0] or not out.shape[2]:
+        return  # no batch or no query: every output is empty
+    with _current(out.device):
+        call = from_problem(problem)
+        if outputs.weights is None:
+            choice.of_forward(call).launch(call, out, lse)
+            return
+        if lse is None:
+            lse = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
+        choice.of_forward(call).launch(call, out, lse)
+        write_weights(call, lse, tensor(outputs.weights))
+
+
+def backward(problem: AttentionProblem, outputs: Outputs, incoming: Outputs, memory: Memory) -> None:
+    """Write `memory`; sums have one order, but for FASTATTN_ATOMIC=1 where torch allows any."""
+    out, lse = tensor(outputs.out), _optional(outputs.lse)
+    assert lse is not None
+    grads = tensor(incoming.out), _optional(incoming.lse), _optional(incoming.weights)
+    if memory.bias is not None:
+        memory = memory._replace(bias=_once(memory.bias))
+    atomic = flag("FASTATTN_ATOMIC") and not torch.are_deterministic_algorithms_enabled()
+    with _current(out.device):
+        wanted = Gradients(*map(_optional, memory))
+        kernels.backward(from_problem(problem), out, lse, *grads, wanted, atomic)
+
+
+def described(problem: AttentionProblem) -> dict[str, str]:
+    """What `fastattn.explain` prints of the kernels."""
+    with _current(problem.query.array.device):
+        return choice.of_forward(from_problem(problem)).described()
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Make `device` the one that kernels are launched on."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _optional(view: Strided | None) -> torch.Tensor | None:
+    return None if view is None else tensor(view)
+
+
+def _once(view: Strided) -> Strided:
+    """`view` with one element where it is broadcast: what is summed up, rather than what it is a sum of."""
+    sizes = zip(view.shape, view.strides, strict=True)
+    return view._replace(shape=tuple(size if stride else min(size, 1) for size, stride in sizes))

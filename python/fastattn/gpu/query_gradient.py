@@ -1,0 +1,191 @@
+"""The gradient of queries, and what each adds to that of ALiBi's slopes: keys pass by a block of queries."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.gpu import configs
+from fastattn.gpu.call import Call
+from fastattn.gpu.forward import CACHED_BYTES, block_and_head, is_plain
+from fastattn.gpu.score_gradient import (
+    Incoming,
+    load_terms,
+    probabilities,
+    product_gradients,
+    score_gradients,
+    weight_factors,
+)
+from fastattn.gpu.tile import (
+    distance,
+    head_base,
+    key_count,
+    key_ranges,
+    load_rows,
+    matrix,
+    query_offset,
+    rules_of,
+    store_rows,
+)
+
+
+def query_gradient(
+    call: Call, incoming: Incoming, grad_query: Tensor | None, slope_terms: Tensor | None
+) -> None:
+    """Write the gradient of query, and that of the slopes as each row's part, (B, Hq, Lq) float32."""
+    batch, heads, seqlen_q, head_dim = call.query.shape
+    kv_heads, seqlen_k, value_dim = call.key.shape[1], call.key.shape[2], call.value.shape[3]
+    settings = configs.backward_queries(call)
+    blocks = triton.cdiv(seqlen_q, settings["BLOCK_M"])
+    if blocks * batch * heads == 0:
+        return
+    kv_bytes = seqlen_k * (head_dim + value_dim) * call.key.element_size()
+    query_gradient_kernel[(blocks * batch * heads,)](
+        matrix(call.query),
+        matrix(call.key),
+        matrix(call.value),
+        incoming,
+        matrix(grad_query),
+        slope_terms,
+        rules_of(call),
+        batch * heads,
+        heads,
+        min(batch * heads, max(1, CACHED_BYTES // max(kv_bytes, 1)) * (heads // kv_heads)),
+        seqlen_q,
+        seqlen_k,
+        GROUP=heads // kv_heads,
+        HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim,
+        BLOCK_DIM=configs.padded(head_dim),
+        BLOCK_VALUE=configs.padded(value_dim),
+        PLAIN=is_plain(call),
+        PRECISION=configs.precision(call),
+        **settings,
+    )
+
+
+@triton.jit(do_not_specialize=["batch_heads", "heads", "width", "seqlen_q", "seqlen_k"])
+def query_gradient_kernel(
+    query,
+    key,
+    value,
+    incoming,
+    grad_query,
+    slope_terms,
+    rules,
+    batch_heads,
+    heads,
+    width,
+    seqlen_q,
+    seqlen_k,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    PLAIN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One block of queries of one head."""
+    block, batch_head = block_and_head(tl.cdiv(seqlen_q, BLOCK_M), batch_heads, width)
+    batch, head = batch_head // heads, batch_head % heads
+    first_row = block * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    q = load_rows(
+        head_base(query, batch, head), query, first_row, seqlen_q, BLOCK_M, HEAD_DIM, BLOCK_DIM, False, True
+    )
+    do = load_rows(
+        head_base(incoming.grad_out, batch, head), incoming.grad_out, first_row, seqlen_q, BLOCK_M, VALUE_DIM,
+        BLOCK_VALUE, False, True
+    )  # fmt: skip
+    level, excess, delta = load_terms(incoming.terms, batch_head, first_row, seqlen_q, BLOCK_M, True)
+    count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
+    last = tl.minimum(first_row + BLOCK_M, seqlen_q) - 1
+    start, inner_start, inner_end, end = key_ranges(first_row, last, offset, count, rules, BLOCK_N)
+
+    dq = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
+    slope = tl.zeros([BLOCK_M], tl.float32)
+    if rules.left is not None:
+        dq, slope = gather(
+            dq, slope, q, do, level, excess, delta, key, value, incoming, rules, batch, head, heads, rows,
+            start, inner_start, seqlen_q, offset, count, grad_query is not None, slope_terms is not None,
+            GROUP, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, True,
+        )  # fmt: skip
+    dq, slope = gather(
+        dq, slope, q, do, level, excess, delta, key, value, incoming, rules, batch, head, heads, rows,
+        inner_start, inner_end, seqlen_q, offset, count, grad_query is not None, slope_terms is not None,
+        GROUP, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, False,
+    )  # fmt: skip
+    dq, slope = gather(
+        dq, slope, q, do, level, excess, delta, key, value, incoming, rules, batch, head, heads, rows,
+        inner_end, end, seqlen_q, offset, count, grad_query is not None, slope_terms is not None, GROUP,
+        HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, True,
+    )  # fmt: skip
+    if grad_query is not None:
+        dq *= rules.scale
+        store_rows(head_base(grad_query, batch, head), grad_query, rows, seqlen_q, dq, HEAD_DIM, BLOCK_DIM)
+    if slope_terms is not None:
+        tl.store(slope_terms + batch_head.to(tl.int64) * seqlen_q + rows, slope, mask=rows < seqlen_q)
+
+
+@triton.jit
+def gather(
+    dq,
+    slope,
+    q,
+    do,
+    level,
+    excess,
+    delta,
+    key,
+    value,
+    incoming,
+    rules,
+    batch,
+    head,
+    heads,
+    rows,
+    start,
+    end,
+    seqlen_q,
+    offset,
+    count,
+    OF_QUERY: tl.constexpr,
+    OF_SLOPES: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    PLAIN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHECKED: tl.constexpr,
+):
+    """Add what the keys [start, end) give to the queries of a block."""
+    key_base, value_base = head_base(key, batch, head // GROUP), head_base(value, batch, head // GROUP)
+    for first in tl.range(start, end, BLOCK_N):
+        first = tl.multiple_of(first, BLOCK_N)
+        keys = first + tl.arange(0, BLOCK_N)
+        k = load_rows(key_base, key, first, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, False, CHECKED)
+        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        p, scores = probabilities(
+            products, level[:, None], excess[:, None], rules, batch, head, rows[:, None], keys[None, :],
+            seqlen_q, offset, count, PLAIN, CHECKED,
+        )  # fmt: skip
+        v = load_rows(value_base, value, first, count, BLOCK_N, VALUE_DIM, BLOCK_VALUE, True, CHECKED)
+        dp = tl.dot(do, v, input_precision=PRECISION)
+        factors = weight_factors(rules, batch * heads + head, rows, first, BLOCK_N, False)
+        ds = score_gradients(
+            p, dp, factors, delta[:, None], incoming, rules, batch, head, rows[:, None], keys[None, :],
+            seqlen_q, count, CHECKED,
+        )  # fmt: skip
+        if OF_SLOPES:
+            slope -= tl.sum(ds * distance(rows[:, None], keys[None, :], offset), 1)
+        if OF_QUERY:
+            ds = product_gradients(ds, scores, rules)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq, slope

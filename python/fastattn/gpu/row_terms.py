@@ -1,0 +1,198 @@
+"""What the backward knows of each query row before it sees a tile: its normaliser, and the mean of its dP."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.gpu import configs
+from fastattn.gpu.call import Call
+from fastattn.gpu.forward import is_plain
+from fastattn.gpu.tile import (
+    INF,
+    LOG2E,
+    adjusted,
+    head_base,
+    key_count,
+    key_ranges,
+    load_rows,
+    matrix,
+    query_offset,
+    rules_of,
+    visible,
+)
+
+# From this lse on, its rounding to float32 may change probabilities by 2^-17 of themselves.
+FAR = tl.constexpr(128.0)
+# Half a place is lost in lse itself, a few in scores of its size.
+LAST_PLACES = tl.constexpr(4 * 2.0**-23)
+
+
+class RowTerms(NamedTuple):
+    """Numbers of each query row, (B, Hq, Lq) float32, contiguous."""
+
+    level: Any  # lse, times log2(e) where scores are products alone; inf where a row has nothing to attend to
+    excess: Any  # log2 of what P under that level adds up to, if rounding keeps it from 1; None if plain
+    delta: Any  # <dO, O> - dlse, which dS is P times dP's distance from
+
+
+def row_terms(
+    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, sink_terms: Tensor | None
+) -> RowTerms:
+    """Compute them, and what each row adds to the gradient of its head's sink, `sink_terms` (B, Hq, Lq)."""
+    batch, heads, seqlen_q, head_dim = call.query.shape
+    value_dim = call.value.shape[3]
+    rules = rules_of(call)
+    plain = is_plain(call)
+    terms = RowTerms(torch.empty_like(lse), None if plain else torch.zeros_like(lse), torch.empty_like(lse))
+    settings = configs.row_terms(call)
+    blocks = triton.cdiv(seqlen_q, settings["BLOCK_M"])
+    if lse.numel() == 0:
+        return terms
+    row_terms_kernel[(blocks * batch * heads,)](
+        matrix(out),
+        matrix(grad_out),
+        lse,
+        grad_lse,
+        terms,
+        sink_terms,
+        rules.sinks,
+        blocks,
+        heads,
+        seqlen_q,
+        VALUE_DIM=value_dim,
+        BLOCK_VALUE=configs.padded(value_dim),
+        PLAIN=plain,
+        **settings,
+    )
+    if not plain:
+        settings = configs.forward(call)
+        blocks = triton.cdiv(seqlen_q, settings["BLOCK_M"])
+        excess_kernel[(blocks * batch * heads,)](
+            matrix(call.query),
+            matrix(call.key),
+            terms,
+            rules,
+            blocks,
+            heads,
+            seqlen_q,
+            call.key.shape[2],
+            GROUP=heads // call.key.shape[1],
+            HEAD_DIM=head_dim,
+            BLOCK_DIM=configs.padded(head_dim),
+            PRECISION=configs.precision(call),
+            **settings,
+        )
+    return terms
+
+
+@triton.jit(do_not_specialize=["blocks", "heads", "seqlen_q"])
+def row_terms_kernel(
+    out,
+    grad_out,
+    lse,
+    grad_lse,
+    terms,
+    sink_terms,
+    sinks,
+    blocks,
+    heads,
+    seqlen_q,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    PLAIN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """One block of queries of one head."""
+    block, batch_head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    batch, head = batch_head // heads, batch_head % heads
+    first_row = block * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    inside = rows < seqlen_q
+    at = batch_head.to(tl.int64) * seqlen_q + rows
+    level = tl.load(lse + at, mask=inside, other=-INF)
+    o = load_rows(
+        head_base(out, batch, head), out, first_row, seqlen_q, BLOCK_M, VALUE_DIM, BLOCK_VALUE, False, True
+    )
+    grad = load_rows(
+        head_base(grad_out, batch, head),
+        grad_out,
+        first_row,
+        seqlen_q,
+        BLOCK_M,
+        VALUE_DIM,
+        BLOCK_VALUE,
+        False,
+        True,
+    )
+    # Rows that have seen nothing but a sink are 0, whatever comes in for them.
+    delta = tl.sum(tl.where(o == 0, 0.0, o.to(tl.float32) * grad.to(tl.float32)), 1)
+    if grad_lse is not None:
+        delta -= tl.load(grad_lse + at, mask=inside, other=0.0)
+    dead = level == -INF
+    delta = tl.where(dead, 0.0, delta)
+    if sink_terms is not None:
+        share = tl.exp2((tl.load(sinks + head) - level) * LOG2E)
+        tl.store(sink_terms + at, tl.where(dead, 0.0, -share * delta), mask=inside)
+    if PLAIN:
+        level *= LOG2E
+    tl.store(terms.level + at, tl.where(dead, INF, level), mask=inside)
+    tl.store(terms.delta + at, delta, mask=inside)
+
+
+@triton.jit(do_not_specialize=["blocks", "heads", "seqlen_q", "seqlen_k"])
+def excess_kernel(
+    query,
+    key,
+    terms,
+    rules,
+    blocks,
+    heads,
+    seqlen_q,
+    seqlen_k,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Add up P of the rows of a block whose lse is so large that its last place is worth something.
+
+    A bias of finfo.min over a whole row makes every score and lse the same number; ALiBi's 1e5 leaves no room
+    for what is behind the point. What the sum is off by is taken from the exponents, if rounding accounts for
+    it: the keys may be a part of those that lse is of.
+    """
+    block, batch_head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    batch, head = batch_head // heads, batch_head % heads
+    first_row = block * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    at = batch_head.to(tl.int64) * seqlen_q + rows
+    level = tl.load(terms.level + at, mask=rows < seqlen_q, other=INF)
+    far = (tl.abs(level) > FAR) & (tl.abs(level) < INF)
+    count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
+    last = tl.minimum(first_row + BLOCK_M, seqlen_q) - 1
+    start, _, _, end = key_ranges(first_row, last, offset, count, rules, BLOCK_N)
+    end = tl.where(tl.max(far.to(tl.int32), 0) > 0, end, start)
+
+    q = load_rows(
+        head_base(query, batch, head), query, first_row, seqlen_q, BLOCK_M, HEAD_DIM, BLOCK_DIM, False, True
+    )
+    base = head_base(key, batch, head // GROUP)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if rules.sinks is not None:
+        total += tl.exp2((tl.load(rules.sinks + head) - level) * LOG2E)
+    for first in tl.range(start, end, BLOCK_N):
+        keys = first + tl.arange(0, BLOCK_N)
+        k = load_rows(base, key, first, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, True, True)
+        scores = tl.dot(q, k, input_precision=PRECISION)
+        scores = adjusted(scores, rules, batch, head, rows[:, None], keys[None, :], seqlen_q, offset, count)
+        seen = visible(rules, batch, head, rows[:, None], keys[None, :], seqlen_q, offset, count)
+        total += tl.sum(tl.where(seen, tl.exp2((scores - level[:, None]) * LOG2E), 0.0), 1)
+    excess = tl.log2(total)
+    rounding = tl.abs(excess) <= LAST_PLACES * LOG2E * tl.abs(level)
+    tl.store(terms.excess + at, excess, mask=far & rounding & (rows < seqlen_q))
