@@ -89,6 +89,62 @@ FORWARD: dict[str, dict[tuple[str, int], Uses]] = {
 }
 FORWARD["sm100"] = FORWARD["sm90"]
 
+# Of the backward: plain calls, and those with something for each score; gradients of weights are something.
+BACKWARD_KEYS: dict[str, dict[tuple[str, int], tuple[Tiles, Tiles]]] = {
+    "sm80": {
+        ("half", 64): (Tiles(32, 64, 8, 1), Tiles(16, 64, 4, 1)),
+        ("half", 128): (Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 1)),
+        ("half", 256): (Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1)),
+        ("float32", 64): (Tiles(16, 32, 4, 1), Tiles(16, 16, 4, 1)),
+        ("float32", 128): (Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        ("float32", 256): (Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    },
+    "sm90": {
+        ("half", 64): (Tiles(64, 128, 8, 2), Tiles(32, 64, 8, 1)),
+        ("half", 128): (Tiles(64, 64, 8, 2), Tiles(16, 64, 8, 1)),
+        ("half", 256): (Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+        ("float32", 64): (Tiles(16, 32, 4, 1), Tiles(16, 16, 4, 1)),
+        ("float32", 128): (Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        ("float32", 256): (Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    },
+    "gfx942": {
+        ("half", 64): (Tiles(32, 64, 4, 1), Tiles(32, 32, 4, 1)),
+        ("half", 128): (Tiles(32, 64, 8, 1), Tiles(32, 32, 8, 1)),
+        ("half", 256): (Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1)),
+        ("float32", 64): (Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1)),
+        ("float32", 128): (Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1)),
+        ("float32", 256): (Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    },
+}
+BACKWARD_QUERIES: dict[str, dict[tuple[str, int], tuple[Tiles, Tiles]]] = {
+    "sm80": {
+        ("half", 64): (Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 1)),
+        ("half", 128): (Tiles(128, 64, 8, 2), Tiles(32, 32, 8, 1)),
+        ("half", 256): (Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1)),
+        ("float32", 64): (Tiles(16, 32, 4, 1), Tiles(16, 16, 4, 1)),
+        ("float32", 128): (Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        ("float32", 256): (Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    },
+    "sm90": {
+        ("half", 64): (Tiles(128, 64, 4, 2), Tiles(64, 32, 4, 1)),
+        ("half", 128): (Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 1)),
+        ("half", 256): (Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1)),
+        ("float32", 64): (Tiles(16, 32, 4, 1), Tiles(16, 16, 4, 1)),
+        ("float32", 128): (Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+        ("float32", 256): (Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    },
+    "gfx942": {
+        ("half", 64): (Tiles(64, 64, 4, 1), Tiles(32, 32, 4, 1)),
+        ("half", 128): (Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1)),
+        ("half", 256): (Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1)),
+        ("float32", 64): (Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1)),
+        ("float32", 128): (Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1)),
+        ("float32", 256): (Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    },
+}
+for table in BACKWARD_KEYS, BACKWARD_QUERIES:
+    table["sm120"], table["sm100"] = table["sm80"], table["sm90"]
+
 # By the rows of a tile, which are all queries of a group of heads.
 DECODE: dict[int, Tiles] = {
     16: Tiles(16, 64, 2, 2),
@@ -172,29 +228,32 @@ def row_terms(call: Call) -> dict[str, Any]:
     return {"BLOCK_M": 32 if call.value.shape[3] > 64 else 64, "num_warps": 4}
 
 
-def backward_keys(call: Call, atomic: bool = False) -> dict[str, Any]:
-    """Tiles and launch options of the kernel for the gradients of key and value."""
-    if not call.query.is_cuda:
-        return INTERPRETED.options()
-    if max(padded(call.query.shape[3]), padded(call.value.shape[3])) <= 64:
-        return Tiles(64, 128, 8, 2).options()
-    return Tiles(64, 64, 8, 2).options()
+def backward_keys(call: Call, of_weights: bool) -> dict[str, Any]:
+    """Tiles and launch options of the kernel for the gradients of key and value.
+
+    `of_weights`: gradients of weights come in.
+    """
+    return _backward(BACKWARD_KEYS, call, of_weights)
 
 
-def backward_queries(call: Call) -> dict[str, Any]:
+def backward_queries(call: Call, of_weights: bool) -> dict[str, Any]:
     """Tiles and launch options of the kernel for the gradient of query."""
-    if not call.query.is_cuda:
-        return INTERPRETED.options()
-    if max(padded(call.query.shape[3]), padded(call.value.shape[3])) <= 64:
-        return Tiles(128, 64, 4, 2).options()
-    return Tiles(128, 64, 8, 2).options()
+    return _backward(BACKWARD_QUERIES, call, of_weights)
 
 
 def backward_bias(call: Call) -> dict[str, Any]:
     """Tiles and launch options of the kernel for the gradient of the bias."""
-    if not call.query.is_cuda:
+    return _backward(BACKWARD_QUERIES, call, True)
+
+
+def _backward(table: Any, call: Call, of_weights: bool) -> dict[str, Any]:
+    gpu = kind_of_gpu(call.query)
+    if not gpu:
         return INTERPRETED.options()
-    return Tiles(64, 64, 4, 1).options()
+    numbers = "half" if call.query.dtype != torch.float32 else "float32"
+    plain, rich = table[gpu][numbers, max(64, _columns(call))]
+    tiles: Tiles = rich if of_weights or is_rich(call) else plain
+    return tiles.options()
 
 
 def _columns(call: Call) -> int:

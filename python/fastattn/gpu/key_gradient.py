@@ -52,7 +52,7 @@ def key_gradient(
     """
     batch, heads, seqlen_q, head_dim = call.query.shape
     kv_heads, seqlen_k, value_dim = call.key.shape[1], call.key.shape[2], call.value.shape[3]
-    settings = configs.backward_keys(call, query_sums is not None)
+    settings = configs.backward_keys(call, incoming.grad_weights is not None)
     blocks = triton.cdiv(seqlen_k, settings["BLOCK_N"])
     if blocks * batch * kv_heads == 0:
         return

@@ -36,7 +36,7 @@ def query_gradient(
     """Write the gradient of query, and that of the slopes as each row's part, (B, Hq, Lq) float32."""
     batch, heads, seqlen_q, head_dim = call.query.shape
     kv_heads, seqlen_k, value_dim = call.key.shape[1], call.key.shape[2], call.value.shape[3]
-    settings = configs.backward_queries(call)
+    settings = configs.backward_queries(call, incoming.grad_weights is not None)
     blocks = triton.cdiv(seqlen_q, settings["BLOCK_M"])
     if blocks * batch * heads == 0:
         return
