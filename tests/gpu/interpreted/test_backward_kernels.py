@@ -88,7 +88,9 @@ def named(results: Gradients, given: dict[str, Any]) -> dict[str, Tensor]:
     return found
 
 
-def check(dtype: str, given: dict[str, Any], wanted: Any, *, outputs: str = "out", atomic: bool = False) -> None:
+def check(
+    dtype: str, given: dict[str, Any], wanted: Any, *, outputs: str = "out", atomic: bool = False
+) -> None:
     call = call_of(**{name: value.detach() if name in NAMES else value for name, value in given.items()})
     assert_close(named(differentiate(call, outputs=outputs, atomic=atomic), given), wanted, dtype)
 
@@ -168,7 +170,9 @@ class TestBias:
         bias[1::3, :70] = torch.finfo(bias.dtype).min
         bias[5] = -torch.inf
         check_options(WIDE, dtype, bias=bias.requires_grad_())
-        check_options(WIDE, dtype, bias=bias.detach().requires_grad_(), sinks=torch.ones(4, requires_grad=True))
+        check_options(
+            WIDE, dtype, bias=bias.detach().requires_grad_(), sinks=torch.ones(4, requires_grad=True)
+        )
 
     @pytest.mark.parametrize("slope", [1e3, 1e5, -1e4])
     def test_slopes_that_leave_lse_few_digits(self, slope: float) -> None:
