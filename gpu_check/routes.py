@@ -140,14 +140,6 @@ class Kernels:
         return launch
 
 
-def public(backend: str | None, mode: str) -> Any:
-    """The public function, or the portable kernels where it does not lead to them."""
-    from fastattn.dispatch import BACKENDS
-
-    there = hasattr(BACKENDS[backend or "triton"], "run_backward" if mode == "backward" else "run")
-    return Public(backend) if there else Kernels("portable")
-
-
 def call_of(inputs: Inputs, tf32: bool = False) -> Any:
     """What the kernels take, made of the arguments alone."""
     if not inputs.query.is_cuda and "TRITON_INTERPRET" not in os.environ:

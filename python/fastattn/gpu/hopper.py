@@ -61,7 +61,7 @@ def forward(call: Call, out: Tensor, lse: Tensor | None) -> None:
         GROUP=heads // kv_heads,
         STAGES=stages,
         CAUSAL=causal,
-        RAGGED=seqlen_k % columns != 0,
+        RAGGED=not causal and seqlen_k % columns != 0,
         OWN_OUTPUT=head_dim < 256,
         num_warps=4,
     )
