@@ -10,13 +10,13 @@ import re
 from typing import Any
 
 import numpy as np
-import places
 import pytest
 import torch
 from torch import Tensor
 
 import fastattn as fa
 import fastattn.torch  # the operators are there from here on
+import places
 from fastattn import _flags, ops
 from fastattn import nn as fnn
 from fastattn.torch_ops.arguments import flatten
