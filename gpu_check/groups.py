@@ -54,6 +54,18 @@ def tf32() -> list[Check]:
     ]
 
 
+def atomic() -> list[Check]:
+    """The gradient of query added up while those of key and value are made."""
+    names = ("causal-mask", "window", "everything", "only-kv_lengths")
+    chosen = [enlarged(case, 64) for case in shapes.OPTIONS if case.name in names]
+    grouped = Case("atomic", 333, 500, 128, query_heads=8, kv_heads=2, batch=2, causal=True)
+    return [
+        Check(case, dtype, "backward", kernels="portable", atomic=True)
+        for case in (grouped, *chosen)
+        for dtype in ("bfloat16", "float32")
+    ]
+
+
 def sizes(mode: str) -> list[Check]:
     """Head dimensions up to 256, groups, tails, nothing at all; and every layout."""
     plain = Case("layouts", 200, 333, 64, query_heads=4, kv_heads=2, batch=2, causal=True)
@@ -140,8 +152,6 @@ def hopper(mode: str) -> list[Check]:
     checks = [Check(case, "bfloat16", mode, kernels="hopper") for case in cases]
     checks += [Check(case, "float16", mode, kernels="hopper") for case in cases[::5]]
     checks += [Check(case, "bfloat16", mode, "bshd", kernels="hopper") for case in cases[:4]]
-    if mode == "backward":
-        checks += [Check(case, "bfloat16", mode, kernels="hopper", atomic=True) for case in cases[::3]]
     return checks
 
 
@@ -186,6 +196,7 @@ GROUPS: dict[str, Callable[[], Sequence[Item]]] = {
     "dropout": lambda: [*dropout("forward"), *dropout("backward")],
     "weights": weights,
     "tf32": tf32,
+    "backward-atomic": atomic,
     "forward-float16": lambda: rules("float16"),
     "backward-float16": lambda: rules("float16", "backward"),
     "memory": memory,

@@ -120,7 +120,7 @@ class Faulty:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __call__(self, backend: str | None, mode: str) -> Faulty:
+    def __call__(self, backend: str | None) -> Faulty:
         return self
 
     def forward(self, inputs: Any, lse: bool = False, weights: bool = False) -> Callable[[], Any]:
@@ -150,7 +150,7 @@ def test_a_wrong_kernel_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -
     backward = name not in ("out", "lse", "weights")
     check = Check(case, "float32", "backward" if backward else "forward", weights=not backward)
     assert check.run("cpu", 0, "cpu")
-    monkeypatch.setattr(checks, "public", Faulty(name))
+    monkeypatch.setattr(checks, "Public", Faulty(name))
     with pytest.raises(WrongError, match=name):
         check.run("cpu", 0, "cpu")
 
