@@ -10,8 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,31 +21,20 @@ from binaries import TOOLS, describe
 from jobs import TARGETS
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A call on bfloat16 or float16, of 8 heads and 2 of keys."""
+class Shape(NamedTuple):
+    """A call of 8 heads and 2 of keys, on 4096 queries."""
 
     launcher: str
     head_dim: int
-    causal: bool
-    keys: int = 1024
-    dtype: str = "bfloat16"
+    rule: str  # causal or full
+    keys: int
+    dtype: str
 
-    def __str__(self) -> str:
-        kind = "causal" if self.causal else "full"
-        return f"{self.launcher}-d{self.head_dim}-{kind}-{self.keys}-{self.dtype}"
-
-
-CALLS = {
-    str(shape): shape
-    for shape in (
-        *(Shape("forward", dim, causal) for dim in (64, 128, 256) for causal in (True, False)),
-        *(Shape("backward", dim, causal) for dim in (64, 128) for causal in (True, False)),
-        Shape("forward", 128, False, keys=1000),
-        Shape("forward", 128, True, dtype="float16"),
-        Shape("backward", 128, True, dtype="float16"),
-    )
-}
+    @classmethod
+    def parse(cls, name: str) -> Shape:
+        """Read a name as in ``forward-d128-causal-1024-bfloat16``."""
+        launcher, dim, rule, keys, dtype = name.split("-")
+        return cls(launcher, int(dim[1:]), rule, int(keys), dtype)
 
 
 def launch(shape: Shape) -> None:
@@ -60,7 +48,7 @@ def launch(shape: Shape) -> None:
 
     with FakeTensorMode():
         query, key, value = make(8, 4096), make(2, shape.keys), make(2, shape.keys)
-        right = 0 if shape.causal else UNBOUNDED
+        right = 0 if shape.rule == "causal" else UNBOUNDED
         call = Call(
             query, key, value, None, None, None, None, 0, UNBOUNDED, right, None, None, 0.0, 0.1, 0.0, 0, 0
         )
@@ -69,9 +57,6 @@ def launch(shape: Shape) -> None:
             hopper.forward(call, query, lse)
         else:
             hopper.backward(call, query, lse, query, None, Gradients(query, key, value))
-
-
-EVENTS = {"HGMMA": "product", "WARPGROUP.DEPBAR": "wait", "MUFU.EX2": "exp2"}
 
 
 def exponentials_under_products(code: str) -> list[int]:
@@ -97,7 +82,7 @@ def report(kernel: Any) -> dict[str, Any]:
         command = [TOOLS / "nvdisasm", "-c", file.name]
         code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return describe(kernel) | {
-        "exp2": len(re.findall(r"\bMUFU\.EX2", code)),
+        "waits": len(re.findall(r"\bWARPGROUP\.DEPBAR", code)),
         "exp2 under products": exponentials_under_products(code),
         "setmaxnreg": sorted(
             {int(number) for number in re.findall(r"setmaxnreg\S*\s+(\d+)", kernel.asm["ptx"])}
@@ -117,7 +102,7 @@ def main(names: list[str]) -> None:
     JITFunction.run = run
     pretend(TARGETS["sm90"])
     for name in names:
-        launch(CALLS[name])
+        launch(Shape.parse(name))
 
 
 if __name__ == "__main__":

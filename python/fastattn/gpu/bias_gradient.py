@@ -146,7 +146,8 @@ def bias_gradient_kernel(
             )  # fmt: skip
 
     rows, keys = own_row + tl.arange(0, BLOCK_M), own_key + tl.arange(0, BLOCK_N)
-    base, dtype = head_base(grad_bias, own_batch, own_head), grad_bias.pointer.dtype.element_ty
+    base = head_base(grad_bias, own_batch, own_head)
+    dtype = grad_bias.pointer.dtype.element_ty
     if ALL_KEYS:
         tl.store(places(base, grad_bias, rows, rows * 0), tl.sum(sums, 1).to(dtype), mask=rows < seqlen_q)
     elif ALL_ROWS:

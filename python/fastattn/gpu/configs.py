@@ -57,8 +57,8 @@ FORWARD: dict[str, dict[tuple[str, int], Uses]] = {
         ("tf32", 256): Uses(Tiles(16, 32, 4, 1), Tiles(16, 32, 4, 1), Tiles(16, 32, 8, 1)),
     },
     "sm90": {
-        ("half", 64): Uses(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 2)),
-        ("half", 128): Uses(Tiles(128, 128, 8, 3), Tiles(64, 32, 4, 3), Tiles(128, 64, 8, 2)),
+        ("half", 64): Uses(Tiles(128, 64, 4, 3), Tiles(64, 32, 4, 3), Tiles(64, 64, 4, 2)),
+        ("half", 128): Uses(Tiles(128, 128, 8, 3), Tiles(64, 32, 4, 3), Tiles(64, 64, 4, 2)),
         ("half", 256): Uses(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 3), Tiles(128, 32, 8, 2)),
         ("float32", 64): Uses(Tiles(128, 32, 8, 2), Tiles(32, 32, 4, 2), Tiles(16, 32, 4, 1)),
         ("float32", 128): Uses(Tiles(16, 32, 4, 2), Tiles(16, 32, 4, 2), Tiles(16, 32, 4, 1)),

@@ -22,6 +22,7 @@ from fastattn.gpu.tile import (
     LN2,
     LOG2E,
     adjusted,
+    beyond,
     dropout_factors,
     head_base,
     key_count,
@@ -210,6 +211,8 @@ def attend_all(
     )  # fmt: skip
     if PLAIN:
         level = level * rules.scale
+    if rules.slopes is not None:
+        level -= tl.reshape(beyond(rules, batch, head, rows[:, None], offset, count), [BLOCK_M])
     return level, total, acc
 
 

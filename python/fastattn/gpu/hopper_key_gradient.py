@@ -213,13 +213,13 @@ def consume(WHO: gl.constexpr, tile, rows, dkey, dvalue, sizes, scale):
 
 @gluon.jit(do_not_specialize=["queries", "keys", "heads", "batch_heads", "width", "offset"])
 def key_gradient_kernel(
-    query, key, value, grad, lse, delta, dkey, dvalue, scale, queries, keys, heads, batch_heads, width, offset,
-    GROUP: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, num_warps: gl.constexpr,
+    query, key, value, grad, lse, delta, dkey, dvalue, scale, queries, keys, heads, batch_heads, width,
+    offset, GROUP: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Write the gradients of key and value (B, Hkv, N, D).
 
-    Descriptors: query and grad, of the output, of a block of rows; key, value, dkey and dvalue of half a tile;
-    lse to base 2 and Delta (B Hq, M), float32, of a block of one head.
+    Descriptors: query and grad, of the output, of a block of rows; key, value, dkey and dvalue of half a
+    tile; lse to base 2 and Delta (B Hq, M), float32, of a block of one head.
     """
     sizes = Sizes(queries, keys, heads, batch_heads, width, offset, GROUP, CAUSAL)
     tile = Keys(allocate_tiles(key, 2), allocate_tiles(value, 2), allocate_barriers(2, 1))

@@ -142,13 +142,13 @@ def consume(WHO: gl.constexpr, shared, dquery, lse, delta, pitch, sizes, scale):
 
 @gluon.jit(do_not_specialize=["queries", "keys", "heads", "batch_heads", "width", "offset", "pitch"])
 def query_gradient_kernel(
-    query, key, value, grad, dquery, lse, delta, scale, queries, keys, heads, batch_heads, width, offset, pitch,
-    GROUP: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, num_warps: gl.constexpr,
+    query, key, value, grad, dquery, lse, delta, scale, queries, keys, heads, batch_heads, width, offset,
+    pitch, GROUP: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Write the gradient of query (B, Hq, M, D).
 
-    Descriptors: query, grad, of the output, and dquery of half a tile of rows; key and value of a block. lse to
-    base 2 and Delta (B Hq, M), float32, lie `pitch` elements a head apart.
+    Descriptors: query, grad, of the output, and dquery of half a tile of rows; key and value of a block.
+    lse to base 2 and Delta (B Hq, M), float32, lie `pitch` elements a head apart.
     """
     sizes = Sizes(queries, keys, heads, batch_heads, width, offset, GROUP, CAUSAL)
     shared = Shared(

@@ -47,7 +47,7 @@ class Sizes:
 
     @gluon.jit
     def place(self, tiles, index):
-        """Give tile and head of number `index`: first tiles of `width` heads, then their second, and so on."""
+        """Give tile and head of number `index`: the first tiles of `width` heads, then their second ..."""
         section = index // (tiles * self.width)
         rest = index - section * (tiles * self.width)
         here = gl.minimum(self.width, self.batch_heads - section * self.width)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastattn.gpu import hopper
-from fastattn.gpu.call import Call
+from fastattn.gpu.call import Call, Gradients
 from fastattn.gpu.hopper_check import WRONG
 from fastattn.problem import UNBOUNDED
 
@@ -57,7 +57,9 @@ def reference(call: Call) -> tuple[Tensor, Tensor]:
         hidden = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(call.query_offset + 1)
         scores = scores.masked_fill(hidden, float("-inf"))
     lse = scores.logsumexp(-1)
-    weights = torch.exp(scores - lse.nan_to_num(neginf=0.0)[..., None])
+    level = lse.detach().nan_to_num(neginf=0.0)[..., None]
+    weights = torch.exp(scores - level)
+    weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-30)
     return weights @ value, lse
 
 
@@ -85,6 +87,12 @@ def guarded(like: Tensor) -> tuple[Tensor, Tensor]:
     return outer[:, :, GUARD:-GUARD], outer
 
 
+def check_guard(name: str, outer: Tensor) -> None:
+    """Raise `AssertionError` if something was written around an output."""
+    outside = torch.cat([outer[:, :, :GUARD], outer[:, :, -GUARD:]])
+    assert bool(outside.isnan().all()), f"something was written outside of {name}"
+
+
 def compare(name: str, result: Tensor, expected: Tensor) -> None:
     """Raise `AssertionError` where `result` is not `expected`."""
     finite = expected.isfinite()
@@ -96,30 +104,54 @@ def compare(name: str, result: Tensor, expected: Tensor) -> None:
     assert error < TOLERANCE, f"the relative error of {name} is {error:.1e}"
 
 
-def try_forward(call: Call) -> None:
-    """Compare one call with the reference, and with itself."""
+def try_forward(call: Call) -> list[Tensor]:
+    """Compare one call with the reference; return what came out."""
     expected, expected_lse = reference(call)
-    runs = []
-    for _ in range(2):
-        out, outer = guarded(call.query)
-        lse = torch.full(out.shape[:3], torch.nan, dtype=torch.float32, device=out.device)
-        hopper.forward(call, out, lse)
-        compare("out", out, expected)
-        compare("lse", lse, expected_lse)
-        outside = torch.cat([outer[:, :, :GUARD], outer[:, :, -GUARD:]])
-        assert bool(outside.isnan().all()), "something was written outside of out"
-        runs.append((out, lse))
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), "two runs gave different bits"
+    out, outer = guarded(call.query)
+    lse = torch.full(out.shape[:3], torch.nan, dtype=torch.float32, device=out.device)
+    hopper.forward(call, out, lse)
+    compare("out", out, expected)
+    compare("lse", lse, expected_lse)
+    check_guard("out", outer)
+    return [out, lse]
+
+
+def try_backward(call: Call) -> list[Tensor]:
+    """Compare the gradients of one call with those of the reference; return what came out."""
+    tensors = [x.float().requires_grad_() for x in (call.query, call.key, call.value)]
+    expected, lse = reference(call._replace(query=tensors[0], key=tensors[1], value=tensors[2]))
+    grad_out = torch.randn_like(call.query)
+    gradients = torch.autograd.grad(expected, tensors, grad_out.float())
+    results, outers = zip(*map(guarded, (call.query, call.key, call.value)), strict=True)
+    hopper.backward(call, expected.to(grad_out.dtype), lse.detach(), grad_out, None, Gradients(*results))
+    for name, result, gradient, outer in zip(
+        ("query", "key", "value"), results, gradients, outers, strict=True
+    ):
+        compare(f"the gradient of {name}", result, gradient)
+        check_guard(f"the gradient of {name}", outer)
+    return list(results)
+
+
+def device_of(index: int) -> torch.device:
+    """Give the device of a number."""
+    return torch.device("cuda", index)
 
 
 def main(kind: str, head_dim: int, index: int) -> int:
     """Try every shape; return the exit code."""
     torch.cuda.set_device(index)
-    device = torch.device("cuda", index)
+    device = device_of(index)
+    trial = {"forward": try_forward, "backward": try_backward}[kind]
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     for shape in shapes(multiprocessors):
+        call = inputs(shape, head_dim, torch.bfloat16, device)
         try:
-            try_forward(inputs(shape, head_dim, torch.bfloat16, device))
+            runs = []
+            for _ in range(2):
+                torch.manual_seed(0)
+                runs.append(trial(call))
+            same = all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+            assert same, "two runs gave different bits"
         except AssertionError as error:
             print(f"{kind} {shape}: {error}")
             return WRONG

@@ -9,7 +9,6 @@ import torch
 
 from fastattn._flags import flag
 from fastattn.arrays import Strided
-from fastattn.gpu import backward as kernels
 from fastattn.gpu import choice
 from fastattn.gpu.call import Gradients, from_problem, tensor
 from fastattn.gpu.weights import weights as write_weights
@@ -39,19 +38,24 @@ def backward(problem: AttentionProblem, outputs: Outputs, incoming: Outputs, mem
     """Write `memory`; sums have one order, but for FASTATTN_ATOMIC=1 where torch allows any."""
     out, lse = tensor(outputs.out), _optional(outputs.lse)
     assert lse is not None
-    grads = tensor(incoming.out), _optional(incoming.lse), _optional(incoming.weights)
+    grad_out, grad_lse, grad_weights = (
+        tensor(incoming.out),
+        _optional(incoming.lse),
+        _optional(incoming.weights),
+    )
     if memory.bias is not None:
         memory = memory._replace(bias=_once(memory.bias))
     atomic = flag("FASTATTN_ATOMIC") and not torch.are_deterministic_algorithms_enabled()
     with _current(out.device):
-        wanted = Gradients(*map(_optional, memory))
-        kernels.backward(from_problem(problem), out, lse, *grads, wanted, atomic)
+        call, wanted = from_problem(problem), Gradients(*map(_optional, memory))
+        kernel = choice.of_backward(call, wanted, grad_weights, atomic)
+        kernel.launch(call, out, lse, grad_out, grad_lse)
 
 
 def described(problem: AttentionProblem) -> dict[str, str]:
     """What `fastattn.explain` prints of the kernels."""
     with _current(problem.query.array.device):
-        return choice.of_forward(from_problem(problem)).described()
+        return choice.explained(from_problem(problem))
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
