@@ -124,7 +124,7 @@ def sliced(name: str) -> list[Task]:
     hopper = name.startswith("hopper")
     # Elsewhere the public function is to choose portable kernels, without a trial of others first.
     variables = {} if hopper or name == "torch" else {"FASTATTN_HOPPER": "0"}
-    patience = 45.0 if hopper else 150.0 if name == "torch" else 90.0  # the trial takes its time
+    patience = 60.0 if hopper else 150.0 if name == "torch" else 90.0  # the trial takes its time
     count = -(-len(labels) // SLICE)
     parts = [list(labels)[first::count] for first in range(count)]
     return [Task(name, {i: labels[i] for i in part}, patience, variables=variables) for part in parts]
