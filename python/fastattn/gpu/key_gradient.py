@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.gpu import configs
+from fastattn.gpu import configs, tuning
 from fastattn.gpu.call import Call
+from fastattn.gpu.config_tables import Tiles
 from fastattn.gpu.forward import CACHED_BYTES, block_and_head, is_plain
 from fastattn.gpu.score_gradient import (
     Incoming,
@@ -52,34 +53,39 @@ def key_gradient(
     """
     batch, heads, seqlen_q, head_dim = call.query.shape
     kv_heads, seqlen_k, value_dim = call.key.shape[1], call.key.shape[2], call.value.shape[3]
-    settings = configs.backward_keys(call, incoming.grad_weights is not None)
-    blocks = triton.cdiv(seqlen_k, settings["BLOCK_N"])
-    if blocks * batch * kv_heads == 0:
+    if seqlen_k * batch * kv_heads == 0:
         return
-    query_bytes = seqlen_q * (head_dim + value_dim) * call.query.element_size() * (heads // kv_heads)
-    key_gradient_kernel[(blocks * batch * kv_heads,)](
-        matrix(call.query),
-        matrix(call.key),
-        matrix(call.value),
-        incoming,
-        matrix(grad_key),
-        matrix(grad_value),
-        query_sums,
-        rules_of(call),
-        batch * kv_heads,
-        kv_heads,
-        min(batch * kv_heads, max(1, CACHED_BYTES // max(query_bytes, 1))),
-        seqlen_q,
-        seqlen_k,
-        GROUP=heads // kv_heads,
-        HEAD_DIM=head_dim,
-        VALUE_DIM=value_dim,
-        BLOCK_DIM=configs.padded(head_dim),
-        BLOCK_VALUE=configs.padded(value_dim),
-        PLAIN=is_plain(call),
-        PRECISION=configs.precision(call),
-        **settings,
-    )
+
+    def launch(tiles: Tiles) -> None:
+        blocks = triton.cdiv(seqlen_k, tiles.columns)
+        query_bytes = seqlen_q * (head_dim + value_dim) * call.query.element_size() * (heads // kv_heads)
+        key_gradient_kernel[(blocks * batch * kv_heads,)](
+            matrix(call.query),
+            matrix(call.key),
+            matrix(call.value),
+            incoming,
+            matrix(grad_key),
+            matrix(grad_value),
+            query_sums,
+            rules_of(call),
+            batch * kv_heads,
+            kv_heads,
+            min(batch * kv_heads, max(1, CACHED_BYTES // max(query_bytes, 1))),
+            seqlen_q,
+            seqlen_k,
+            GROUP=heads // kv_heads,
+            HEAD_DIM=head_dim,
+            VALUE_DIM=value_dim,
+            BLOCK_DIM=configs.padded(head_dim),
+            BLOCK_VALUE=configs.padded(value_dim),
+            PLAIN=is_plain(call),
+            PRECISION=configs.precision(call),
+            **tiles.options(),
+        )
+
+    tiles = configs.backward_keys(call)
+    # What is added up must not be run again and again.
+    launch(tuning.chosen("backward keys", call, tiles, launch) if query_sums is None else tiles)
 
 
 @triton.jit(do_not_specialize=["batch_heads", "kv_heads", "width", "seqlen_q", "seqlen_k"])
