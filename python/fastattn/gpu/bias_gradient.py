@@ -49,7 +49,7 @@ def bias_gradient(call: Call, incoming: Incoming, grad_bias: Tensor) -> None:
 def _add_tiles(call: Call, incoming: Incoming, grad: Tensor, of_batch: bool, of_head: bool) -> None:
     batch, heads, seqlen_q, head_dim = call.query.shape
     seqlen_k, value_dim = call.key.shape[2], call.value.shape[3]
-    tiles = configs.each_score(call)
+    tiles = configs.backward_bias(call)
     row_tiles = triton.cdiv(grad.shape[2], tiles.rows)
     key_tiles = triton.cdiv(grad.shape[3], tiles.columns)
     bias_gradient_kernel[(row_tiles * key_tiles * grad.shape[0] * grad.shape[1],)](

@@ -84,13 +84,22 @@ def backward_queries(call: Call) -> Tiles:
     return gradients.rich_queries if is_rich(call) else gradients.queries
 
 
+def backward_bias(call: Call) -> Tiles:
+    """Tiles of the kernel for the gradient of a bias."""
+    if not kind_of_gpu(call.query):
+        return INTERPRETED
+    if call.query.dtype != torch.float32 and _columns(call) <= 128:
+        return Tiles(64, 32, 8, 1)
+    return Tiles(16, 32, 8, 1) if _columns(call) <= 64 else Tiles(16, 16, 8, 1)
+
+
 def each_score(call: Call) -> Tiles:
-    """Tiles of kernels that do little with each score: probabilities, the gradient of a bias, corrections."""
+    """Tiles of kernels that do little with each score: probabilities, corrections."""
     if not kind_of_gpu(call.query):
         return INTERPRETED
     if call.query.dtype != torch.float32 and _columns(call) <= 128:
         return Tiles(64, 64, 4, 1)
-    return Tiles(32, 32, 4, 1) if _columns(call) <= 128 else Tiles(16, 32, 4, 1)
+    return Tiles(32, 32, 4, 1) if _columns(call) <= 64 else Tiles(16, 32, 4, 1)
 
 
 def candidates(kernel: str, call: Call) -> list[Tiles]:
