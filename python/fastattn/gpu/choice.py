@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ class Kernel(NamedTuple):
 
     name: str
     launch: Callable[..., None]  # of the forward: (call, out, lse or None)
-    tiles: Callable[[Call], Mapping[str, Any]]
+    tiles: Callable[[Call], NamedTuple]
     refusals: Mapping[str, list[str]]  # why it is none of the kernels that come before it
 
 
@@ -59,7 +59,7 @@ def explained(call: Call) -> dict[str, str]:
     rows = {}
     ways = {"kernel": of_forward(call), "backward": of_backward(call, Gradients(), None, False)}
     for title, kernel in ways.items():
-        tiles = ", ".join(f"{name} {value}" for name, value in kernel.tiles(call).items())
+        tiles = ", ".join(f"{name} {value}" for name, value in kernel.tiles(call)._asdict().items())
         rows[title] = f"{kernel.name}: {tiles}"
         suffix = "" if title == "kernel" else f" {title}"
         rows |= {f"no {name}{suffix}": "; ".join(why) for name, why in kernel.refusals.items()}
@@ -76,13 +76,17 @@ def _against_decode(call: Call) -> list[str]:
     return reasons
 
 
-def _hopper_tiles(call: Call) -> dict[str, int]:
-    return _named(hopper.FORWARD_TILES[call.query.shape[3]])
+class HopperTiles(NamedTuple):
+    """As `fastattn.explain` names them."""
+
+    rows: int
+    columns: int
+    stages: int
 
 
-def _hopper_backward_tiles(call: Call) -> dict[str, int]:
-    return _named(hopper.KEY_TILES[call.query.shape[3]])
+def _hopper_tiles(call: Call) -> HopperTiles:
+    return HopperTiles(*hopper.FORWARD_TILES[call.query.shape[3]])
 
 
-def _named(tiles: tuple[int, int, int]) -> dict[str, int]:
-    return dict(zip(("BLOCK_M", "BLOCK_N", "stages"), tiles, strict=True))
+def _hopper_backward_tiles(call: Call) -> HopperTiles:
+    return HopperTiles(*hopper.KEY_TILES[call.query.shape[3]])

@@ -236,7 +236,11 @@ def _installation_reasons() -> tuple[str, ...]:
 
 
 def _refusals(call: Call, kind: str, head_dims: tuple[int, ...]) -> list[str]:
-    reasons = [*_device_reasons(call.query.device), *_argument_reasons(call), *_shape_reasons(call, head_dims)]
+    reasons = [
+        *_device_reasons(call.query.device),
+        *_argument_reasons(call),
+        *_shape_reasons(call, head_dims),
+    ]
     for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
         reasons += _layout_reasons(name, tensor)
     if not reasons:

@@ -23,7 +23,7 @@ def forward(problem: AttentionProblem, outputs: Outputs) -> None:
     lse = None if outputs.lse is None else tensor(outputs.lse)
     if not out.shape[0] or not out.shape[2]:
         return  # no batch or no query: every output is empty
-    with _current(out.device):
+    with on_device(out.device):
         call = from_problem(problem)
         if outputs.weights is None:
             choice.of_forward(call).launch(call, out, lse)
@@ -46,7 +46,7 @@ def backward(problem: AttentionProblem, outputs: Outputs, incoming: Outputs, mem
     if memory.bias is not None:
         memory = memory._replace(bias=_once(memory.bias))
     atomic = flag("FASTATTN_ATOMIC") and not torch.are_deterministic_algorithms_enabled()
-    with _current(out.device):
+    with on_device(out.device):
         call, wanted = from_problem(problem), Gradients(*map(_optional, memory))
         kernel = choice.of_backward(call, wanted, grad_weights, atomic)
         kernel.launch(call, out, lse, grad_out, grad_lse)
@@ -54,11 +54,11 @@ def backward(problem: AttentionProblem, outputs: Outputs, incoming: Outputs, mem
 
 def described(problem: AttentionProblem) -> dict[str, str]:
     """What `fastattn.explain` prints of the kernels."""
-    with _current(problem.query.array.device):
+    with on_device(problem.query.array.device):
         return choice.explained(from_problem(problem))
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Make `device` the one that kernels are launched on."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()

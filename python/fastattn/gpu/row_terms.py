@@ -33,6 +33,9 @@ FAR = tl.constexpr(128.0)
 LAST_PLACES = tl.constexpr(4 * 2.0**-23)
 
 
+ROWS = 32  # of a program of row_terms_kernel
+
+
 class RowTerms(NamedTuple):
     """Numbers of each query row, (B, Hq, Lq) float32, contiguous."""
 
@@ -51,8 +54,7 @@ def row_terms(
     plain = is_plain(call)
     excess = None if plain else excess_of(call, lse)
     terms = RowTerms(torch.empty_like(lse), excess, torch.empty_like(lse))
-    settings = configs.row_terms(call)
-    blocks = triton.cdiv(seqlen_q, settings["BLOCK_M"])
+    blocks = triton.cdiv(seqlen_q, ROWS)
     if lse.numel() == 0:
         return terms
     row_terms_kernel[(blocks * batch * heads,)](
@@ -70,7 +72,7 @@ def row_terms(
         VALUE_DIM=value_dim,
         BLOCK_VALUE=configs.padded(value_dim),
         PLAIN=plain,
-        **settings,
+        BLOCK_M=ROWS,
     )
     return terms
 
@@ -78,8 +80,8 @@ def row_terms(
 def excess_of(call: Call, lse: Tensor) -> Tensor:
     """log2 of what P under `lse` (B, Hq, Lq) adds up to in each row, where its rounding keeps that from 1."""
     batch, heads, seqlen_q, head_dim = call.query.shape
-    settings = configs.forward(call)
-    blocks = triton.cdiv(seqlen_q, settings["BLOCK_M"])
+    tiles = configs.each_score(call)
+    blocks = triton.cdiv(seqlen_q, tiles.rows)
     excess = torch.zeros_like(lse)
     if lse.numel() == 0:
         return excess
@@ -97,7 +99,7 @@ def excess_of(call: Call, lse: Tensor) -> Tensor:
         HEAD_DIM=head_dim,
         BLOCK_DIM=configs.padded(head_dim),
         PRECISION=configs.precision(call),
-        **settings,
+        **tiles.options(),
     )
     return excess
 

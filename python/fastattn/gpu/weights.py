@@ -31,10 +31,8 @@ def weights(call: Call, lse: Tensor, weights: Tensor) -> None:
     """Write the probabilities after dropout into `weights` (B, Hq, Lq, Lk), given `lse` (B, Hq, Lq)."""
     batch, heads, seqlen_q, head_dim = call.query.shape
     kv_heads, seqlen_k = call.key.shape[1:3]
-    settings = configs.weights(call)
-    blocks_m, blocks_n = (
-        triton.cdiv(*pair) for pair in ((seqlen_q, settings["BLOCK_M"]), (seqlen_k, settings["BLOCK_N"]))
-    )
+    tiles = configs.each_score(call)
+    blocks_m, blocks_n = (triton.cdiv(*pair) for pair in ((seqlen_q, tiles.rows), (seqlen_k, tiles.columns)))
     if not weights.numel():
         return
     weights_kernel[(blocks_m * blocks_n * batch * heads,)](
@@ -53,7 +51,7 @@ def weights(call: Call, lse: Tensor, weights: Tensor) -> None:
         HEAD_DIM=head_dim,
         BLOCK_DIM=configs.padded(head_dim),
         PRECISION=configs.precision(call),
-        **settings,
+        **tiles.options(),
     )
 
 

@@ -469,6 +469,81 @@ class TestBuiltOnIt:
         assert weights is not None and weights.shape == (2, 4, ROWS, KEYS)
 
 
+class TestPlainCalls:
+    """The short way: the bits of the long one, which is gone once for tensors that look the same."""
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(
+        "causal, scale, bshd", [(False, None, False), (True, 0.7, False), (True, None, True)]
+    )
+    def test_same_bits(
+        self,
+        dtype: torch.dtype,
+        causal: bool,
+        scale: float | None,
+        bshd: bool,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        from fastattn.backends import plain_gpu
+
+        monkeypatch.setattr(plain_gpu, "_plans", {})
+        layout: Any = "bshd" if bshd else "bhsd"
+        for factor in (1, -2):
+            tensors = [factor * x for x in arrays(dtype)]
+            tensors = [x.transpose(1, 2) for x in tensors] if bshd else tensors
+            options: dict[str, Any] = {"causal": causal, "scale": scale, "layout": layout, "return_lse": True}
+            expected = fa.attention(*tensors, **options, backend="triton")
+            found = plain_gpu.attend(*tensors, causal, scale, bshd, True)
+            assert all(map(torch.equal, found, expected)) and found[0].is_contiguous()
+            assert torch.equal(plain_gpu.attend(*tensors, causal, scale, bshd, False), expected[0])
+            monkeypatch.setattr(plain_gpu, "_planned", None)  # not called again
+        assert len(plain_gpu._plans) == 1
+
+    def test_what_goes_the_long_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from fastattn.backends import plain_gpu
+
+        query, key, value = arrays()
+        complex_value = torch.complex(value, value).conj().imag
+        for unusual in (torch.nn.Parameter(value), complex_value, value.to_sparse(), value.numpy()):
+            assert plain_gpu.attend(query, key, unusual, False, None, False, False) is None
+        wide = [x.double() for x in arrays()]
+        assert plain_gpu.attend(*wide, False, None, False, False) is None  # which says why no kernel takes it
+        with pytest.raises(ValueError, match="query and key must have one head dimension, got 8 and 16"):
+            plain_gpu.attend(query[..., :8], key, value, False, None, False, False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        monkeypatch.setattr(plain_gpu, "_plans", {})
+        assert plain_gpu.attend(query, key, value, False, None, False, False) is None
+
+    @pytest.mark.parametrize("served", [True, False])
+    def test_who_gets_there(self, served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Tensors of a GPU that has kernels, where no graph is recorded."""
+        from fastattn.backends import plain, plain_gpu, triton
+
+        class OnGpu:
+            is_cuda, device, requires_grad = True, "cuda:0", False
+
+        calls: list[Any] = []
+        monkeypatch.setattr(plain_gpu, "attend", lambda *arguments: calls.append(arguments))
+        monkeypatch.setattr(triton, "serves", lambda device: served)
+        arguments = OnGpu(), None, None, True, 0.5, False
+        plain.attend(*arguments)
+        assert calls == ([(*arguments, False)] if served else [])
+        monkeypatch.setattr(OnGpu, "requires_grad", True)
+        plain.attend(*arguments)
+        assert len(calls) == int(served)
+
+    def test_plans_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from fastattn.backends import plain_gpu
+
+        monkeypatch.setattr(plain_gpu, "_plans", {})
+        monkeypatch.setattr(plain_gpu, "_LIMIT", 2)
+        for keys in (3, 4, 5):
+            query, key, value = arrays(keys=keys)
+            plain_gpu.attend(query, key, value, False, None, False, False)
+        assert len(plain_gpu._plans) == 1
+
+
 class TestAutocast:
     def test_casts_query_key_and_value(self, place: str) -> None:
         tensors = arrays()

@@ -23,6 +23,7 @@ from test_backward import NAMES, assert_close, expected, gradients, leaves, wide
 LARGEST = 256  # head dimension of the portable kernels
 CASES = tuple(case for case in shapes.SMALL if max(case.head_dim, case.value_dim) <= LARGEST)
 QUICK = (*shapes.TINY, *shapes.EMPTY, *shapes.OPTIONS, *shapes.LENGTHS[:4], shapes.GROUPS[2])
+SHORT = (shapes.TINY[1], shapes.GROUPS[2], shapes.LENGTHS[2], *shapes.OPTIONS[-2:])
 WIDE = Case("wide", 37, 83, 24, batch=2, query_heads=4, kv_heads=2)
 ALL = "out lse weights"
 
@@ -107,30 +108,40 @@ def check_options(case: Case, dtype: str, **options: Any) -> None:
     check(dtype, given, gradients(widened(given), outputs="out lse"), outputs="out lse")
 
 
-@dtypes
 @pytest.mark.parametrize("case", QUICK, ids=str)
-def test_every_feature(case: Case, dtype: str) -> None:
+def test_every_feature(case: Case) -> None:
+    check_case(case, "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("case", SHORT, ids=str)
+def test_short_numbers(case: Case, dtype: str) -> None:
     check_case(case, dtype)
 
 
 @pytest.mark.gpu_slow
 @dtypes
-@pytest.mark.parametrize("case", [case for case in CASES if case not in QUICK], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_shape(case: Case, dtype: str) -> None:
     check_case(case, dtype)
 
 
+@pytest.mark.parametrize("case", [*shapes.EMPTY[:3], *SHORT], ids=str)
+def test_queries_by_atomic_additions(case: Case) -> None:
+    check_case(case, "float32", atomic=True)
+
+
+@pytest.mark.gpu_slow
 @dtypes
-@pytest.mark.parametrize("case", [*shapes.EMPTY[:3], *shapes.OPTIONS[-2:], shapes.GROUPS[2]], ids=str)
-def test_queries_by_atomic_additions(case: Case, dtype: str) -> None:
+@pytest.mark.parametrize("case", [*shapes.OPTIONS, *shapes.GROUPS, *shapes.LENGTHS], ids=str)
+def test_atomic_additions_in_every_shape(case: Case, dtype: str) -> None:
     check_case(case, dtype, atomic=True)
 
 
-@dtypes
 @pytest.mark.parametrize("outputs", ["out", "out lse", "out weights"])
-def test_losses(outputs: str, dtype: str) -> None:
+def test_losses(outputs: str) -> None:
     case = Case("losses", 40, 90, 24, 40, batch=2, query_heads=6, kv_heads=2, causal=True)
-    check(dtype, leaves(case, dtype), expected(case, dtype, outputs), outputs=outputs)
+    check("float32", leaves(case, "float32"), expected(case, "float32", outputs), outputs=outputs)
 
 
 class TestWindow:
@@ -139,7 +150,7 @@ class TestWindow:
     @pytest.mark.parametrize(
         "window", [(0, 0), (5, 0), (0, 5), (13, 29), (None, 3), (3, None), (70, 70)], ids=str
     )
-    @pytest.mark.parametrize("offset", [0, 45, -30, 2**60, -(2**60)])
+    @pytest.mark.parametrize("offset", [45, -30, 2**60])
     def test_both_sides(self, window: Any, offset: int) -> None:
         check_options(Case("band", 70, 120, 16), "float32", window=window, query_offset=offset)
 
@@ -153,16 +164,15 @@ class TestWindow:
 class TestBias:
     SHAPES = ((83,), (37, 1), (4, 1, 83), (2, 1, 37, 83), (2, 4, 1, 1), (1, 4, 37, 83), (2, 4, 37, 83))
 
-    @pytest.mark.parametrize("own", [True, False], ids=["own dtype", "float32"])
+    @pytest.mark.parametrize("own", [True, False], ids=["own dtype", "of bfloat16"])
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_is_summed_over_what_it_was_broadcast_to(
         self, shape: tuple[int, ...], own: bool, rng: np.random.Generator
     ) -> None:
         bias = rng.standard_normal(shape) * 3
         bias[bias < -3] = -np.inf
-        for dtype in DTYPES if own else ("bfloat16",):
-            tensor = convert(bias, dtype if own else "float32", "torch").requires_grad_()
-            check_options(WIDE, dtype, bias=tensor)
+        dtype = "float32" if own else "bfloat16"
+        check_options(WIDE, dtype, bias=convert(bias, "float32", "torch").requires_grad_())
 
     @dtypes
     def test_rows_of_the_lowest_number(self, dtype: str) -> None:
@@ -184,7 +194,7 @@ class TestBias:
 
 
 class TestNothingToSee:
-    @dtypes
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_rows_and_keys_that_meet_nobody_have_no_gradient(self, dtype: str) -> None:
         case = replace(WIDE, seqlen_q=83, seqlen_k=37, causal=True)  # the first rows see nothing
         lengths = torch.tensor([0, 20])
@@ -197,7 +207,7 @@ class TestNothingToSee:
                 assert not grad[0].any() and not grad[1, :, 20:].any()
                 assert grad[1, :, :20].any(-1).all()
 
-    @dtypes
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_what_lies_past_a_length_changes_nothing(self, dtype: str) -> None:
         query, key, value = WIDE.tensors(dtype, "torch")
         lengths = torch.tensor([50, 64])
@@ -222,7 +232,7 @@ class TestNothingToSee:
 
 class TestMemory:
     def test_any_strides(self) -> None:
-        """Operands and gradients that are views: rows apart, columns in another order of memory, transposed."""
+        """Operands and gradients that are views: rows apart, columns far from each other."""
         case = Case("strides", 40, 50, 16, 24, batch=2, query_heads=4, kv_heads=2, causal=True)
         call = call_of(*case.tensors("float32", "torch"), causal=True)
 
