@@ -16,7 +16,7 @@ from fastattn.gpu.call import Call, Gradients
 from fastattn.gpu.forward import forward
 from fastattn.gpu.weights import weights
 from fastattn.torch_ops.graph import with_weights
-from portable import DTYPES, call_of
+from portable import call_of
 from shapes import Case, convert
 from test_backward import NAMES, assert_close, expected, gradients, leaves, widened
 
