@@ -219,6 +219,33 @@ class TestNothingToSee:
         for one, other in zip(clean[:3], dirty[:3], strict=True):
             assert torch.equal(one, other)
 
+    @pytest.mark.parametrize("softcap", [0.0, 2.0])
+    @pytest.mark.parametrize(
+        ("options", "hidden"),
+        [
+            ({"window": (10, 0), "query_offset": 90}, slice(0, 64)),
+            ({"causal": True, "query_offset": 10}, slice(64, None)),  # seen by rows past the last alone
+        ],
+        ids=["window", "causal"],
+    )
+    def test_what_lies_in_tiles_that_no_row_sees_changes_nothing(
+        self, options: dict[str, Any], hidden: slice, softcap: float
+    ) -> None:
+        case = Case("hidden", 40, 130, 24, batch=2, query_heads=4, kv_heads=2)
+        query, key, value = case.tensors("float32", "torch")
+        clean = differentiate(call_of(query, key, value, softcap=softcap, **options), outputs="out lse")
+        key[:, :, hidden] = value[:, :, hidden] = torch.nan
+        dirty = differentiate(call_of(query, key, value, softcap=softcap, **options), outputs="out lse")
+        for one, other in zip(clean[:3], dirty[:3], strict=True):
+            assert torch.equal(one, other)
+
+    @dtypes
+    @pytest.mark.parametrize("p", [0.3, 1.0])
+    def test_weights_that_dropout_takes_away(self, p: float, dtype: str) -> None:
+        arrays = ("mask", "bias", "alibi_slopes", "sinks")
+        case = Case("dropout", 40, 70, 24, 40, batch=2, query_heads=4, kv_heads=2, softcap=2.0, arrays=arrays)
+        check_options(case, dtype, dropout_p=p, dropout_seed=2**63 + 5, dropout_offset=7)
+
     def test_hidden_weights_hide_what_comes_in_for_them(self) -> None:
         call = call_of(*WIDE.tensors("float32", "torch"), causal=True)
         out, lse = torch.empty(2, 4, 37, 24), torch.empty(2, 4, 37)
