@@ -10,9 +10,10 @@ import torch
 import bounds
 import shapes
 from fastattn.gpu.weights import weights
-from portable import DTYPES, allowed_weights, attend, call_of
+from portable import allowed_weights, attend, call_of
 from shapes import Case
 
+DTYPES = ("float32", pytest.param("float16", marks=pytest.mark.gpu_slow), "bfloat16")
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
