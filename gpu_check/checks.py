@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gpu_check import reference
 from gpu_check.inputs import Inputs, draw, poison
-from gpu_check.routes import Kernels, Outputs, public
+from gpu_check.routes import Kernels, Outputs, Public
 from tests.shapes import Case
 
 # Of ||x - float64|| / ||float64||: a few roundings of the operands of a product, and of the result.
@@ -57,7 +57,7 @@ class Check:
     def run(self, device: str, seed: int, backend: str | None) -> dict[str, float]:
         """Relative errors by name. Raises WrongError."""
         inputs = self.inputs(device, seed)
-        route = Kernels(self.kernels, self.atomic, self.tf32) if self.kernels else public(backend, self.mode)
+        route = Kernels(self.kernels, self.atomic, self.tf32) if self.kernels else Public(backend)
         check = _check_backward if self.mode == "backward" else _check_forward
         return check(self, route, inputs, device)
 

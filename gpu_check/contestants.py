@@ -107,7 +107,6 @@ CONTESTANTS: dict[str, Prepare] = {
     "portable": _ours(Kernels("portable")),
     "portable atomic": _ours(Kernels("portable", atomic=True)),
     "hopper": _ours(Kernels("hopper")),
-    "hopper atomic": _ours(Kernels("hopper", atomic=True)),
     "decode": _ours(Kernels("decode")),
     "cudnn": _sdpa("cudnn"),
     "flash": _sdpa("flash"),

@@ -24,7 +24,6 @@ class Result(NamedTuple):
     out: Tensor  # (B, Hq, Lq, Dv)
     lse: Tensor  # (B, Hq, Lq)
     weights: Tensor  # (B, Hq, Lq, Lk), after dropout
-    visible: Tensor  # (B, Hq, Lq, Lk)
 
 
 def attend(
@@ -67,23 +66,28 @@ def attend(
         scores = scores - slopes * (query_at - key_at).abs()
 
     left, right = window or (None, None)
-    visible = torch.ones(shape, dtype=torch.bool, device=device)
-    if left is not None:
-        visible = visible & (key_at >= query_at - left)
-    if causal or right is not None:
-        visible = visible & (key_at <= query_at + (0 if causal else right))
+    visible = _visible(query_at, key_at, left, 0 if causal else right)
     if kv_lengths is not None:
         visible = visible & (key_at < kv_lengths.to(device)[:, None, None, None])
     if mask is not None:
         visible = visible & mask
     if bias is not None:
         visible = visible & (bias != -INF)
-
     weights, lse = _normalise(scores, visible, sinks, dtype)
     if dropout_p:
         kept = dropout_keeps(shape, dropout_p, dropout_seed, dropout_offset).to(device)
         weights = weights * kept.to(dtype) * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0)
-    return Result(weights @ value.to(dtype).repeat_interleave(group, 1), lse, weights, visible)
+    return Result(weights @ value.to(dtype).repeat_interleave(group, 1), lse, weights)
+
+
+def _visible(query_at: Tensor, key_at: Tensor, left: int | None, right: int | None) -> Tensor:
+    """By the causal rule and the window."""
+    visible = torch.ones_like(query_at - key_at, dtype=torch.bool)
+    if left is not None:
+        visible &= key_at >= query_at - left
+    if right is not None:
+        visible &= key_at <= query_at + right
+    return visible
 
 
 def _normalise(
@@ -183,8 +187,5 @@ class Heads:
             rows = slice(first, min(first + step, case.seqlen_q))
             at = torch.arange(rows.start, rows.stop, device=device)[:, None] + offset
             scores = scale * (query[:, rows] @ key.mT)
-            if left is not None:
-                scores.masked_fill_(key_at < at - left, -INF)
-            if case.causal or right is not None:
-                scores.masked_fill_(key_at > at + (0 if case.causal else right), -INF)
+            scores.masked_fill_(~_visible(at, key_at, left, 0 if case.causal else right), -INF)
             yield rows, torch.softmax(scores, -1), value

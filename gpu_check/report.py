@@ -16,8 +16,7 @@ from gpu_check.targets import TARGETS
 
 SCHEMA = 1
 BAD = ("wrong", "failed", "crashed", "hung")
-_SHORT = {"portable atomic": "port. atomic", "hopper atomic": "hop. atomic", "cudnn folded": "cudnn (f)",
-          "flash folded": "flash (f)"}  # fmt: skip
+_SHORT = {"portable atomic": "atomic", "cudnn folded": "cudnn (f)", "flash folded": "flash (f)"}
 
 
 _LEGEND = """\

@@ -16,17 +16,6 @@ class SkippedError(Exception):
     """What is not there to be checked; says why."""
 
 
-class Wanted(NamedTuple):
-    """Where a backward writes; None: not wanted."""
-
-    query: Tensor | None = None
-    key: Tensor | None = None
-    value: Tensor | None = None
-    bias: Tensor | None = None
-    alibi_slopes: Tensor | None = None
-    sinks: Tensor | None = None
-
-
 class Outputs(NamedTuple):
     """What a forward gave."""
 
@@ -101,20 +90,20 @@ class Kernels:
         return run
 
     def backward(self, inputs: Inputs, grad_lse: Tensor | None = None) -> Callable[[], dict[str, Tensor]]:
+        from fastattn.gpu.call import Gradients
+
         call, launch = call_of(inputs, self.tf32), self._launch_backward()
         out, lse, _ = self.forward(inputs, lse=True)()
         given = inputs.differentiable
 
         def run() -> dict[str, Tensor]:
-            made = {
-                name: torch.empty_like(x, memory_format=torch.contiguous_format) for name, x in given.items()
-            }
+            made = {name: x.new_empty(x.shape) for name, x in given.items()}
             wanted = dict(made)
             if "alibi_slopes" in made:
                 wanted["alibi_slopes"] = made["alibi_slopes"].new_empty(call.query.shape[:2])
             if "bias" in made:
                 wanted["bias"] = made["bias"].view((1,) * (4 - made["bias"].ndim) + made["bias"].shape)
-            launch(call, out, lse, inputs.grad_out, grad_lse, None, Wanted(**wanted), atomic=self.atomic)
+            launch(call, out, lse, inputs.grad_out, grad_lse, Gradients(**wanted))
             if "alibi_slopes" in made and made["alibi_slopes"].ndim == 1:
                 made["alibi_slopes"] = wanted["alibi_slopes"].sum(0)
             return made
@@ -141,21 +130,14 @@ class Kernels:
 
     def _launch_backward(self) -> Callable[..., None]:
         if self.name == "hopper":
-            hopper = self._hopper()
-            if not hasattr(hopper, "backward"):
-                raise SkippedError("there is no Hopper backward")
-            return hopper.backward
-        from fastattn.gpu import backward
+            return self._hopper().backward
+        from fastattn.gpu.backward import backward
 
-        return backward.backward
+        def launch(*arguments: Any) -> None:
+            *others, wanted = arguments
+            backward(*others, None, wanted, atomic=self.atomic)
 
-
-def public(backend: str | None, mode: str) -> Any:
-    """The public function, or the portable kernels where it does not lead to them."""
-    from fastattn.dispatch import BACKENDS
-
-    there = hasattr(BACKENDS[backend or "triton"], "run_backward" if mode == "backward" else "run")
-    return Public(backend) if there else Kernels("portable")
+        return launch
 
 
 def call_of(inputs: Inputs, tf32: bool = False) -> Any:

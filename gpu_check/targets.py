@@ -55,7 +55,6 @@ TARGETS = (
     _backward("portable", 0.5, 0.7),
     _backward("hopper", 0.5, 0.7),
     _backward("portable atomic", 0.6, 1.0),
-    _backward("hopper atomic", 0.6, 1.0),
     Target(
         "window 128 at 16k, against flex", "d128-s16384-window128 forward", "portable", ("flex",), 1.0, 2.0
     ),

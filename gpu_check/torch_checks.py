@@ -264,9 +264,14 @@ def explain_names_the_kernels(device: str) -> None:
     import fastattn as fa
 
     need_device(device)
-    found = fa.explain(*tensors(device), causal=True)
-    if found.backend != "triton":
-        raise WrongError(f"explain: {found}")
+    on_hopper = torch.cuda.get_device_capability() == (9, 0)
+    for dim in (64, 128):
+        query = torch.randn(2, 8, 500, dim, device=device, dtype=torch.bfloat16)
+        found = fa.explain(query, query, query, causal=True)
+        expected = "hopper" if on_hopper else "portable"
+        kernels = [found.details.get(way, "").split(":")[0] for way in ("kernel", "backward")]
+        if kernels != [expected, expected]:
+            raise WrongError(f"expected {expected}, got: " + "; ".join(str(found).splitlines()))
 
 
 CHECKS = [

@@ -23,7 +23,17 @@ from faults import FAULTS, Fault
 
 SCRATCH = ROOT / "build" / "faults"
 SOURCE = SCRATCH / "source"
-COPIED = ("CMakeLists.txt", "pyproject.toml", "csrc", "python", "tests", "bench", "docs", "Makefile")
+COPIED = (
+    "CMakeLists.txt",
+    "pyproject.toml",
+    "csrc",
+    "python",
+    "tests",
+    "bench",
+    "gpu_check",
+    "docs",
+    "Makefile",
+)
 TIMEOUT = 300  # seconds; a test that hangs is red too
 
 

@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from binaries import describe
+from fastattn.gpu.call import Call, Gradients
 from interpreter import use_target
 from jobs import JOBS, TARGETS, Job, Target
 from portable import call_of
@@ -45,6 +46,7 @@ def pretend(target: Target) -> None:
         gcnArchName=target.name,
     )
     torch.cuda.get_device_properties = lambda device=None: properties
+    FakeTensor.copy_ = lambda self, source: self  # which looks for the device itself
     FakeTensor.data_ptr = lambda self: ALIGNED + self.storage_offset() * self.element_size()
 
 
@@ -71,18 +73,41 @@ def on_device(value: Any) -> Any:
 
 def launch(job: Job) -> None:
     """Call the function that the job names."""
-    options = job.case.options(job.dtype, "torch") | {"dropout_p": job.dropout_p}
-    call = call_of(*job.case.tensors(job.dtype, "torch"), **options)
+    case, dtype = job.case, getattr(torch, job.dtype)
+    query = torch.empty(*case.scores_shape[:3], case.head_dim, dtype=dtype)
+    key, value = (
+        torch.empty(case.batch, case.kv_heads, case.seqlen_k, size, dtype=dtype)
+        for size in (case.head_dim, case.value_dim)
+    )
+    options = case.options(job.dtype, "torch") | {"dropout_p": job.dropout_p}
+    given = call_of(query, key, value, **options)._replace(tf32=job.tf32)
     launcher = getattr(importlib.import_module(f"fastattn.gpu.{job.launcher}"), job.launcher)
     with FakeTensorMode():
-        call = type(call)(*map(on_device, call))
+        call = type(given)(*map(on_device, given))
         rows = call.query.shape[:3]
         out = call.query.new_empty(*rows, call.value.shape[3])
         lse = call.query.new_empty(rows, dtype=torch.float32)
+        weights = call.query.new_empty(*rows, call.key.shape[2])
         if job.launcher == "weights":
-            launcher(call, lse, call.query.new_empty(*rows, call.key.shape[2]))
+            launcher(call, lse, weights)
+        elif job.launcher == "backward":
+            launcher(call, out, lse, out, None, None, memory_for(call), job.atomic)
         else:
             launcher(call, out, lse)
+
+
+def memory_for(call: Call) -> Gradients:
+    """Room for every gradient that the call has; the bias of a job is one for all sequences."""
+    wide = {"dtype": torch.float32}
+    heads, rows, keys = call.query.shape[1], call.query.shape[2], call.key.shape[2]
+    return Gradients(
+        torch.empty_like(call.query),
+        torch.empty_like(call.key),
+        torch.empty_like(call.value),
+        None if call.bias is None else call.query.new_empty(1, heads, rows, keys, **wide),
+        None if call.alibi_slopes is None else call.query.new_empty(call.query.shape[:2], **wide),
+        None if call.sinks is None else call.query.new_empty(heads, **wide),
+    )
 
 
 def main(targets: str, *names: str, compiles: bool = True) -> None:

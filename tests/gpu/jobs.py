@@ -41,49 +41,72 @@ class Job:
     case: Case
     dtype: str
     dropout_p: float = 0.0
+    tf32: bool = False  # products of float32 rounded
     atomic: bool = False  # a backward that adds dQ up as it comes
 
     def __str__(self) -> str:
-        return f"{self.launcher}-{self.case}-{self.dtype}{'-atomic' if self.atomic else ''}"
+        flags = "-atomic" * self.atomic
+        return f"{self.launcher}-{self.case}-{'tf32' if self.tf32 else self.dtype}{flags}"
 
 
 ALL = ("mask", "bias", "kv_lengths", "query_offset", "alibi_slopes", "sinks")
-DIMS = (32, 64, 96, 128, 256)
+DIMS = (64, 128, 256)
 LONG = {"keys": 1 << 15, "batch": 1}
 
 
 def _case(dim: int, features: str, rows: int = 256, keys: int = 1024, batch: int = 2) -> Case:
-    shape = Case(f"d{dim}-{features}", rows, keys, dim, dim, batch, 8, 2, causal=features == "causal")
+    name = f"d{dim}-{features}" + (f"-{rows}" if rows < 64 else "")
+    shape = Case(name, rows, keys, dim, dim, batch, 8, 2, causal=features == "causal")
+    if features == "window":
+        return replace(shape, window=(100, 0))
     if features == "all":
         return replace(shape, causal=True, window=(100, 0), softcap=3.0, arrays=ALL)
     return shape
 
 
 def _jobs(
-    launcher: str, dims: tuple[int, ...], kinds: dict[str, tuple[str, ...]], **shape: int
+    launcher: str, dims: tuple[int, ...], kinds: dict[str, str], *, atomic: bool = False, **shape: int
 ) -> tuple[Job, ...]:
     """`kinds` has features for each dtype."""
     return tuple(
-        Job(launcher, _case(dim, features, **shape), dtype, 0.1 if features == "all" else 0.0)
+        Job(
+            launcher,
+            _case(dim, features, **shape),
+            "float32" if dtype == "tf32" else dtype,
+            0.1 if features == "all" else 0.0,
+            dtype == "tf32",
+            atomic,
+        )
         for dim in dims
         for dtype, wanted in kinds.items()
-        for features in wanted
+        for features in wanted.split()
     )
 
 
+FORWARD = {"bfloat16": "full causal window all", "float32": "causal window all", "tf32": "causal window all"}
+BACKWARD = {"bfloat16": "causal window all", "float32": "causal all"}
 JOBS = {
     str(job): job
     for job in (
-        *_jobs("forward", DIMS, {"bfloat16": ("full", "causal", "all"), "float32": ("causal", "all")}),
-        *_jobs("forward", (64, 128), {"float16": ("full", "causal")}),
-        *_jobs("decode", (64, 128, 256), {"bfloat16": ("full", "all"), "float32": ("full",)}, rows=1, **LONG),
-        *_jobs("decode", (128,), {"bfloat16": ("causal",)}, rows=16, **LONG),
-        *_jobs("weights", (64, 128, 256), {"bfloat16": ("causal", "all"), "float32": ("all",)}),
+        *_jobs("forward", DIMS, FORWARD),
+        *_jobs("forward", (32, 96), {"bfloat16": "all", "float16": "causal"}),
+        *_jobs("decode", DIMS, {"bfloat16": "full all", "float32": "full"}, rows=1, **LONG),
+        *_jobs("decode", (128,), {"bfloat16": "full"}, rows=8, **LONG),
+        *_jobs("decode", (128,), {"bfloat16": "full"}, rows=16, **LONG),
+        *_jobs("decode", (128,), {"bfloat16": "full"}, rows=32, **LONG),
+        *_jobs("weights", DIMS, {"bfloat16": "all", "float32": "all"}),
+        *_jobs("backward", DIMS, BACKWARD),
+        *_jobs("backward", (32, 96), {"bfloat16": "all"}),
+        *_jobs("backward", (64, 128), {"bfloat16": "causal"}, atomic=True),
     )
 }
+# What the newest Triton is tried with.
+NEWEST = tuple(name for name in JOBS if "d128" in name)
 # What every run of the tests compiles: the calls that most programs make.
-QUICK = tuple(
-    f"{launcher}-d128-{kind}-bfloat16"
-    for launcher, kind in (("forward", "full"), ("forward", "causal"), ("decode", "full"))
+QUICK = (
+    "forward-d128-full-bfloat16",
+    "forward-d128-causal-bfloat16",
+    "decode-d128-full-1-bfloat16",
+    "backward-d128-causal-bfloat16",
 )
 QUICK_TARGETS = ("sm90", "gfx942")

@@ -31,8 +31,10 @@ def products(record: dict[str, Any], job: Job, target: Target) -> tuple[str, ...
     """The instructions of which one must be there for the products of a kernel."""
     if target.backend == "hip":
         return ("v_mfma",)
+    if record["options"]["PRECISION"] == "ieee" and job.dtype == "float32":
+        return ()  # no matrix unit has them
     if job.dtype == "float32":
-        return ()  # as they are in IEEE arithmetic: no matrix unit has them
+        return ("HMMA", "HGMMA", "UTCHMMA")
     rows = record["options"].get("BLOCK_M", 0)
     if target.name == "sm90" and rows >= WIDE_ROWS:
         return ("HGMMA",)

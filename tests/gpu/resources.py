@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compiled import ROOT, Records, Refused, compile_jobs
-from jobs import JOBS, TARGETS
+from jobs import JOBS, NEWEST, TARGETS
 from limits import faults
 
 RESULTS = ROOT / "bench" / "results"
@@ -38,7 +38,7 @@ def fill(folder: Path | None) -> tuple[Table, list[str]]:
     wrong: list[str] = []
     for target in TARGETS.values():
         table[target.name] = {}
-        for name, records in compile_jobs(target, tuple(JOBS), folder).items():
+        for name, records in compile_jobs(target, tuple(JOBS) if folder is None else NEWEST, folder).items():
             if isinstance(records, Refused):
                 wrong.append(f"{target.name} {name}: {records}")
                 continue
@@ -46,7 +46,7 @@ def fill(folder: Path | None) -> tuple[Table, list[str]]:
             for record in records:
                 found = faults(record, JOBS[name], target)
                 wrong += [f"{target.name} {name} {record['kernel']}: {fault}" for fault in found]
-        print(f"{target.name}: {len(JOBS)} jobs", flush=True)
+        print(f"{target.name}: {len(table[target.name])} jobs", flush=True)
     return table, wrong
 
 

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import places
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastattn as fa
 import fastattn.torch  # the operators are there from here on
+import places
 from fastattn import dispatch, ops, tensors
 from fastattn.backends import triton
 from fastattn.integrations import torch_sdpa

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastattn._flags import flag
 from fastattn.gpu import hopper, hopper_check, hopper_trial
 from fastattn.gpu.call import Call
 from fastattn.problem import UNBOUNDED
@@ -117,18 +118,33 @@ def test_the_stride_of_an_axis_of_one_may_be_anything() -> None:
     assert hopper._layout_reasons("query", tensor) == []
 
 
-def test_a_cpu_is_no_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def forget() -> Iterator[Callable[[], None]]:
+    """What a device is, and what the environment says, is asked once in a process."""
+
+    def forget() -> None:
+        hopper._device_reasons.cache_clear()
+        flag.cache_clear()
+
+    forget()
+    yield forget
+    forget()
+
+
+def test_a_cpu_is_no_hopper(forget: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = hopper.supports(call_of())
     assert "cpu" in found
     monkeypatch.setenv("FASTATTN_HOPPER", "0")
+    forget()
     assert hopper.supports(call_of()) == ["FASTATTN_HOPPER is 0"]
 
 
-def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_devices_are_refused(forget: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert hopper._device_reasons(DEVICE) == []
+    assert hopper._device_reasons(DEVICE) == ()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    forget()
     (found,) = hopper._device_reasons(DEVICE)
     assert "10.0" in found
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from fastattn._threads import resolve_num_threads
 from fastattn.arrays import Array
+from fastattn.backends import triton
 
 try:
     import fastattn._core as _core
@@ -71,7 +72,17 @@ def attend(
     )
     if recorded and results is not None:
         return _torch_lane.record(query, key, value, results, PlainCall(causal, scale, bshd, return_lse))
+    if results is None and not recorded and getattr(query, "is_cuda", False):
+        return _on_gpu(query, key, value, causal, scale, bshd, return_lse)
     return results
+
+
+def _on_gpu(query: Array, *arguments: Any) -> Any:
+    if not triton.serves(query.device):
+        return None
+    from fastattn.backends import plain_gpu
+
+    return plain_gpu.attend(query, *arguments)
 
 
 def backward(

@@ -49,9 +49,9 @@ def bias_gradient(call: Call, incoming: Incoming, grad_bias: Tensor) -> None:
 def _add_tiles(call: Call, incoming: Incoming, grad: Tensor, of_batch: bool, of_head: bool) -> None:
     batch, heads, seqlen_q, head_dim = call.query.shape
     seqlen_k, value_dim = call.key.shape[2], call.value.shape[3]
-    settings = configs.backward_bias(call)
-    row_tiles = triton.cdiv(grad.shape[2], settings["BLOCK_M"])
-    key_tiles = triton.cdiv(grad.shape[3], settings["BLOCK_N"])
+    tiles = configs.each_score(call)
+    row_tiles = triton.cdiv(grad.shape[2], tiles.rows)
+    key_tiles = triton.cdiv(grad.shape[3], tiles.columns)
     bias_gradient_kernel[(row_tiles * key_tiles * grad.shape[0] * grad.shape[1],)](
         matrix(call.query),
         matrix(call.key),
@@ -75,7 +75,7 @@ def _add_tiles(call: Call, incoming: Incoming, grad: Tensor, of_batch: bool, of_
         PRECISION=configs.precision(call),
         ALL_ROWS=grad.shape[2] != seqlen_q,
         ALL_KEYS=grad.shape[3] != seqlen_k,
-        **settings,
+        **tiles.options(),
     )
 
 
@@ -146,7 +146,8 @@ def bias_gradient_kernel(
             )  # fmt: skip
 
     rows, keys = own_row + tl.arange(0, BLOCK_M), own_key + tl.arange(0, BLOCK_N)
-    base, dtype = head_base(grad_bias, own_batch, own_head), grad_bias.pointer.dtype.element_ty
+    base = head_base(grad_bias, own_batch, own_head)
+    dtype = grad_bias.pointer.dtype.element_ty
     if ALL_KEYS:
         tl.store(places(base, grad_bias, rows, rows * 0), tl.sum(sums, 1).to(dtype), mask=rows < seqlen_q)
     elif ALL_ROWS:

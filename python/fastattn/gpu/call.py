@@ -78,7 +78,7 @@ def from_problem(problem: AttentionProblem) -> Call:
         problem.dropout_p,
         0 if problem.dropout_seed is None else problem.dropout_seed,
         problem.dropout_offset,
-        query.dtype == torch.float32 and _allows_tf32(),
+        query.dtype == torch.float32 and allows_tf32(),
     )
 
 
@@ -105,7 +105,7 @@ def _on_device(name: str, vector: Any, dtype: torch.dtype, device: torch.device)
     return torch.from_numpy(np.array(vector)).to(device, dtype, non_blocking=True)
 
 
-def _allows_tf32() -> bool:
+def allows_tf32() -> bool:
     """What the caller has told torch of its own products."""
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)

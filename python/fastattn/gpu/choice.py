@@ -1,14 +1,15 @@
-"""Which kernel computes a call: one place, so that what runs is what is explained."""
+"""Which kernels compute a call: one place, so that what runs is what is explained."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from fastattn.gpu import configs, hopper
-from fastattn.gpu.call import Call
+from fastattn.gpu.backward import backward
+from fastattn.gpu.call import Call, Gradients
 from fastattn.gpu.decode import decode
 from fastattn.gpu.forward import forward
 
@@ -16,35 +17,53 @@ FEW_QUERIES = 64  # one tile of rows; beyond it there are programs enough withou
 
 
 class Kernel(NamedTuple):
-    """A forward kernel for one call."""
+    """One way to compute a call."""
 
     name: str
-    launch: Callable[[Call, Tensor, Tensor | None], None]  # writes out and, unless it is None, lse
-    tiles: Mapping[str, Any]
+    launch: Callable[..., None]  # of the forward: (call, out, lse or None)
+    tiles: Callable[[Call], NamedTuple]
     refusals: Mapping[str, list[str]]  # why it is none of the kernels that come before it
-
-    def described(self) -> dict[str, str]:
-        """What `fastattn.explain` prints."""
-        tiles = ", ".join(f"{name} {value}" for name, value in self.tiles.items())
-        passed_over = {f"no {name}": "; ".join(why) for name, why in self.refusals.items()}
-        return {"kernel": self.name, "tiles": tiles, **passed_over}
 
 
 def of_forward(call: Call) -> Kernel:
     """Choose the kernel that computes out and lse, by what does not depend on batch and heads."""
     refusals: dict[str, list[str]] = {}
-    reasons = _against_decode(call)
-    if not reasons:
-        return Kernel("decode", decode, configs.decode(call), refusals)
+    if not (reasons := _against_decode(call)):
+        return Kernel("decode", decode, configs.decode, refusals)
     refusals["decode"] = reasons
-    reasons = hopper.supports(call)
-    if not reasons:
-        tiles = dict(
-            zip(("BLOCK_M", "BLOCK_N", "stages"), hopper.FORWARD_TILES[call.query.shape[3]], strict=True)
-        )
-        return Kernel("hopper", hopper.forward, tiles, refusals)
+    if not (reasons := hopper.supports(call)):
+        return Kernel("hopper", hopper.forward, _hopper_tiles, refusals)
     refusals["hopper"] = reasons
-    return Kernel("portable", forward, configs.forward(call), refusals)
+    return Kernel("portable", forward, configs.forward, refusals)
+
+
+def of_backward(call: Call, wanted: Gradients, grad_weights: Tensor | None, atomic: bool) -> Kernel:
+    """Choose the kernels of the gradients `wanted`; launch: (call, out, lse, grad_out, grad_lse or None)."""
+
+    def portable(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> None:
+        backward(call, out, lse, grad_out, grad_lse, grad_weights, wanted, atomic)
+
+    def on_hopper(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> None:
+        hopper.backward(call, out, lse, grad_out, grad_lse, wanted)
+
+    reasons = hopper.backward_supports(call)
+    if grad_weights is not None:
+        reasons.append("the weights have a gradient")
+    if not reasons:
+        return Kernel("hopper", on_hopper, _hopper_backward_tiles, {})
+    return Kernel("portable", portable, configs.backward_keys, {"hopper": reasons})
+
+
+def explained(call: Call) -> dict[str, str]:
+    """What `fastattn.explain` prints: the kernels, there and back, and why it is none of the others."""
+    rows = {}
+    ways = {"kernel": of_forward(call), "backward": of_backward(call, Gradients(), None, False)}
+    for title, kernel in ways.items():
+        tiles = ", ".join(f"{name} {value}" for name, value in kernel.tiles(call)._asdict().items())
+        rows[title] = f"{kernel.name}: {tiles}"
+        suffix = "" if title == "kernel" else f" {title}"
+        rows |= {f"no {name}{suffix}": "; ".join(why) for name, why in kernel.refusals.items()}
+    return rows
 
 
 def _against_decode(call: Call) -> list[str]:
@@ -55,3 +74,19 @@ def _against_decode(call: Call) -> list[str]:
     if seqlen_k <= (chunk := configs.decode_chunk(seqlen_k)):
         reasons.append(f"{seqlen_k} keys are one chunk of {chunk}")
     return reasons
+
+
+class HopperTiles(NamedTuple):
+    """As `fastattn.explain` names them."""
+
+    rows: int
+    columns: int
+    stages: int
+
+
+def _hopper_tiles(call: Call) -> HopperTiles:
+    return HopperTiles(*hopper.FORWARD_TILES[call.query.shape[3]])
+
+
+def _hopper_backward_tiles(call: Call) -> HopperTiles:
+    return HopperTiles(*hopper.KEY_TILES[call.query.shape[3]])

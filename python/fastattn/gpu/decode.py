@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.gpu import configs
+from fastattn.gpu import configs, tuning
 from fastattn.gpu.call import Call
+from fastattn.gpu.config_tables import Tiles
 from fastattn.gpu.forward import attend_all, is_plain, normalised
 from fastattn.gpu.tile import (
     INF,
@@ -36,7 +37,6 @@ def decode(call: Call, out: Tensor, lse: Tensor | None) -> None:
     """Write `out` (B, Hq, Lq, Dv) and, unless it is None, `lse` (B, Hq, Lq), float32."""
     batch, heads, seqlen_q, head_dim = call.query.shape
     kv_heads, seqlen_k, value_dim = call.key.shape[1], call.key.shape[2], call.value.shape[3]
-    settings = configs.decode(call)
     chunk = configs.decode_chunk(seqlen_k)
     chunks = max(1, triton.cdiv(seqlen_k, chunk))
     rules, value_block = rules_of(call), configs.padded(value_dim)
@@ -44,28 +44,33 @@ def decode(call: Call, out: Tensor, lse: Tensor | None) -> None:
         chunks, batch * heads * seqlen_q, value_dim, dtype=torch.float32, device=call.query.device
     )
     levels = torch.empty(2, chunks, batch * heads * seqlen_q, dtype=torch.float32, device=call.query.device)
-    blocks = triton.cdiv(seqlen_q * (heads // kv_heads), settings["BLOCK_M"])
-    chunk_kernel[(chunks, blocks, batch * kv_heads)](
-        matrix(call.query),
-        matrix(call.key),
-        matrix(call.value),
-        means,
-        *levels,
-        rules,
-        batch * heads * seqlen_q,
-        kv_heads,
-        seqlen_q,
-        seqlen_k,
-        CHUNK=chunk,
-        GROUP=heads // kv_heads,
-        HEAD_DIM=head_dim,
-        VALUE_DIM=value_dim,
-        BLOCK_DIM=configs.padded(head_dim),
-        BLOCK_VALUE=value_block,
-        PLAIN=is_plain(call),
-        PRECISION=configs.precision(call),
-        **settings,
-    )
+
+    def launch(tiles: Tiles) -> None:
+        blocks = triton.cdiv(seqlen_q * (heads // kv_heads), tiles.rows)
+        chunk_kernel[(chunks * batch * kv_heads, blocks)](
+            matrix(call.query),
+            matrix(call.key),
+            matrix(call.value),
+            means,
+            *levels,
+            rules,
+            batch * heads * seqlen_q,
+            kv_heads,
+            seqlen_q,
+            seqlen_k,
+            CHUNK=chunk,
+            GROUP=heads // kv_heads,
+            HEAD_DIM=head_dim,
+            VALUE_DIM=value_dim,
+            BLOCK_DIM=configs.padded(head_dim),
+            BLOCK_VALUE=value_block,
+            PLAIN=is_plain(call),
+            PRECISION=configs.precision(call),
+            **tiles.options(),
+        )
+
+    tiles = configs.decode(call)
+    launch(tuning.chosen("decode", call, tiles, launch))
     merge_kernel[(batch * heads * seqlen_q,)](
         means,
         *levels,
@@ -108,8 +113,9 @@ def chunk_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Attend to one chunk of the keys: `means` (chunks, rows, Dv), `levels` and `totals` (chunks, rows)."""
-    chunk, block = tl.program_id(0), tl.program_id(1)
-    batch, kv_head = tl.program_id(2) // kv_heads, tl.program_id(2) % kv_heads
+    chunks = tl.cdiv(tl.maximum(seqlen_k, 1), CHUNK)
+    chunk, block, batch_kv = tl.program_id(0) % chunks, tl.program_id(1), tl.program_id(0) // chunks
+    batch, kv_head = batch_kv // kv_heads, batch_kv % kv_heads
     packed = block * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = packed // GROUP
     head = kv_head * GROUP + packed % GROUP

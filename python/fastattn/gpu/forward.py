@@ -15,13 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.gpu import configs
+from fastattn.gpu import configs, tuning
 from fastattn.gpu.call import Call
+from fastattn.gpu.config_tables import Tiles
 from fastattn.gpu.tile import (
     INF,
     LN2,
     LOG2E,
     adjusted,
+    beyond,
     dropout_factors,
     head_base,
     key_count,
@@ -42,31 +44,35 @@ def forward(call: Call, out: Tensor, lse: Tensor | None) -> None:
     """Write `out` (B, Hq, Lq, Dv) and, unless it is None, `lse` (B, Hq, Lq), float32."""
     batch, heads, seqlen_q, head_dim = call.query.shape
     kv_heads, seqlen_k, value_dim = call.key.shape[1], call.key.shape[2], call.value.shape[3]
-    settings = configs.forward(call)
-    blocks = triton.cdiv(seqlen_q, settings["BLOCK_M"])
-    kv_bytes = seqlen_k * (head_dim + value_dim) * call.key.element_size()
-    width = min(batch * heads, max(1, CACHED_BYTES // max(kv_bytes, 1)) * (heads // kv_heads))
-    forward_kernel[(blocks * batch * heads,)](
-        matrix(call.query),
-        matrix(call.key),
-        matrix(call.value),
-        matrix(out),
-        lse,
-        rules_of(call),
-        batch * heads,
-        heads,
-        width,
-        seqlen_q,
-        seqlen_k,
-        GROUP=heads // kv_heads,
-        HEAD_DIM=head_dim,
-        VALUE_DIM=value_dim,
-        BLOCK_DIM=configs.padded(head_dim),
-        BLOCK_VALUE=configs.padded(value_dim),
-        PLAIN=is_plain(call),
-        PRECISION=configs.precision(call),
-        **settings,
-    )
+
+    def launch(tiles: Tiles) -> None:
+        blocks = triton.cdiv(seqlen_q, tiles.rows)
+        kv_bytes = seqlen_k * (head_dim + value_dim) * call.key.element_size()
+        width = min(batch * heads, max(1, CACHED_BYTES // max(kv_bytes, 1)) * (heads // kv_heads))
+        forward_kernel[(blocks * batch * heads,)](
+            matrix(call.query),
+            matrix(call.key),
+            matrix(call.value),
+            matrix(out),
+            lse,
+            rules_of(call),
+            batch * heads,
+            heads,
+            width,
+            seqlen_q,
+            seqlen_k,
+            GROUP=heads // kv_heads,
+            HEAD_DIM=head_dim,
+            VALUE_DIM=value_dim,
+            BLOCK_DIM=configs.padded(head_dim),
+            BLOCK_VALUE=configs.padded(value_dim),
+            PLAIN=is_plain(call),
+            PRECISION=configs.precision(call),
+            **tiles.options(),
+        )
+
+    tiles = configs.forward(call)
+    launch(tuning.chosen("forward", call, tiles, launch))
 
 
 def is_plain(call: Call) -> bool:
@@ -210,6 +216,8 @@ def attend_all(
     )  # fmt: skip
     if PLAIN:
         level = level * rules.scale
+    if rules.slopes is not None:
+        level -= tl.reshape(beyond(rules, batch, head, rows[:, None], offset, count), [BLOCK_M])
     return level, total, acc
 
 

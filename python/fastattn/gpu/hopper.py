@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fastattn._flags import flag
 from fastattn.gpu import hopper_check
 from fastattn.gpu.call import Call, Gradients
 from fastattn.problem import UNBOUNDED
@@ -234,7 +235,11 @@ def _installation_reasons() -> tuple[str, ...]:
 
 
 def _refusals(call: Call, kind: str, head_dims: tuple[int, ...]) -> list[str]:
-    reasons = _device_reasons(call.query.device) + _argument_reasons(call) + _shape_reasons(call, head_dims)
+    reasons = [
+        *_device_reasons(call.query.device),
+        *_argument_reasons(call),
+        *_shape_reasons(call, head_dims),
+    ]
     for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
         reasons += _layout_reasons(name, tensor)
     if not reasons:
@@ -244,17 +249,18 @@ def _refusals(call: Call, kind: str, head_dims: tuple[int, ...]) -> list[str]:
     return reasons
 
 
-def _device_reasons(device: torch.device) -> list[str]:
-    if os.environ.get("FASTATTN_HOPPER") == "0":
-        return ["FASTATTN_HOPPER is 0"]
+@functools.lru_cache
+def _device_reasons(device: torch.device) -> tuple[str, ...]:
+    if not flag("FASTATTN_HOPPER", default=True):
+        return ("FASTATTN_HOPPER is 0",)
     if device.type != "cuda" or torch.version.hip is not None:
-        return [f"the tensors are not on an NVIDIA GPU but on {device}"]
+        return (f"the tensors are not on an NVIDIA GPU but on {device}",)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        return ["TRITON_INTERPRET is set, and Gluon has no interpreter"]
+        return ("TRITON_INTERPRET is set, and Gluon has no interpreter",)
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
-        return ["the device's compute capability is {}.{}, not 9.0".format(*capability)]
-    return []
+        return ("the device's compute capability is {}.{}, not 9.0".format(*capability),)
+    return ()
 
 
 def _argument_reasons(call: Call) -> list[str]:

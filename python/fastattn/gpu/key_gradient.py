@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.gpu import configs
+from fastattn.gpu import configs, tuning
 from fastattn.gpu.call import Call
+from fastattn.gpu.config_tables import Tiles
 from fastattn.gpu.forward import CACHED_BYTES, block_and_head, is_plain
 from fastattn.gpu.score_gradient import (
     Incoming,
@@ -52,34 +53,39 @@ def key_gradient(
     """
     batch, heads, seqlen_q, head_dim = call.query.shape
     kv_heads, seqlen_k, value_dim = call.key.shape[1], call.key.shape[2], call.value.shape[3]
-    settings = configs.backward_keys(call, query_sums is not None)
-    blocks = triton.cdiv(seqlen_k, settings["BLOCK_N"])
-    if blocks * batch * kv_heads == 0:
+    if seqlen_k * batch * kv_heads == 0:
         return
-    query_bytes = seqlen_q * (head_dim + value_dim) * call.query.element_size() * (heads // kv_heads)
-    key_gradient_kernel[(blocks * batch * kv_heads,)](
-        matrix(call.query),
-        matrix(call.key),
-        matrix(call.value),
-        incoming,
-        matrix(grad_key),
-        matrix(grad_value),
-        query_sums,
-        rules_of(call),
-        batch * kv_heads,
-        kv_heads,
-        min(batch * kv_heads, max(1, CACHED_BYTES // max(query_bytes, 1))),
-        seqlen_q,
-        seqlen_k,
-        GROUP=heads // kv_heads,
-        HEAD_DIM=head_dim,
-        VALUE_DIM=value_dim,
-        BLOCK_DIM=configs.padded(head_dim),
-        BLOCK_VALUE=configs.padded(value_dim),
-        PLAIN=is_plain(call),
-        PRECISION=configs.precision(call),
-        **settings,
-    )
+
+    def launch(tiles: Tiles) -> None:
+        blocks = triton.cdiv(seqlen_k, tiles.columns)
+        query_bytes = seqlen_q * (head_dim + value_dim) * call.query.element_size() * (heads // kv_heads)
+        key_gradient_kernel[(blocks * batch * kv_heads,)](
+            matrix(call.query),
+            matrix(call.key),
+            matrix(call.value),
+            incoming,
+            matrix(grad_key),
+            matrix(grad_value),
+            query_sums,
+            rules_of(call),
+            batch * kv_heads,
+            kv_heads,
+            min(batch * kv_heads, max(1, CACHED_BYTES // max(query_bytes, 1))),
+            seqlen_q,
+            seqlen_k,
+            GROUP=heads // kv_heads,
+            HEAD_DIM=head_dim,
+            VALUE_DIM=value_dim,
+            BLOCK_DIM=configs.padded(head_dim),
+            BLOCK_VALUE=configs.padded(value_dim),
+            PLAIN=is_plain(call),
+            PRECISION=configs.precision(call),
+            **tiles.options(),
+        )
+
+    tiles = configs.backward_keys(call)
+    # What is added up must not be run again and again.
+    launch(tuning.chosen("backward keys", call, tiles, launch) if query_sums is None else tiles)
 
 
 @triton.jit(do_not_specialize=["batch_heads", "kv_heads", "width", "seqlen_q", "seqlen_k"])
@@ -127,25 +133,22 @@ def key_gradient_kernel(
 
     dk = hidden_zeros(rules.scale, 0, BLOCK_N, BLOCK_DIM)
     dv = hidden_zeros(rules.scale, BLOCK_N * BLOCK_DIM, BLOCK_N, BLOCK_VALUE)
-    for member in tl.range(GROUP):
-        head = kv_head * GROUP + member
-        batch_head = batch * kv_heads * GROUP + head
-        if rules.right is not None:
-            dk, dv = gather(
-                dk, dv, k, v, query, incoming, query_sums, rules, batch, head, batch_head, first_key, start,
-                inner_start, seqlen_q, offset, count, grad_key is not None, grad_value is not None, HEAD_DIM,
-                VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N, True,
-            )  # fmt: skip
+    if rules.right is not None:
         dk, dv = gather(
-            dk, dv, k, v, query, incoming, query_sums, rules, batch, head, batch_head, first_key, inner_start,
-            inner_end, seqlen_q, offset, count, grad_key is not None, grad_value is not None, HEAD_DIM,
-            VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N, False,
+            dk, dv, k, v, query, incoming, query_sums, rules, batch, kv_head, batch_head, first_key, start,
+            inner_start, seqlen_q, offset, count, grad_key is not None, grad_value is not None, GROUP,
+            HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N, True,
         )  # fmt: skip
-        dk, dv = gather(
-            dk, dv, k, v, query, incoming, query_sums, rules, batch, head, batch_head, first_key, inner_end,
-            end, seqlen_q, offset, count, grad_key is not None, grad_value is not None, HEAD_DIM,
-            VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N, True,
-        )  # fmt: skip
+    dk, dv = gather(
+        dk, dv, k, v, query, incoming, query_sums, rules, batch, kv_head, batch_head, first_key, inner_start,
+        inner_end, seqlen_q, offset, count, grad_key is not None, grad_value is not None, GROUP, HEAD_DIM,
+        VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N, False,
+    )  # fmt: skip
+    dk, dv = gather(
+        dk, dv, k, v, query, incoming, query_sums, rules, batch, kv_head, batch_head, first_key, inner_end,
+        end, seqlen_q, offset, count, grad_key is not None, grad_value is not None, GROUP, HEAD_DIM,
+        VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N, True,
+    )  # fmt: skip
     inside = (keys < count)[:, None]
     if grad_key is not None:
         dk = tl.where(inside, dk * rules.scale, 0.0)
@@ -168,8 +171,8 @@ def gather(
     query_sums,
     rules,
     batch,
-    head,
-    batch_head,
+    kv_head,
+    batch_kv_head,
     first_key,
     start,
     end,
@@ -178,6 +181,7 @@ def gather(
     count,
     OF_KEY: tl.constexpr,
     OF_VALUE: tl.constexpr,
+    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -188,14 +192,26 @@ def gather(
     BLOCK_N: tl.constexpr,
     CHECKED: tl.constexpr,
 ):
-    """Add what the queries [start, end) of one head give to the keys of a block."""
-    query_base = head_base(query, batch, head)
-    grad_out_base = head_base(incoming.grad_out, batch, head)
+    """Add what the queries [start, end) of each head of a group give to the keys of a block."""
     keys = (first_key + tl.arange(0, BLOCK_N))[:, None]
-    for first in tl.range(start, end, BLOCK_M):
-        first = tl.multiple_of(first, BLOCK_M)
+    tiles = (end - start + BLOCK_M - 1) // BLOCK_M
+    # One loop over heads and queries keeps fewer addresses in registers than a loop for each of them.
+    for step in tl.range(0, tiles * GROUP):
+        member = step // tiles
+        first = tl.multiple_of(start + (step - member * tiles) * BLOCK_M, BLOCK_M)
+        head, batch_head = kv_head * GROUP + member, batch_kv_head * GROUP + member
         rows = first + tl.arange(0, BLOCK_M)
-        q = load_rows(query_base, query, first, seqlen_q, BLOCK_M, HEAD_DIM, BLOCK_DIM, False, CHECKED)
+        q = load_rows(
+            head_base(query, batch, head),
+            query,
+            first,
+            seqlen_q,
+            BLOCK_M,
+            HEAD_DIM,
+            BLOCK_DIM,
+            False,
+            CHECKED,
+        )
         level, excess, delta = load_terms(incoming.terms, batch_head, first, seqlen_q, BLOCK_M, CHECKED)
         products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         p, scores = probabilities(
@@ -203,8 +219,9 @@ def gather(
             offset, count, PLAIN, CHECKED,
         )  # fmt: skip
         factors = weight_factors(rules, batch_head, rows, first_key, BLOCK_N, True)
+        grad_base = head_base(incoming.grad_out, batch, head)
         do = load_rows(
-            grad_out_base, incoming.grad_out, first, seqlen_q, BLOCK_M, VALUE_DIM, BLOCK_VALUE, False, CHECKED
+            grad_base, incoming.grad_out, first, seqlen_q, BLOCK_M, VALUE_DIM, BLOCK_VALUE, False, CHECKED
         )  # fmt: skip
         if OF_KEY or query_sums is not None:  # before the other product: fewer tiles to keep meanwhile
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)

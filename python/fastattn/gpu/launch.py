@@ -9,7 +9,6 @@ import torch
 
 from fastattn._flags import flag
 from fastattn.arrays import Strided
-from fastattn.gpu import backward as kernels
 from fastattn.gpu import choice
 from fastattn.gpu.call import Gradients, from_problem, tensor
 from fastattn.gpu.weights import weights as write_weights
@@ -24,7 +23,7 @@ def forward(problem: AttentionProblem, outputs: Outputs) -> None:
     lse = None if outputs.lse is None else tensor(outputs.lse)
     if not out.shape[0] or not out.shape[2]:
         return  # no batch or no query: every output is empty
-    with _current(out.device):
+    with on_device(out.device):
         call = from_problem(problem)
         if outputs.weights is None:
             choice.of_forward(call).launch(call, out, lse)
@@ -39,22 +38,27 @@ def backward(problem: AttentionProblem, outputs: Outputs, incoming: Outputs, mem
     """Write `memory`; sums have one order, but for FASTATTN_ATOMIC=1 where torch allows any."""
     out, lse = tensor(outputs.out), _optional(outputs.lse)
     assert lse is not None
-    grads = tensor(incoming.out), _optional(incoming.lse), _optional(incoming.weights)
+    grad_out, grad_lse, grad_weights = (
+        tensor(incoming.out),
+        _optional(incoming.lse),
+        _optional(incoming.weights),
+    )
     if memory.bias is not None:
         memory = memory._replace(bias=_once(memory.bias))
     atomic = flag("FASTATTN_ATOMIC") and not torch.are_deterministic_algorithms_enabled()
-    with _current(out.device):
-        wanted = Gradients(*map(_optional, memory))
-        kernels.backward(from_problem(problem), out, lse, *grads, wanted, atomic)
+    with on_device(out.device):
+        call, wanted = from_problem(problem), Gradients(*map(_optional, memory))
+        kernel = choice.of_backward(call, wanted, grad_weights, atomic)
+        kernel.launch(call, out, lse, grad_out, grad_lse)
 
 
 def described(problem: AttentionProblem) -> dict[str, str]:
     """What `fastattn.explain` prints of the kernels."""
-    with _current(problem.query.array.device):
-        return choice.of_forward(from_problem(problem)).described()
+    with on_device(problem.query.array.device):
+        return choice.explained(from_problem(problem))
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Make `device` the one that kernels are launched on."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.gpu import configs
+from fastattn.gpu import configs, tuning
 from fastattn.gpu.call import Call
+from fastattn.gpu.config_tables import Tiles
 from fastattn.gpu.forward import CACHED_BYTES, block_and_head, is_plain
 from fastattn.gpu.score_gradient import (
     Incoming,
@@ -36,33 +37,37 @@ def query_gradient(
     """Write the gradient of query, and that of the slopes as each row's part, (B, Hq, Lq) float32."""
     batch, heads, seqlen_q, head_dim = call.query.shape
     kv_heads, seqlen_k, value_dim = call.key.shape[1], call.key.shape[2], call.value.shape[3]
-    settings = configs.backward_queries(call)
-    blocks = triton.cdiv(seqlen_q, settings["BLOCK_M"])
-    if blocks * batch * heads == 0:
+    if seqlen_q * batch * heads == 0:
         return
-    kv_bytes = seqlen_k * (head_dim + value_dim) * call.key.element_size()
-    query_gradient_kernel[(blocks * batch * heads,)](
-        matrix(call.query),
-        matrix(call.key),
-        matrix(call.value),
-        incoming,
-        matrix(grad_query),
-        slope_terms,
-        rules_of(call),
-        batch * heads,
-        heads,
-        min(batch * heads, max(1, CACHED_BYTES // max(kv_bytes, 1)) * (heads // kv_heads)),
-        seqlen_q,
-        seqlen_k,
-        GROUP=heads // kv_heads,
-        HEAD_DIM=head_dim,
-        VALUE_DIM=value_dim,
-        BLOCK_DIM=configs.padded(head_dim),
-        BLOCK_VALUE=configs.padded(value_dim),
-        PLAIN=is_plain(call),
-        PRECISION=configs.precision(call),
-        **settings,
-    )
+
+    def launch(tiles: Tiles) -> None:
+        blocks = triton.cdiv(seqlen_q, tiles.rows)
+        kv_bytes = seqlen_k * (head_dim + value_dim) * call.key.element_size()
+        query_gradient_kernel[(blocks * batch * heads,)](
+            matrix(call.query),
+            matrix(call.key),
+            matrix(call.value),
+            incoming,
+            matrix(grad_query),
+            slope_terms,
+            rules_of(call),
+            batch * heads,
+            heads,
+            min(batch * heads, max(1, CACHED_BYTES // max(kv_bytes, 1)) * (heads // kv_heads)),
+            seqlen_q,
+            seqlen_k,
+            GROUP=heads // kv_heads,
+            HEAD_DIM=head_dim,
+            VALUE_DIM=value_dim,
+            BLOCK_DIM=configs.padded(head_dim),
+            BLOCK_VALUE=configs.padded(value_dim),
+            PLAIN=is_plain(call),
+            PRECISION=configs.precision(call),
+            **tiles.options(),
+        )
+
+    tiles = configs.backward_queries(call)
+    launch(tuning.chosen("backward queries", call, tiles, launch))
 
 
 @triton.jit(do_not_specialize=["batch_heads", "heads", "width", "seqlen_q", "seqlen_k"])

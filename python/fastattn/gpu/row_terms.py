@@ -16,6 +16,7 @@ from fastattn.gpu.tile import (
     INF,
     LOG2E,
     adjusted,
+    beyond,
     head_base,
     key_count,
     key_ranges,
@@ -32,10 +33,13 @@ FAR = tl.constexpr(128.0)
 LAST_PLACES = tl.constexpr(4 * 2.0**-23)
 
 
+ROWS = 32  # of a program of row_terms_kernel
+
+
 class RowTerms(NamedTuple):
     """Numbers of each query row, (B, Hq, Lq) float32, contiguous."""
 
-    level: Any  # lse, times log2(e) where scores are products alone; inf where a row has nothing to attend to
+    level: Any  # lse without `beyond`, times log2(e) if plain; inf where a row has nothing to attend to
     excess: Any  # log2 of what P under that level adds up to, if rounding keeps it from 1; None if plain
     delta: Any  # <dO, O> - dlse, which dS is P times dP's distance from
 
@@ -44,13 +48,13 @@ def row_terms(
     call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, sink_terms: Tensor | None
 ) -> RowTerms:
     """Compute them, and what each row adds to the gradient of its head's sink, `sink_terms` (B, Hq, Lq)."""
-    batch, heads, seqlen_q, head_dim = call.query.shape
-    value_dim = call.value.shape[3]
+    batch, heads, seqlen_q, _ = call.query.shape
+    seqlen_k, value_dim = call.value.shape[2:]
     rules = rules_of(call)
     plain = is_plain(call)
-    terms = RowTerms(torch.empty_like(lse), None if plain else torch.zeros_like(lse), torch.empty_like(lse))
-    settings = configs.row_terms(call)
-    blocks = triton.cdiv(seqlen_q, settings["BLOCK_M"])
+    excess = None if plain else excess_of(call, lse)
+    terms = RowTerms(torch.empty_like(lse), excess, torch.empty_like(lse))
+    blocks = triton.cdiv(seqlen_q, ROWS)
     if lse.numel() == 0:
         return terms
     row_terms_kernel[(blocks * batch * heads,)](
@@ -60,37 +64,47 @@ def row_terms(
         grad_lse,
         terms,
         sink_terms,
-        rules.sinks,
+        rules,
         blocks,
         heads,
         seqlen_q,
+        seqlen_k,
         VALUE_DIM=value_dim,
         BLOCK_VALUE=configs.padded(value_dim),
         PLAIN=plain,
-        **settings,
+        BLOCK_M=ROWS,
     )
-    if not plain:
-        settings = configs.forward(call)
-        blocks = triton.cdiv(seqlen_q, settings["BLOCK_M"])
-        excess_kernel[(blocks * batch * heads,)](
-            matrix(call.query),
-            matrix(call.key),
-            terms,
-            rules,
-            blocks,
-            heads,
-            seqlen_q,
-            call.key.shape[2],
-            GROUP=heads // call.key.shape[1],
-            HEAD_DIM=head_dim,
-            BLOCK_DIM=configs.padded(head_dim),
-            PRECISION=configs.precision(call),
-            **settings,
-        )
     return terms
 
 
-@triton.jit(do_not_specialize=["blocks", "heads", "seqlen_q"])
+def excess_of(call: Call, lse: Tensor) -> Tensor:
+    """log2 of what P under `lse` (B, Hq, Lq) adds up to in each row, where its rounding keeps that from 1."""
+    batch, heads, seqlen_q, head_dim = call.query.shape
+    tiles = configs.each_score(call)
+    blocks = triton.cdiv(seqlen_q, tiles.rows)
+    excess = torch.zeros_like(lse)
+    if lse.numel() == 0:
+        return excess
+    excess_kernel[(blocks * batch * heads,)](
+        matrix(call.query),
+        matrix(call.key),
+        lse,
+        excess,
+        rules_of(call),
+        blocks,
+        heads,
+        seqlen_q,
+        call.key.shape[2],
+        GROUP=heads // call.key.shape[1],
+        HEAD_DIM=head_dim,
+        BLOCK_DIM=configs.padded(head_dim),
+        PRECISION=configs.precision(call),
+        **tiles.options(),
+    )
+    return excess
+
+
+@triton.jit(do_not_specialize=["blocks", "heads", "seqlen_q", "seqlen_k"])
 def row_terms_kernel(
     out,
     grad_out,
@@ -98,10 +112,11 @@ def row_terms_kernel(
     grad_lse,
     terms,
     sink_terms,
-    sinks,
+    rules,
     blocks,
     heads,
     seqlen_q,
+    seqlen_k,
     VALUE_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
     PLAIN: tl.constexpr,
@@ -136,8 +151,11 @@ def row_terms_kernel(
     dead = level == -INF
     delta = tl.where(dead, 0.0, delta)
     if sink_terms is not None:
-        share = tl.exp2((tl.load(sinks + head) - level) * LOG2E)
+        share = tl.exp2((tl.load(rules.sinks + head) - level) * LOG2E)
         tl.store(sink_terms + at, tl.where(dead, 0.0, -share * delta), mask=inside)
+    if rules.slopes is not None:
+        count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
+        level += beyond(rules, batch, head, rows, offset, count)
     if PLAIN:
         level *= LOG2E
     tl.store(terms.level + at, tl.where(dead, INF, level), mask=inside)
@@ -148,7 +166,8 @@ def row_terms_kernel(
 def excess_kernel(
     query,
     key,
-    terms,
+    lse,
+    excess,
     rules,
     blocks,
     heads,
@@ -172,8 +191,8 @@ def excess_kernel(
     first_row = block * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     at = batch_head.to(tl.int64) * seqlen_q + rows
-    level = tl.load(terms.level + at, mask=rows < seqlen_q, other=INF)
-    far = (tl.abs(level) > FAR) & (tl.abs(level) < INF)
+    given = tl.load(lse + at, mask=rows < seqlen_q, other=-INF)
+    far = (tl.abs(given) > FAR) & (tl.abs(given) < INF)
     count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
     last = tl.minimum(first_row + BLOCK_M, seqlen_q) - 1
     start, _, _, end = key_ranges(first_row, last, offset, count, rules, BLOCK_N)
@@ -185,7 +204,10 @@ def excess_kernel(
     base = head_base(key, batch, head // GROUP)
     total = tl.zeros([BLOCK_M], tl.float32)
     if rules.sinks is not None:
-        total += tl.exp2((tl.load(rules.sinks + head) - level) * LOG2E)
+        total += tl.exp2((tl.load(rules.sinks + head) - given) * LOG2E)
+    level = given
+    if rules.slopes is not None:
+        level += beyond(rules, batch, head, rows, offset, count)
     for first in tl.range(start, end, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
         k = load_rows(base, key, first, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, True, True)
@@ -193,6 +215,6 @@ def excess_kernel(
         scores = adjusted(scores, rules, batch, head, rows[:, None], keys[None, :], seqlen_q, offset, count)
         seen = visible(rules, batch, head, rows[:, None], keys[None, :], seqlen_q, offset, count)
         total += tl.sum(tl.where(seen, tl.exp2((scores - level[:, None]) * LOG2E), 0.0), 1)
-    excess = tl.log2(total)
-    rounding = tl.abs(excess) <= LAST_PLACES * LOG2E * tl.abs(level)
-    tl.store(terms.excess + at, excess, mask=far & rounding & (rows < seqlen_q))
+    found = tl.log2(total)
+    rounding = tl.abs(found) <= LAST_PLACES * LOG2E * tl.abs(given)
+    tl.store(excess + at, found, mask=far & rounding & (rows < seqlen_q))

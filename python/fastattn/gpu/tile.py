@@ -203,7 +203,7 @@ def tile_ranges(first, last, offset, count, left, right, MASKED: tl.constexpr, B
     if left is not None:
         start = clamped(first, offset, -left, 0, end)
         inner_start = clamped(last, offset, -left, 0, end)
-        start = start // BLOCK * BLOCK
+        start = tl.where(start < end, start, end + BLOCK - 1) // BLOCK * BLOCK
         inner_start = (inner_start + BLOCK - 1) // BLOCK * BLOCK
     inner_end = inner_end // BLOCK * BLOCK
     inner_start = tl.minimum(inner_start, (end + BLOCK - 1) // BLOCK * BLOCK)
@@ -253,13 +253,30 @@ def capped(products, rules):
 
 @triton.jit
 def moved(scores, rules, batch, head, rows, keys, seqlen_q, offset, count):
-    """Bias, and ALiBi."""
+    """Bias, and ALiBi, but for what it takes from all keys alike: see `beyond`."""
     if rules.bias is not None:
         at = places(head_base(rules.bias, batch, head), rules.bias, rows, keys)
         scores += tl.load(at, mask=(rows < seqlen_q) & (keys < count), other=0.0).to(tl.float32)
     if rules.slopes is not None:
-        scores -= slope_of(rules, batch, head) * distance(rows, keys, offset)
+        apart = tl.abs(nearest(rows, offset, count) - keys).to(tl.float32)
+        scores -= slope_of(rules, batch, head) * apart
     return scores
+
+
+@triton.jit
+def nearest(rows, offset, count):
+    """Where queries stand, or the key nearest to them."""
+    return clamped(rows, offset, 0, 0, count - 1)
+
+
+@triton.jit
+def beyond(rules, batch, head, rows, offset, count):
+    """What ALiBi takes from the scores of a query that stands outside of the keys for its way to the nearest.
+
+    Among the scores themselves it would leave them few digits, or none.
+    """
+    way = rows.to(tl.int64) + offset - nearest(rows, offset, count)
+    return slope_of(rules, batch, head) * tl.abs(way.to(tl.float32))
 
 
 @triton.jit

@@ -8,10 +8,13 @@ from torch import Tensor
 
 from fastattn.gpu import configs
 from fastattn.gpu.call import Call
+from fastattn.gpu.forward import is_plain
+from fastattn.gpu.row_terms import excess_of
 from fastattn.gpu.tile import (
     INF,
     LOG2E,
     adjusted,
+    beyond,
     dropout_factors,
     head_base,
     key_count,
@@ -28,16 +31,15 @@ def weights(call: Call, lse: Tensor, weights: Tensor) -> None:
     """Write the probabilities after dropout into `weights` (B, Hq, Lq, Lk), given `lse` (B, Hq, Lq)."""
     batch, heads, seqlen_q, head_dim = call.query.shape
     kv_heads, seqlen_k = call.key.shape[1:3]
-    settings = configs.weights(call)
-    blocks_m, blocks_n = (
-        triton.cdiv(*pair) for pair in ((seqlen_q, settings["BLOCK_M"]), (seqlen_k, settings["BLOCK_N"]))
-    )
+    tiles = configs.each_score(call)
+    blocks_m, blocks_n = (triton.cdiv(*pair) for pair in ((seqlen_q, tiles.rows), (seqlen_k, tiles.columns)))
     if not weights.numel():
         return
     weights_kernel[(blocks_m * blocks_n * batch * heads,)](
         matrix(call.query),
         matrix(call.key),
         lse,
+        None if is_plain(call) else excess_of(call, lse),
         matrix(weights),
         rules_of(call),
         blocks_m,
@@ -49,7 +51,7 @@ def weights(call: Call, lse: Tensor, weights: Tensor) -> None:
         HEAD_DIM=head_dim,
         BLOCK_DIM=configs.padded(head_dim),
         PRECISION=configs.precision(call),
-        **settings,
+        **tiles.options(),
     )
 
 
@@ -58,6 +60,7 @@ def weights_kernel(
     query,
     key,
     lse,
+    excess,
     weights,
     rules,
     blocks_m,
@@ -91,8 +94,14 @@ def weights_kernel(
         tl.dot(q, k, input_precision=PRECISION), rules, batch, head, r, c, seqlen_q, offset, count
     )
     seen = visible(rules, batch, head, r, c, seqlen_q, offset, count) & (scores != -INF)
-    level = tl.load(lse + batch_head.to(tl.int64) * seqlen_q + rows, mask=rows < seqlen_q, other=0.0)
-    p = tl.where(seen, tl.exp2((scores - level[:, None]) * LOG2E), 0.0)
+    at = batch_head.to(tl.int64) * seqlen_q + rows
+    level = tl.load(lse + at, mask=rows < seqlen_q, other=0.0)
+    if rules.slopes is not None:
+        level += beyond(rules, batch, head, rows, offset, count)
+    power = (scores - level[:, None]) * LOG2E
+    if excess is not None:
+        power -= tl.load(excess + at, mask=rows < seqlen_q, other=0.0)[:, None]
+    p = tl.where(seen, tl.exp2(power), 0.0)
     if rules.dropout_scale is not None:
         p = p * dropout_factors(rules, batch_head, rows, column, BLOCK_N, False)
     at = places(head_base(weights, batch, head), weights, r, c)

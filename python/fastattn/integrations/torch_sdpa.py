@@ -191,8 +191,7 @@ def _is_watched() -> bool:
 def as_autocast_would(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Cast as torch's function casts its arguments under ``torch.autocast``."""
     device = next(tensor for tensor in tensors if tensor is not None).device.type
-    available = device == "cpu" or torch.amp.is_autocast_available(device)
-    if not available or not torch.is_autocast_enabled(device):
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

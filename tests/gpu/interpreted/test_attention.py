@@ -10,13 +10,13 @@ import re
 from typing import Any
 
 import numpy as np
-import places
 import pytest
 import torch
 from torch import Tensor
 
 import fastattn as fa
 import fastattn.torch  # the operators are there from here on
+import places
 from fastattn import _flags, ops
 from fastattn import nn as fnn
 from fastattn.torch_ops.arguments import flatten
@@ -237,15 +237,15 @@ def test_values_are_checked_in_debugging(name: str, device: None, environment: p
 def test_atomic_sums_are_for_whoever_asks(
     deterministic: bool, device: None, environment: pytest.MonkeyPatch
 ) -> None:
-    from fastattn.gpu import backward
+    from fastattn.gpu import choice
 
-    call, asked, kernels = call_of({"causal": True, "backend": "triton"}), [], backward.backward
+    call, asked, kernels = call_of({"causal": True, "backend": "triton"}), [], choice.backward
 
     def listen(*arguments: Any) -> None:
         asked.append(arguments[-1])
         kernels(*arguments)
 
-    environment.setattr(backward, "backward", listen)
+    environment.setattr(choice, "backward", listen)
     expected = {name: value.double() for name, value in results_and_gradients(call).items()}
     environment.setenv("FASTATTN_ATOMIC", "1")
     _flags.flag.cache_clear()
@@ -469,6 +469,81 @@ class TestBuiltOnIt:
         assert weights is not None and weights.shape == (2, 4, ROWS, KEYS)
 
 
+class TestPlainCalls:
+    """The short way: the bits of the long one, which is gone once for tensors that look the same."""
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(
+        "causal, scale, bshd", [(False, None, False), (True, 0.7, False), (True, None, True)]
+    )
+    def test_same_bits(
+        self,
+        dtype: torch.dtype,
+        causal: bool,
+        scale: float | None,
+        bshd: bool,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        from fastattn.backends import plain_gpu
+
+        monkeypatch.setattr(plain_gpu, "_plans", {})
+        layout: Any = "bshd" if bshd else "bhsd"
+        for factor in (1, -2):
+            tensors = [factor * x for x in arrays(dtype)]
+            tensors = [x.transpose(1, 2) for x in tensors] if bshd else tensors
+            options: dict[str, Any] = {"causal": causal, "scale": scale, "layout": layout, "return_lse": True}
+            expected = fa.attention(*tensors, **options, backend="triton")
+            found = plain_gpu.attend(*tensors, causal, scale, bshd, True)
+            assert all(map(torch.equal, found, expected)) and found[0].is_contiguous()
+            assert torch.equal(plain_gpu.attend(*tensors, causal, scale, bshd, False), expected[0])
+            monkeypatch.setattr(plain_gpu, "_planned", None)  # not called again
+        assert len(plain_gpu._plans) == 1
+
+    def test_what_goes_the_long_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from fastattn.backends import plain_gpu
+
+        query, key, value = arrays()
+        complex_value = torch.complex(value, value).conj().imag
+        for unusual in (torch.nn.Parameter(value), complex_value, value.to_sparse(), value.numpy()):
+            assert plain_gpu.attend(query, key, unusual, False, None, False, False) is None
+        wide = [x.double() for x in arrays()]
+        assert plain_gpu.attend(*wide, False, None, False, False) is None  # which says why no kernel takes it
+        with pytest.raises(ValueError, match="query and key must have one head dimension, got 8 and 16"):
+            plain_gpu.attend(query[..., :8], key, value, False, None, False, False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        monkeypatch.setattr(plain_gpu, "_plans", {})
+        assert plain_gpu.attend(query, key, value, False, None, False, False) is None
+
+    @pytest.mark.parametrize("served", [True, False])
+    def test_who_gets_there(self, served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Tensors of a GPU that has kernels, where no graph is recorded."""
+        from fastattn.backends import plain, plain_gpu, triton
+
+        class OnGpu:
+            is_cuda, device, requires_grad = True, "cuda:0", False
+
+        calls: list[Any] = []
+        monkeypatch.setattr(plain_gpu, "attend", lambda *arguments: calls.append(arguments))
+        monkeypatch.setattr(triton, "serves", lambda device: served)
+        arguments = OnGpu(), None, None, True, 0.5, False
+        plain.attend(*arguments)
+        assert calls == ([(*arguments, False)] if served else [])
+        monkeypatch.setattr(OnGpu, "requires_grad", True)
+        plain.attend(*arguments)
+        assert len(calls) == int(served)
+
+    def test_plans_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from fastattn.backends import plain_gpu
+
+        monkeypatch.setattr(plain_gpu, "_plans", {})
+        monkeypatch.setattr(plain_gpu, "_LIMIT", 2)
+        for keys in (3, 4, 5):
+            query, key, value = arrays(keys=keys)
+            plain_gpu.attend(query, key, value, False, None, False, False)
+        assert len(plain_gpu._plans) == 1
+
+
 class TestAutocast:
     def test_casts_query_key_and_value(self, place: str) -> None:
         tensors = arrays()
@@ -480,16 +555,24 @@ class TestAutocast:
 
 class TestExplained:
     def test_the_kernel_and_why_no_other(self, place: str) -> None:
+        from fastattn.gpu import configs
+
         query, key, value = arrays(rows=100)
         found = fa.explain(query, key, value, backend="triton")
         assert found.backend == "triton"
-        assert found.details["kernel"] == "portable"
-        assert found.details["no decode"] == "100 queries are more than 64; 37 keys are one chunk of 512"
-        assert "BLOCK_M" in found.details["tiles"]
+        assert found.details["kernel"].startswith("portable: BLOCK_M ")
+        assert found.details["backward"].startswith("portable: BLOCK_M ")
+        assert (
+            found.details["no decode"]
+            == f"100 queries are more than 64; 37 keys are one chunk of {configs.decode_chunk(KEYS)}"
+        )
+        on_cpu = f"the tensors are not on an NVIDIA GPU but on {query.device}"
+        assert found.details["no hopper"].startswith(on_cpu)
+        assert found.details["no hopper backward"].startswith(on_cpu)
 
     def test_few_queries_are_decoded(self) -> None:
         query, key, value = arrays(rows=3, keys=1100)
-        assert fa.explain(query, key, value, backend="triton").details["kernel"] == "decode"
+        assert fa.explain(query, key, value, backend="triton").details["kernel"].startswith("decode: ")
         out, lse = fa.attention(query, key, value, causal=True, return_lse=True, backend="triton")
         expected = fa.attention(query, key, value, causal=True, return_lse=True, backend="reference")
         torch.testing.assert_close((out, lse), expected, rtol=0, atol=1e-5)
@@ -505,14 +588,14 @@ class TestExplained:
 
 def test_nothing_is_read(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the arguments to the launch, forward and backward: no value of a tensor is looked at."""
-    from fastattn.gpu import backward, choice, launch
+    from fastattn.gpu import choice, launch
     from fastattn.torch_ops import operators
 
     launched = []
-    kernel = choice.Kernel("none", lambda call, out, lse: launched.append(call), {}, {})
+    kernel = choice.Kernel("none", lambda call, out, lse: launched.append(call), lambda call: {}, {})
     monkeypatch.setattr(choice, "of_forward", lambda call: kernel)
     monkeypatch.setattr(launch, "write_weights", lambda *arguments: launched.append("weights"))
-    monkeypatch.setattr(backward, "backward", lambda *arguments: launched.append("backward"))
+    monkeypatch.setattr(choice, "backward", lambda *arguments: launched.append("backward"))
     options = FEATURES["together"] | {"query_offset": torch.tensor([1, 2]), "dropout_seed": None}
     tensors = arrays()
     arguments = flattened(options)

@@ -105,6 +105,19 @@ class TestBias:
         torch.testing.assert_close(out, mean, rtol=0, atol=2.0**-8 if "16" in dtype else 1e-6)
 
 
+@dtypes
+@pytest.mark.parametrize("offset", [10_000, 10_000_000, -10_000_000])
+def test_alibi_far_from_the_keys(offset: int, dtype: str) -> None:
+    """Only distances among the keys matter to the output, however far the query stands."""
+    query, key, value = Case("far", 20, 64, 16, query_heads=2).tensors(dtype, "torch")
+    options = {"alibi_slopes": torch.tensor([0.5, 0.03]), "query_offset": offset}
+    expected = bounds.expect(query, key, value, **options)
+    actual = attend(query, key, value, **options)
+    out = actual.out.double().numpy()
+    np.testing.assert_allclose(out, expected.out, rtol=0, atol=3e-2 if "16" in dtype else 3e-6)
+    np.testing.assert_allclose(actual.lse.numpy(), expected.lse, rtol=1e-6)
+
+
 class TestMask:
     SHAPES = ((), (83,), (37, 1), (4, 1, 83), (2, 1, 37, 83), (2, 4, 37, 1), (1, 4, 1, 1), (2, 4, 37, 83))
 

@@ -32,6 +32,27 @@ def test_every_feature(case: Case, dtype: str) -> None:
 
 
 @dtypes
+def test_rows_of_the_lowest_number_are_even(dtype: str) -> None:
+    """lse cannot tell how many keys share such a row: it is the bias, whatever their number."""
+    bias = torch.zeros(37, 83, dtype=getattr(torch, dtype))
+    bias[::3] = torch.finfo(bias.dtype).min
+    bias[1::3, :70] = torch.finfo(bias.dtype).min
+    bias[5] = -torch.inf
+    check(Case("lowest", 37, 83, 24, query_heads=2), dtype, bias=bias)
+
+
+@pytest.mark.parametrize("offset", [10_000, -10_000_000])
+def test_alibi_far_from_the_keys(offset: int) -> None:
+    case = Case("far", 20, 64, 16, query_heads=2)
+    options = {"alibi_slopes": torch.tensor([0.5, 0.03]), "query_offset": offset}
+    tensors = case.tensors("float32", "torch")
+    actual = torch.empty(case.scores_shape)
+    weights(call_of(*tensors, **options), attend(*tensors, **options).lse, actual)
+    expected = bounds.expect(*tensors, **options).weights
+    torch.testing.assert_close(actual.double(), torch.from_numpy(expected), rtol=2e-5, atol=1e-30)
+
+
+@dtypes
 @pytest.mark.parametrize("p", [0.3, 1.0])
 def test_dropout(p: float, dtype: str) -> None:
     case = Case("dropout", 40, 77, 16, batch=2, query_heads=4, kv_heads=2, causal=True)

@@ -1,0 +1,158 @@
+"""The tables of `configs`: tiles of scores for each kind of GPU, of numbers, and of what a call asks for.
+
+An entry is the fastest of those measured on a device of its kind, where there was one (bench/results, an H200
+for sm90), and elsewhere the largest tile of those tried that keeps everything in registers. ``tests/gpu``
+compiles every entry for its GPU, and holds it against what that has.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+
+class Tiles(NamedTuple):
+    """Rows and columns of a tile of scores, warps of a program, stages of its pipeline of loads."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        """The arguments of a launch."""
+        return {
+            "BLOCK_M": self.rows,
+            "BLOCK_N": self.columns,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+class Uses(NamedTuple):
+    """Tiles of the forward for what a call asks of its scores."""
+
+    plain: Tiles  # products, of which a triangle may be hidden
+    narrow: Tiles  # a window of few keys
+    rich: Tiles  # a mask, a bias, dropout ...: what is read or computed for each score takes registers
+
+
+class Gradients(NamedTuple):
+    """Tiles of the backward: of the kernel for key and value, and of that for query."""
+
+    keys: Tiles
+    queries: Tiles
+    rich_keys: Tiles
+    rich_queries: Tiles
+
+
+Numbers: TypeAlias = tuple[str, int]  # "half", "float32" or "tf32", and the columns of a tile of operands
+Row: TypeAlias = tuple[int, int, int, int]  # of Tiles
+
+
+def _uses(*rows: Row) -> Uses:
+    return Uses(*(Tiles(*row) for row in rows))
+
+
+def _gradients(*rows: Row) -> Gradients:
+    return Gradients(*(Tiles(*row) for row in rows))
+
+
+# "sm120" is also for what else has 99 KiB of shared memory.
+FORWARD: dict[str, dict[Numbers, Uses]] = {
+    "sm80": {
+        ("half", 64): _uses((128, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
+        ("half", 128): _uses((128, 64, 8, 3), (64, 32, 4, 2), (64, 64, 8, 2)),
+        ("half", 256): _uses((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+        ("float32", 64): _uses((32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1)),
+        ("float32", 128): _uses((32, 32, 8, 1), (16, 32, 4, 2), (16, 32, 4, 1)),
+        ("float32", 256): _uses((16, 64, 8, 1), (16, 32, 8, 1), (16, 64, 8, 1)),
+        ("tf32", 64): _uses((128, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+        ("tf32", 128): _uses((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 1)),
+        ("tf32", 256): _uses((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
+    },
+    "sm90": {
+        ("half", 64): _uses((128, 64, 4, 3), (64, 32, 4, 3), (64, 64, 4, 2)),
+        ("half", 128): _uses((128, 128, 8, 3), (64, 32, 4, 3), (64, 64, 4, 2)),
+        ("half", 256): _uses((128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 2)),
+        ("float32", 64): _uses((128, 32, 8, 2), (32, 32, 4, 2), (16, 32, 4, 1)),
+        ("float32", 128): _uses((32, 32, 8, 1), (16, 32, 4, 2), (16, 32, 4, 1)),
+        ("float32", 256): _uses((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        ("tf32", 64): _uses((128, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+        ("tf32", 128): _uses((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1)),
+        ("tf32", 256): _uses((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
+    },
+    "sm120": {
+        ("half", 64): _uses((128, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
+        ("half", 128): _uses((128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2)),
+        ("half", 256): _uses((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+        ("float32", 64): _uses((32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1)),
+        ("float32", 128): _uses((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 1)),
+        ("float32", 256): _uses((16, 64, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1)),
+        ("tf32", 64): _uses((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+        ("tf32", 128): _uses((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1)),
+        ("tf32", 256): _uses((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
+    },
+    "gfx942": {
+        ("half", 64): _uses((128, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 1)),
+        ("half", 128): _uses((128, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 1)),
+        ("half", 256): _uses((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
+        ("float32", 64): _uses((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        ("float32", 128): _uses((64, 32, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
+        ("float32", 256): _uses((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    },
+}
+
+BACKWARD: dict[str, dict[Numbers, Gradients]] = {
+    "sm80": {
+        ("half", 64): _gradients((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 8, 1), (64, 32, 8, 2)),
+        ("half", 128): _gradients((32, 64, 8, 2), (64, 32, 4, 2), (32, 32, 8, 1), (64, 32, 8, 2)),
+        ("half", 256): _gradients((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        ("float32", 64): _gradients((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        ("float32", 128): _gradients((16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        ("float32", 256): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        ("tf32", 64): _gradients((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+        ("tf32", 128): _gradients((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        ("tf32", 256): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    },
+    "sm90": {
+        ("half", 64): _gradients((32, 64, 4, 2), (128, 64, 8, 2), (64, 32, 8, 2), (64, 64, 8, 2)),
+        ("half", 128): _gradients((64, 64, 8, 2), (128, 64, 8, 2), (32, 64, 8, 1), (64, 32, 8, 2)),
+        ("half", 256): _gradients((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        ("float32", 64): _gradients((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        ("float32", 128): _gradients((16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        ("float32", 256): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        ("tf32", 64): _gradients((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+        ("tf32", 128): _gradients((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        ("tf32", 256): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    },
+    "sm120": {
+        ("half", 64): _gradients((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 8, 1), (64, 32, 8, 2)),
+        ("half", 128): _gradients((32, 64, 8, 2), (64, 32, 4, 2), (32, 32, 8, 1), (64, 32, 8, 2)),
+        ("half", 256): _gradients((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        ("float32", 64): _gradients((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        ("float32", 128): _gradients((16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        ("float32", 256): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        ("tf32", 64): _gradients((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+        ("tf32", 128): _gradients((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        ("tf32", 256): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    },
+    "gfx942": {
+        ("half", 64): _gradients((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 8, 1), (64, 32, 8, 2)),
+        ("half", 128): _gradients((32, 64, 8, 2), (64, 32, 4, 2), (32, 32, 8, 1), (64, 32, 8, 2)),
+        ("half", 256): _gradients((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        ("float32", 64): _gradients((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        ("float32", 128): _gradients((16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        ("float32", 256): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    },
+}
+
+# By the rows of a tile, which are all queries of a group of heads.
+DECODE: dict[int, Tiles] = {
+    16: Tiles(16, 64, 2, 2),
+    32: Tiles(32, 64, 4, 3),
+    64: Tiles(64, 64, 4, 3),
+    128: Tiles(128, 128, 8, 3),
+}
+DECODE_RICH = Tiles(16, 32, 4, 1)  # also for float32, and head dimensions above 128
+
+FORWARD["sm100"], BACKWARD["sm100"] = FORWARD["sm90"], BACKWARD["sm90"]  # the same memory and registers
