@@ -16,8 +16,13 @@ class Fault:
     file: str
     old: str
     new: str
-    tests: str  # the files of tests that are tried first: test_<name>.py
+    tests: str  # the files of tests that are tried first: <name>.py with test_ before the last part
     tier: str = "avx512"  # built and tried, beside scalar
+
+    def files(self) -> list[str]:
+        """Of the tests that are tried first."""
+        parts = (name.rpartition("/") for name in self.tests.split())
+        return [f"tests/{folder}{slash}test_{stem}.py" for folder, slash, stem in parts]
 
 
 PANEL = "csrc/algorithm/panel.h"

@@ -20,6 +20,7 @@ from pathlib import Path
 from build_tree import ROOT, build_tree, check_imports, environment
 from fastattn import _core
 from faults import FAULTS, Fault
+from faults_gpu import GPU_FAULTS
 
 SCRATCH = ROOT / "build" / "faults"
 SOURCE = SCRATCH / "source"
@@ -80,9 +81,12 @@ def run_tests(tree: Path, *arguments: str) -> tuple[bool, str]:
         "no:cacheprovider",
         *arguments,
     ]
+    variables = environment(tree)
+    if interpreted(*arguments):
+        variables["TRITON_INTERPRET"] = "1"
     try:
         done = subprocess.run(
-            command, cwd=SOURCE, env=environment(tree), capture_output=True, text=True, timeout=TIMEOUT
+            command, cwd=SOURCE, env=variables, capture_output=True, text=True, timeout=TIMEOUT
         )
     except subprocess.TimeoutExpired:
         return False, "a test that did not end"
@@ -96,6 +100,11 @@ def run_tests(tree: Path, *arguments: str) -> tuple[bool, str]:
     return True, ""
 
 
+def interpreted(*tests: str) -> bool:
+    """Whether tests are of the kernels for GPUs, which Triton has to interpret."""
+    return any(test.startswith("tests/gpu/interpreted/") for test in tests)
+
+
 def try_fault(fault: Fault) -> str:
     """The test that noticed it; "" if none did."""
     path = SOURCE / fault.file
@@ -103,9 +112,9 @@ def try_fault(fault: Fault) -> str:
     try:
         path.write_text(planted(fault))
         tree = build(fault.tier)
-        first = [f"tests/test_{name}.py" for name in fault.tests.split()]
+        first = fault.files()
         passed, caught = run_tests(tree, *first)
-        if passed:  # all the rest, but for what builds and reads documents
+        if passed and not interpreted(*first):  # all the rest, but for what builds and reads documents
             left_out = [
                 f"--ignore=tests/test_{name}.py" for name in ("build", "docs", "faults", "spills", "exp2")
             ]
@@ -118,8 +127,14 @@ def try_fault(fault: Fault) -> str:
 def check_without(caught: dict[Fault, str]) -> list[str]:
     """The tests that noticed a fault, on the sources as they are; those that fail there too."""
     wrong = []
-    for tier in sorted({fault.tier for fault in caught}):
-        tests = sorted({test for fault, test in caught.items() if fault.tier == tier and "::" in test})
+    for tier, on_gpu in sorted({(fault.tier, interpreted(test)) for fault, test in caught.items()}):
+        tests = sorted(
+            {
+                test
+                for fault, test in caught.items()
+                if fault.tier == tier and interpreted(test) == on_gpu and "::" in test
+            }
+        )
         passed, failed = run_tests(build(tier), *tests)
         wrong += [] if passed else [failed]
     return wrong
@@ -132,7 +147,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--list", action="store_true", help="print the names")
     options = parser.parse_args()
-    known = {fault.name: fault for fault in FAULTS}
+    known = {fault.name: fault for fault in (*FAULTS, *GPU_FAULTS)}
     if options.list:
         print("\n".join(known))
         return 0

@@ -16,7 +16,7 @@ from fastattn.gpu.call import Call, Gradients
 from fastattn.gpu.forward import forward
 from fastattn.gpu.weights import weights
 from fastattn.torch_ops.graph import with_weights
-from portable import DTYPES, call_of
+from portable import call_of
 from shapes import Case, convert
 from test_backward import NAMES, assert_close, expected, gradients, leaves, widened
 
@@ -27,7 +27,9 @@ SHORT = (shapes.TINY[1], shapes.GROUPS[2], shapes.LENGTHS[2], *shapes.OPTIONS[-2
 WIDE = Case("wide", 37, 83, 24, batch=2, query_heads=4, kv_heads=2)
 ALL = "out lse weights"
 
-dtypes = pytest.mark.parametrize("dtype", DTYPES)
+# float16 differs from bfloat16 in its digits alone.
+QUICK_DTYPES = ("float32", pytest.param("float16", marks=pytest.mark.gpu_slow), "bfloat16")
+dtypes = pytest.mark.parametrize("dtype", QUICK_DTYPES)
 
 
 def unexpanded(call: Call) -> tuple[int, ...]:
@@ -216,6 +218,33 @@ class TestNothingToSee:
         dirty = differentiate(call_of(query, key, value, kv_lengths=lengths))
         for one, other in zip(clean[:3], dirty[:3], strict=True):
             assert torch.equal(one, other)
+
+    @pytest.mark.parametrize("softcap", [0.0, 2.0])
+    @pytest.mark.parametrize(
+        ("options", "hidden"),
+        [
+            ({"window": (10, 0), "query_offset": 90}, slice(0, 64)),
+            ({"causal": True, "query_offset": 10}, slice(64, None)),  # seen by rows past the last alone
+        ],
+        ids=["window", "causal"],
+    )
+    def test_what_lies_in_tiles_that_no_row_sees_changes_nothing(
+        self, options: dict[str, Any], hidden: slice, softcap: float
+    ) -> None:
+        case = Case("hidden", 40, 130, 24, batch=2, query_heads=4, kv_heads=2)
+        query, key, value = case.tensors("float32", "torch")
+        clean = differentiate(call_of(query, key, value, softcap=softcap, **options), outputs="out lse")
+        key[:, :, hidden] = value[:, :, hidden] = torch.nan
+        dirty = differentiate(call_of(query, key, value, softcap=softcap, **options), outputs="out lse")
+        for one, other in zip(clean[:3], dirty[:3], strict=True):
+            assert torch.equal(one, other)
+
+    @dtypes
+    @pytest.mark.parametrize("p", [0.3, 1.0])
+    def test_weights_that_dropout_takes_away(self, p: float, dtype: str) -> None:
+        arrays = ("mask", "bias", "alibi_slopes", "sinks")
+        case = Case("dropout", 40, 70, 24, 40, batch=2, query_heads=4, kv_heads=2, softcap=2.0, arrays=arrays)
+        check_options(case, dtype, dropout_p=p, dropout_seed=2**63 + 5, dropout_offset=7)
 
     def test_hidden_weights_hide_what_comes_in_for_them(self) -> None:
         call = call_of(*WIDE.tensors("float32", "torch"), causal=True)

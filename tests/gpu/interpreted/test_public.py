@@ -45,7 +45,7 @@ def check(seed: int) -> None:
     assert given is None or torch.equal(given, alone)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(25))
 def test_random_calls(seed: int) -> None:
     check(seed)
 
