@@ -20,6 +20,9 @@ def faults(record: dict[str, Any], job: Job, target: Target) -> list[str]:
         found.append("local memory is read or written")
     if record["shared"] > target.shared_kib * 1024:
         found.append(f"{record['shared']} bytes of shared memory, of {target.shared_kib * 1024}")
+    waits, wide = instructions.get("WARPGROUP.DEPBAR", 0), instructions.get("HGMMA", 0)
+    if job.launcher == "forward" and not job.dropout_p and 2 * waits > wide > 0:
+        found.append(f"{wide} products are waited for {waits} times: one after another")
     if "PRECISION" in record["options"]:
         wanted = products(record, job, target)
         if wanted and not any(instructions.get(name) for name in wanted):
