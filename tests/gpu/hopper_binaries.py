@@ -74,6 +74,22 @@ def exponentials_under_products(code: str) -> list[int]:
     return counts
 
 
+def local_memory_in_loops(code: str) -> int:
+    """How many loads and stores of spilled registers there are in the innermost loops around products."""
+    lines = code.splitlines()
+    labels = {match[1]: at for at, line in enumerate(lines) if (match := re.match(r"\s*(\.L_x_\d+):", line))}
+    jumps = [
+        (at, match[1]) for at, line in enumerate(lines) if (match := re.search(r"BRA `\((\.L_x_\d+)", line))
+    ]
+    loops = [range(labels[label], at + 1) for at, label in jumps if labels[label] < at]
+    found: set[int] = set()
+    for at, line in enumerate(lines):
+        around = [loop for loop in loops if at in loop]
+        if "HGMMA" in line and around:
+            found |= {i for i in min(around, key=len) if re.search(r"\b(LDL|STL)\b", lines[i])}
+    return len(found)
+
+
 def report(kernel: Any) -> dict[str, Any]:
     """What `describe` says, and what only these kernels have."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -82,6 +98,7 @@ def report(kernel: Any) -> dict[str, Any]:
         command = [TOOLS / "nvdisasm", "-c", file.name]
         code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return describe(kernel) | {
+        "local memory in loops": local_memory_in_loops(code),
         "waits": len(re.findall(r"\bWARPGROUP\.DEPBAR", code)),
         "exp2 under products": exponentials_under_products(code),
         "setmaxnreg": sorted(

@@ -77,11 +77,20 @@ def run_forward(module: types.ModuleType, case: Case, seed: int, stages: int = 2
         Pointer(lse),
         Pointer(np.zeros(1, np.int64)) if case.causal else None,
         SCALE,
-        *map(Number, (case.queries, case.keys, case.heads, heads, case.heads // case.kv_heads, case.offset)),
+        *map(
+            Number,
+            (
+                case.queries,
+                case.keys,
+                case.heads,
+                heads,
+                case.heads // case.kv_heads,
+                case.offset if case.causal else case.keys,
+            ),
+        ),
         GROUP=case.heads // case.kv_heads,
         STAGES=stages,
-        CAUSAL=case.causal,
-        RAGGED=case.keys % 4 != 0,
+        CAUSAL=case.causal or case.keys % 4 != 0,
         OWN_OUTPUT=own,
         num_warps=4,
     )
@@ -254,8 +263,8 @@ FORWARD_FAULTS = {
         "",
     ),
     "queries are released before the last scores": (
-        "        cut = gl.maximum(",
-        "        mbarrier.arrive(shared.queries_empty.index(WHO), count=1)\n        cut = gl.maximum(",
+        "        cut = 1\n",
+        "        mbarrier.arrive(shared.queries_empty.index(WHO), count=1)\n        cut = 1\n",
     ),
     "the queue has one slot": ("QUEUE = gl.constexpr(2)", "QUEUE = gl.constexpr(1)"),
     "a tile is announced before it is written": (

@@ -60,8 +60,7 @@ def forward(call: Call, out: Tensor, lse: Tensor | None) -> None:
         *_sizes(call, batch * heads, _cached_heads(call.key) * (heads // kv_heads)),
         GROUP=heads // kv_heads,
         STAGES=stages,
-        CAUSAL=causal,
-        RAGGED=not causal and seqlen_k % columns != 0,
+        CAUSAL=causal or seqlen_k % columns != 0,  # the same mask, with an offset that hides no key
         OWN_OUTPUT=head_dim < 256,
         num_warps=4,
     )
@@ -159,7 +158,7 @@ def _query_gradient(call: Call, grad_out: Tensor, level: Tensor, delta: Tensor, 
 def _sizes(call: Call, batch_heads: int, width: int) -> tuple[float | int, ...]:
     """Arguments that all kernels have; an offset beyond all keys is as good as one at their end."""
     seqlen_q, seqlen_k = call.query.shape[2], call.key.shape[2]
-    offset = min(max(call.query_offset, -seqlen_q), seqlen_k)
+    offset = min(max(call.query_offset, -seqlen_q), seqlen_k) if call.window_right == 0 else seqlen_k
     return call.scale, seqlen_q, seqlen_k, call.query.shape[1], batch_heads, min(width, batch_heads), offset
 
 

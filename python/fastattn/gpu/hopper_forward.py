@@ -141,9 +141,7 @@ def softmax(scores, level, total, scale, row, key_row, sizes, MASKED: gl.constex
     if MASKED:
         rows = row + gl.arange(0, scores.shape[0], gl.SliceLayout(1, layout))
         columns = key_row + gl.arange(0, scores.shape[1], gl.SliceLayout(0, layout))
-        seen = columns[None, :] < sizes.keys
-        if sizes.CAUSAL:
-            seen = seen & (columns[None, :] <= rows[:, None] + sizes.offset)
+        seen = (columns[None, :] < sizes.keys) & (columns[None, :] <= rows[:, None] + sizes.offset)
         scores = gl.where(seen, scores, float("-inf"))
     new_level = gl.maximum(level, gl.max(scores, 1) * scale)
     shift = new_level
@@ -191,9 +189,7 @@ def rescale(acc, factor):
 
 
 @gluon.jit
-def consume(
-    WHO: gl.constexpr, out, lse, scale, shared, sizes, RAGGED: gl.constexpr, OWN_OUTPUT: gl.constexpr
-):
+def consume(WHO: gl.constexpr, out, lse, scale, shared, sizes, OWN_OUTPUT: gl.constexpr):
     """Compute half of the rows of each tile."""
     ROWS: gl.constexpr = out.block_type.shape[2]
     BLOCK_N: gl.constexpr = shared.keys.tiles.shape[3]
@@ -230,31 +226,33 @@ def consume(
             row,
             (blocks - 1) * BLOCK_N,
             sizes,
-            sizes.CAUSAL or RAGGED,
+            sizes.CAUSAL,
             score_layout,
         )
         weights = gl.convert_layout(weights.to(out.dtype), weight_layout)
         shared.keys.wait(used + 1, pred=blocks > 1)
 
-        cut = gl.maximum(blocks - sizes.whole_blocks(row, BLOCK_N), 1)
-        for i in range(1, cut):
-            acc, weights, factor, level, total = attend(
-                i,
-                blocks,
-                used,
-                acc,
-                weights,
-                factor,
-                level,
-                total,
-                q,
-                shared,
-                sizes,
-                scale,
-                row,
-                True,
-                score_layout,
-            )
+        cut = 1
+        if sizes.CAUSAL:
+            cut = gl.maximum(blocks - sizes.whole_blocks(row, BLOCK_N), 1)
+            for i in range(1, cut):
+                acc, weights, factor, level, total = attend(
+                    i,
+                    blocks,
+                    used,
+                    acc,
+                    weights,
+                    factor,
+                    level,
+                    total,
+                    q,
+                    shared,
+                    sizes,
+                    scale,
+                    row,
+                    True,
+                    score_layout,
+                )
         for i in range(cut, blocks):
             acc, weights, factor, level, total = attend(
                 i,
@@ -306,14 +304,14 @@ def consume(
 def forward_kernel(
     query, key, value, out, lse, counter, scale, queries, keys, heads, batch_heads, width, offset,
     GROUP: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, RAGGED: gl.constexpr, OWN_OUTPUT: gl.constexpr, num_warps: gl.constexpr,
+    CAUSAL: gl.constexpr, OWN_OUTPUT: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Attention of (B, Hq, M, D) on (B, Hkv, N, D).
 
     query and out are descriptors of half a tile of rows, key and value of a block of keys. lse is None or
     (B, Hq, M) float32, natural logarithm. counter holds a zero, and programs take their tiles from it; or
-    it is None, and each has every so many. RAGGED: the last block of keys has fewer than the others.
-    OWN_OUTPUT: there is memory for queries and outputs.
+    it is None, and each has every so many. OWN_OUTPUT: there is memory for queries and outputs.
+    CAUSAL: rows see the keys up to their position, and none beyond the last; else all blocks are whole.
     """
     sizes = Sizes(queries, keys, heads, batch_heads, width, offset, GROUP, CAUSAL)
     query_tiles = allocate_tiles(query, 2)
@@ -335,8 +333,8 @@ def forward_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (consume, (gl.constexpr(0), out, lse, scale, shared, sizes, RAGGED, OWN_OUTPUT)),
-            (consume, (gl.constexpr(1), out, lse, scale, shared, sizes, RAGGED, OWN_OUTPUT)),
+            (consume, (gl.constexpr(0), out, lse, scale, shared, sizes, OWN_OUTPUT)),
+            (consume, (gl.constexpr(1), out, lse, scale, shared, sizes, OWN_OUTPUT)),
             (produce, (query, key, value, counter, shared, sizes)),
         ],
         [4, 1],
