@@ -6,7 +6,7 @@ from typing import Any
 
 from jobs import Job, Target
 
-# Rows of a tile from which on Hopper and the larger Blackwell use their wide products.
+# Rows of a tile from which on Hopper uses its wide products.
 WIDE_ROWS = 64
 
 
@@ -36,11 +36,7 @@ def products(record: dict[str, Any], job: Job, target: Target) -> tuple[str, ...
         return ("v_mfma",)
     if record["options"]["PRECISION"] == "ieee" and job.dtype == "float32":
         return ()  # no matrix unit has them
-    if job.dtype == "float32":
-        return ("HMMA", "HGMMA", "UTCHMMA")
     rows = record["options"].get("BLOCK_M", 0)
-    if target.name == "sm90" and rows >= WIDE_ROWS:
+    if target.name == "sm90" and rows >= WIDE_ROWS and job.dtype != "float32":
         return ("HGMMA",)
-    if target.name == "sm100" and rows >= WIDE_ROWS:
-        return ("UTCHMMA", "HMMA")
-    return ("HMMA",)
+    return ("HMMA", "HGMMA", "UTCHMMA")
