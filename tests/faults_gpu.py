@@ -77,10 +77,10 @@ GPU_FAULTS = (
     ),
     _fault(
         "gpu-chunk-end",
-        "the last key of every chunk is left out",
+        "the last tile of every chunk of keys is left out",
         "decode",
         "low, high = chunk * CHUNK, chunk * CHUNK + CHUNK",
-        "low, high = chunk * CHUNK, chunk * CHUNK + CHUNK - 1",
+        "low, high = chunk * CHUNK, chunk * CHUNK + CHUNK - BLOCK_N",
         "decode",
     ),
     _fault(

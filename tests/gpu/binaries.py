@@ -11,8 +11,8 @@ from typing import Any
 import triton
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-# Instructions that tell how a kernel computes: products, copies, spilled registers.
-NVIDIA = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "LDL", "STL", "LDGSTS", "UTMALDG", "UTMASTG", "USETMAXREG")
+# Instructions that tell how a kernel computes: products and the waits for them, copies, spilled registers.
+NVIDIA = ("HGMMA", "WARPGROUP.DEPBAR", "HMMA", "UTCHMMA", "UTCQMMA", "LDL", "STL", "LDGSTS", "UTMALDG")
 AMD = ("v_mfma", "scratch_load", "scratch_store", "buffer_load", "global_load", "ds_read")
 
 
@@ -55,5 +55,5 @@ def _amd(code: str) -> dict[str, Any]:
 
 
 def _count(code: str, names: tuple[str, ...]) -> dict[str, int]:
-    counts = {name: len(re.findall(rf"\b{name}", code)) for name in names}
+    counts = {name: len(re.findall(rf"\b{re.escape(name)}", code)) for name in names}
     return {name: count for name, count in counts.items() if count}

@@ -6,7 +6,7 @@ from typing import Any
 
 from jobs import Job, Target
 
-# Rows of a tile from which on Hopper and the larger Blackwell use their wide products.
+# Rows of a tile from which on Hopper uses its wide products.
 WIDE_ROWS = 64
 
 
@@ -20,6 +20,9 @@ def faults(record: dict[str, Any], job: Job, target: Target) -> list[str]:
         found.append("local memory is read or written")
     if record["shared"] > target.shared_kib * 1024:
         found.append(f"{record['shared']} bytes of shared memory, of {target.shared_kib * 1024}")
+    waits, wide = instructions.get("WARPGROUP.DEPBAR", 0), instructions.get("HGMMA", 0)
+    if job.launcher == "forward" and not job.dropout_p and 2 * waits > wide > 0:
+        found.append(f"{wide} products are waited for {waits} times: one after another")
     if "PRECISION" in record["options"]:
         wanted = products(record, job, target)
         if wanted and not any(instructions.get(name) for name in wanted):
@@ -33,11 +36,7 @@ def products(record: dict[str, Any], job: Job, target: Target) -> tuple[str, ...
         return ("v_mfma",)
     if record["options"]["PRECISION"] == "ieee" and job.dtype == "float32":
         return ()  # no matrix unit has them
-    if job.dtype == "float32":
-        return ("HMMA", "HGMMA", "UTCHMMA")
     rows = record["options"].get("BLOCK_M", 0)
-    if target.name == "sm90" and rows >= WIDE_ROWS:
+    if target.name == "sm90" and rows >= WIDE_ROWS and job.dtype != "float32":
         return ("HGMMA",)
-    if target.name == "sm100" and rows >= WIDE_ROWS:
-        return ("UTCHMMA", "HMMA")
-    return ("HMMA",)
+    return ("HMMA", "HGMMA", "UTCHMMA")
