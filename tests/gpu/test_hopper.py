@@ -159,7 +159,9 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
         here.trials += 1
         if here.ends is None:
             raise subprocess.TimeoutExpired(command, options["timeout"])
-        return SimpleNamespace(returncode=here.ends[0], stdout=here.ends[1], stderr="")
+        code, text = here.ends
+        stdout, stderr = (text, "a warning") if code == hopper_check.WRONG else ("", text)
+        return SimpleNamespace(returncode=code, stdout=stdout, stderr=stderr)
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
@@ -252,6 +254,53 @@ def test_a_cache_that_cannot_be_written_costs_a_trial(
     assert machine.trials == 2
 
 
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the trial run here, with what a test puts in the kernels' place."""
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=2)
+    )
+    monkeypatch.setattr(hopper_trial, "device_of", lambda index: torch.device("cpu"))
+
+
+def rounded_backward(delta_of: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., None]:
+    """A backward whose P, dS and Delta are rounded as the kernels round them."""
+
+    def backward(
+        call: Call, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor, _: None, wanted: Any
+    ) -> None:
+        dtype, group = out.dtype, call.query.shape[1] // call.key.shape[1]
+        key, value = (x.float().repeat_interleave(group, 1) for x in (call.key, call.value))
+        scores = call.query.float() @ key.mT * call.scale
+        if call.window_right == 0:
+            hidden = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(call.query_offset + 1)
+            scores = scores.masked_fill(hidden, -torch.inf)
+        weights = torch.exp(scores - lse.nan_to_num(neginf=0.0)[..., None])
+        delta = delta_of((out.float() * grad_out.float()).sum(-1, keepdim=True))
+        inner = (weights * (grad_out.float() @ value.mT - delta)).to(dtype).float()
+        per_head = {
+            "key": inner.mT @ call.query.float() * call.scale,
+            "value": weights.to(dtype).float().mT @ grad_out.float(),
+        }
+        wanted.query.copy_(inner @ key * call.scale)
+        for name, gradient in per_head.items():
+            shape = (*call.key.shape[:2], group, *call.key.shape[2:])
+            getattr(wanted, name).copy_(gradient.view(shape).sum(2))
+
+    return backward
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_trial_of_a_backward(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It passes what is rounded to 16 bits where the kernels do that, and nothing that forgets a term."""
+    for delta_of, code in ((lambda delta: delta, 0), (torch.zeros_like, hopper_check.WRONG)):
+        monkeypatch.setattr(hopper, "backward", rounded_backward(delta_of))
+        assert hopper_trial.main("backward", head_dim, 0) == code
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_the_trial_notices(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Run on the CPU, with torch in the kernel's place: right, slightly wrong, and beyond its output."""
     faults: tuple[Callable[[torch.Tensor], Any], ...] = (
@@ -269,11 +318,6 @@ def test_the_trial_notices(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         faults[at](out)
 
     monkeypatch.setattr(hopper, "forward", forward)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=2)
-    )
-    monkeypatch.setattr(hopper_trial, "device_of", lambda index: torch.device("cpu"))
     for at in range(len(faults)):
         code = hopper_check.WRONG if at else 0
         assert hopper_trial.main("forward", 64, 0) == code

@@ -70,10 +70,13 @@ def _try(kind: str, head_dim: int, device: torch.device) -> tuple[str, bool]:
         return f"its self-test could not be started: {error}", False
     if done.returncode == 0:
         return "", True
-    last = (done.stdout + done.stderr).strip().splitlines()[-1:] or ["no message"]
-    if done.returncode == WRONG:
-        return f"its self-test failed: {last[0]}", True
-    return f"its self-test ended with exit code {done.returncode}: {last[0]}", False
+    if done.returncode == WRONG:  # the reason is what it printed; warnings of torch are no reason
+        return f"its self-test failed: {_last_line(done.stdout)}", True
+    return f"its self-test ended with exit code {done.returncode}: {_last_line(done.stderr)}", False
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no message"])[-1]
 
 
 def _key(kind: str, head_dim: int, name: str, device: torch.device) -> str:
