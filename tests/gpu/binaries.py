@@ -12,7 +12,18 @@ import triton
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Instructions that tell how a kernel computes: products and the waits for them, copies, spilled registers.
-NVIDIA = ("HGMMA", "WARPGROUP.DEPBAR", "HMMA", "UTCHMMA", "UTCQMMA", "LDL", "STL", "LDGSTS", "UTMALDG")
+NVIDIA = (
+    "HGMMA",
+    "WARPGROUP.DEPBAR",
+    "HMMA",
+    "UTCHMMA",
+    "UTCQMMA",
+    "LDL",
+    "STL",
+    "LDGSTS",
+    "UTMALDG",
+    "UTMASTG",
+)
 AMD = ("v_mfma", "scratch_load", "scratch_store", "buffer_load", "global_load", "ds_read")
 
 

@@ -51,7 +51,7 @@ def of_backward(call: Call, wanted: Gradients, grad_weights: Tensor | None, atom
         reasons.append("the weights have a gradient")
     if not reasons:
         return Kernel("hopper", on_hopper, _hopper_backward_tiles, {})
-    return Kernel("portable", portable, configs.backward_keys, {"hopper": reasons})
+    return Kernel("portable", portable, _backward_tiles, {"hopper": reasons})
 
 
 def explained(call: Call) -> dict[str, str]:
@@ -82,6 +82,10 @@ class HopperTiles(NamedTuple):
     rows: int
     columns: int
     stages: int
+
+
+def _backward_tiles(call: Call) -> NamedTuple:
+    return configs.backward_keys(call, False)
 
 
 def _hopper_tiles(call: Call) -> HopperTiles:

@@ -34,6 +34,7 @@ class Uses(NamedTuple):
     plain: Tiles  # products, of which a triangle may be hidden
     narrow: Tiles  # a window of few keys
     rich: Tiles  # a mask, a bias, dropout ...: what is read or computed for each score takes registers
+    ragged: Tiles  # rich, with operands that do not fill their columns
 
 
 class Gradients(NamedTuple):
@@ -49,8 +50,8 @@ Numbers: TypeAlias = tuple[str, int]  # "half", "float32" or "tf32", and the col
 Row: TypeAlias = tuple[int, int, int, int]  # of Tiles
 
 
-def _uses(*rows: Row) -> Uses:
-    return Uses(*(Tiles(*row) for row in rows))
+def _uses(plain: Row, narrow: Row, rich: Row, ragged: Row | None = None) -> Uses:
+    return Uses(*(Tiles(*row) for row in (plain, narrow, rich, ragged or rich)))
 
 
 def _gradients(*rows: Row) -> Gradients:
@@ -72,7 +73,7 @@ FORWARD: dict[str, dict[Numbers, Uses]] = {
     },
     "sm90": {
         ("half", 64): _uses((128, 64, 4, 3), (64, 32, 4, 3), (64, 64, 4, 2)),
-        ("half", 128): _uses((128, 128, 8, 3), (64, 32, 4, 3), (64, 64, 4, 2)),
+        ("half", 128): _uses((128, 128, 8, 3), (64, 32, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
         ("half", 256): _uses((128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 2)),
         ("float32", 64): _uses((128, 32, 8, 2), (32, 32, 4, 2), (16, 32, 4, 1)),
         ("float32", 128): _uses((32, 32, 8, 1), (16, 32, 4, 2), (16, 32, 4, 1)),
@@ -153,6 +154,7 @@ DECODE: dict[int, Tiles] = {
     64: Tiles(64, 64, 4, 3),
     128: Tiles(128, 128, 8, 3),
 }
-DECODE_RICH = Tiles(16, 32, 4, 1)  # also for float32, and head dimensions above 128
+DECODE_RICH = Tiles(16, 32, 4, 1)  # also for float32
+DECODE_WIDE = Tiles(16, 32, 8, 1)  # for head dimensions above 128
 
 FORWARD["sm100"], BACKWARD["sm100"] = FORWARD["sm90"], BACKWARD["sm90"]  # the same memory and registers

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from fastattn.gpu.call import Call
-from fastattn.gpu.config_tables import BACKWARD, DECODE, DECODE_RICH, FORWARD, Gradients, Tiles
+from fastattn.gpu.config_tables import BACKWARD, DECODE, DECODE_RICH, DECODE_WIDE, FORWARD, Gradients, Tiles
+from fastattn.problem import UNBOUNDED
 
 NARROW = 1024  # keys of a window that small tiles waste less of
 INTERPRETED = Tiles(32, 32, 4, 1)  # any; small ones have more borders to test
@@ -47,7 +48,8 @@ def forward(call: Call) -> Tiles:
         return INTERPRETED
     uses = FORWARD[gpu][_numbers(call), _columns(call)]
     if is_rich(call):
-        return uses.rich
+        is_full = call.query.shape[3] == call.value.shape[3] == _columns(call)
+        return uses.rich if is_full else uses.ragged
     return uses.narrow if call.window_left + call.window_right < NARROW else uses.plain
 
 
@@ -61,10 +63,12 @@ def decode(call: Call) -> Tiles:
     """Tiles of the kernel for one chunk of keys."""
     if not (gpu := kind_of_gpu(call.query)):
         return INTERPRETED._replace(rows=16)
-    if call.query.dtype == torch.float32 or is_rich(call) or _columns(call) > 128:
+    if _columns(call) > 128:
+        return DECODE_WIDE
+    if call.query.dtype == torch.float32 or is_rich(call):
         return DECODE_RICH
     rows = padded(call.query.shape[2] * (call.query.shape[1] // call.key.shape[1]))
-    return DECODE[min(rows, 64 if gpu in ("sm120", "gfx942") else 128)]
+    return DECODE[min(rows, {"gfx942": 32, "sm90": 128, "sm100": 128}.get(gpu, 64))]
 
 
 def decode_chunk(seqlen_k: int) -> int:
@@ -72,16 +76,16 @@ def decode_chunk(seqlen_k: int) -> int:
     return max(256, (1 << (max(seqlen_k, 1) - 1).bit_length()) >> 5)
 
 
-def backward_keys(call: Call) -> Tiles:
-    """Tiles of the kernel for the gradients of key and value."""
+def backward_keys(call: Call, of_weights: bool) -> Tiles:
+    """Tiles of the kernel for the gradients of key and value; `of_weights`: those of weights come in."""
     gradients = _backward(call)
-    return gradients.rich_keys if is_rich(call) else gradients.keys
+    return gradients.rich_keys if of_weights or _is_rich_backward(call) else gradients.keys
 
 
-def backward_queries(call: Call) -> Tiles:
-    """Tiles of the kernel for the gradient of query."""
+def backward_queries(call: Call, of_weights: bool) -> Tiles:
+    """Tiles of the kernel for the gradient of query; `of_weights`: those of weights come in."""
     gradients = _backward(call)
-    return gradients.rich_queries if is_rich(call) else gradients.queries
+    return gradients.rich_queries if of_weights or _is_rich_backward(call) else gradients.queries
 
 
 def backward_bias(call: Call) -> Tiles:
@@ -109,9 +113,14 @@ def candidates(kernel: str, call: Call) -> list[Tiles]:
         entries = [table[numbers] for table in FORWARD.values() if numbers in table]
         return [tiles for uses in entries for tiles in uses]
     if kernel == "decode":
-        return [*DECODE.values(), DECODE_RICH]
+        return [*DECODE.values(), DECODE_RICH, DECODE_WIDE]
     ways = [table[numbers] for table in BACKWARD.values() if numbers in table]
     return [tiles for gradients in ways for tiles in gradients]
+
+
+def _is_rich_backward(call: Call) -> bool:
+    """A window on the left makes a third loop, whose registers come on top."""
+    return is_rich(call) or call.window_left < UNBOUNDED
 
 
 def _backward(call: Call) -> Gradients:

@@ -83,7 +83,7 @@ def key_gradient(
             **tiles.options(),
         )
 
-    tiles = configs.backward_keys(call)
+    tiles = configs.backward_keys(call, incoming.grad_weights is not None)
     # What is added up must not be run again and again.
     launch(tuning.chosen("backward keys", call, tiles, launch) if query_sums is None else tiles)
 

@@ -66,7 +66,7 @@ def query_gradient(
             **tiles.options(),
         )
 
-    tiles = configs.backward_queries(call)
+    tiles = configs.backward_queries(call, incoming.grad_weights is not None)
     launch(tuning.chosen("backward queries", call, tiles, launch))
 
 

@@ -560,8 +560,8 @@ class TestExplained:
         query, key, value = arrays(rows=100)
         found = fa.explain(query, key, value, backend="triton")
         assert found.backend == "triton"
-        assert found.details["kernel"].startswith("portable: BLOCK_M ")
-        assert found.details["backward"].startswith("portable: BLOCK_M ")
+        assert found.details["kernel"].startswith("portable: rows ")
+        assert found.details["backward"].startswith("portable: rows ")
         assert (
             found.details["no decode"]
             == f"100 queries are more than 64; 37 keys are one chunk of {configs.decode_chunk(KEYS)}"
