@@ -92,7 +92,7 @@ class Kernels:
     def backward(self, inputs: Inputs, grad_lse: Tensor | None = None) -> Callable[[], dict[str, Tensor]]:
         from fastattn.gpu.call import Gradients
 
-        call, launch = call_of(inputs, self.tf32), self._launch_backward()
+        call, launch = call_of(inputs, self.tf32), self._launch_backward(inputs.query.shape[3])
         out, lse, _ = self.forward(inputs, lse=True)()
         given = inputs.differentiable
 
@@ -128,9 +128,12 @@ class Kernels:
             raise SkippedError("the device is not of compute capability 9.0")
         return hopper
 
-    def _launch_backward(self) -> Callable[..., None]:
+    def _launch_backward(self, head_dim: int) -> Callable[..., None]:
         if self.name == "hopper":
-            return self._hopper().backward
+            hopper = self._hopper()
+            if head_dim not in hopper.KEY_TILES:
+                raise SkippedError(f"there is no Hopper backward for heads of {head_dim}")
+            return hopper.backward
         from fastattn.gpu.backward import backward
 
         def launch(*arguments: Any) -> None:
