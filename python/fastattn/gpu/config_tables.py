@@ -1,5 +1,7 @@
 """The tables of `configs`: tiles of scores for each kind of GPU, of numbers, and of what a call asks for.
 
+They are for Triton 3.6 and later; what a later one compiles better otherwise stands at the end.
+
 An entry is the fastest of those measured on a device of its kind, where there was one (bench/results, an H200
 for sm90), and elsewhere the largest tile of those tried that keeps everything in registers. ``tests/gpu``
 compiles every entry for its GPU, and holds it against what that has.
@@ -8,6 +10,8 @@ compiles every entry for its GPU, and holds it against what that has.
 from __future__ import annotations
 
 from typing import NamedTuple, TypeAlias
+
+import triton
 
 
 class Tiles(NamedTuple):
@@ -84,13 +88,13 @@ FORWARD: dict[str, dict[Numbers, Uses]] = {
     },
     "sm120": {
         ("half", 64): _uses((128, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
-        ("half", 128): _uses((128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2)),
-        ("half", 256): _uses((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+        ("half", 128): _uses((64, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2)),
+        ("half", 256): _uses((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
         ("float32", 64): _uses((32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1)),
-        ("float32", 128): _uses((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 1)),
-        ("float32", 256): _uses((16, 64, 8, 1), (16, 64, 8, 1), (16, 64, 8, 1)),
+        ("float32", 128): _uses((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 8, 1)),
+        ("float32", 256): _uses((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
         ("tf32", 64): _uses((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
-        ("tf32", 128): _uses((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1)),
+        ("tf32", 128): _uses((32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
         ("tf32", 256): _uses((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
     },
     "gfx942": {
@@ -130,16 +134,16 @@ BACKWARD: dict[str, dict[Numbers, Gradients]] = {
         ("half", 64): _gradients((32, 64, 8, 1), (64, 64, 4, 2), (16, 64, 4, 1), (64, 32, 4, 1)),
         ("half", 128): _gradients((64, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
         ("half", 256): _gradients((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-        ("float32", 64): _gradients((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        ("float32", 64): _gradients((16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
         ("float32", 128): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
         ("float32", 256): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-        ("tf32", 64): _gradients((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        ("tf32", 64): _gradients((16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
         ("tf32", 128): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
         ("tf32", 256): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     },
     "gfx942": {
         ("half", 64): _gradients((32, 64, 4, 1), (64, 64, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
-        ("half", 128): _gradients((32, 32, 8, 1), (64, 32, 8, 1), (16, 32, 8, 1), (32, 32, 8, 1)),
+        ("half", 128): _gradients((16, 64, 8, 1), (64, 32, 8, 1), (16, 32, 8, 1), (32, 32, 8, 1)),
         ("half", 256): _gradients((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
         ("float32", 64): _gradients((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
         ("float32", 128): _gradients((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
@@ -158,3 +162,7 @@ DECODE_RICH = Tiles(16, 32, 4, 1)  # also for float32
 DECODE_WIDE = Tiles(16, 32, 8, 1)  # for head dimensions above 128
 
 FORWARD["sm100"], BACKWARD["sm100"] = FORWARD["sm90"], BACKWARD["sm90"]  # the same memory and registers
+
+# Other tiles from some version of Triton on, as its compilers deal registers out otherwise.
+if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
+    FORWARD["gfx942"]["half", 128] = _uses((64, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 1))

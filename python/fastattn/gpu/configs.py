@@ -94,7 +94,8 @@ def backward_bias(call: Call) -> Tiles:
         return INTERPRETED
     if call.query.dtype != torch.float32 and _columns(call) <= 128:
         return Tiles(64, 32, 8, 1)
-    return Tiles(16, 32, 8, 1) if _columns(call) <= 128 else Tiles(16, 16, 8, 1)
+    is_largest = call.query.dtype == torch.float32 and _columns(call) > 128
+    return Tiles(16, 16, 8, 1) if is_largest else Tiles(16, 32, 8, 1)
 
 
 def each_score(call: Call) -> Tiles:
