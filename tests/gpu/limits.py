@@ -16,6 +16,7 @@ SPILLED = {
     ("key_gradient_kernel", "float32", 256): 416,
     ("query_gradient_kernel", "float32", 256): 288,
     ("bias_gradient_kernel", "float32", 256): 424,
+    ("query_gradient_kernel", "float32", 128): 8,
     ("bias_gradient_kernel", "float32", 128): 32,
 }
 

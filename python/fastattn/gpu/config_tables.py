@@ -161,7 +161,9 @@ DECODE: dict[int, Tiles] = {
 DECODE_RICH = Tiles(16, 32, 4, 1)  # also for float32
 DECODE_WIDE = Tiles(16, 32, 8, 1)  # for head dimensions above 128
 
-FORWARD["sm100"], BACKWARD["sm100"] = FORWARD["sm90"], BACKWARD["sm90"]  # the same memory and registers
+# The same memory and registers, of which one entry needs a few more there.
+BACKWARD["sm100"], FORWARD["sm100"] = BACKWARD["sm90"], dict(FORWARD["sm90"])
+FORWARD["sm100"]["half", 128] = FORWARD["sm90"]["half", 128]._replace(narrow=Tiles(64, 32, 4, 2))
 
 # Other tiles from some version of Triton on, as its compilers deal registers out otherwise.
 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):

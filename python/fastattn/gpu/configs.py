@@ -68,7 +68,7 @@ def decode(call: Call) -> Tiles:
     if call.query.dtype == torch.float32 or is_rich(call):
         return DECODE_RICH
     rows = padded(call.query.shape[2] * (call.query.shape[1] // call.key.shape[1]))
-    return DECODE[min(rows, {"gfx942": 32, "sm90": 128, "sm100": 128}.get(gpu, 64))]
+    return DECODE[min(rows, {"gfx942": 32, "sm90": 128}.get(gpu, 64))]
 
 
 def decode_chunk(seqlen_k: int) -> int:
