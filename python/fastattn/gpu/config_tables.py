@@ -115,9 +115,6 @@ BACKWARD: dict[str, dict[Numbers, Gradients]] = {
         ("float32", 64): _gradients((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
         ("float32", 128): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
         ("float32", 256): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-        ("tf32", 64): _gradients((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-        ("tf32", 128): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-        ("tf32", 256): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     },
     "sm90": {
         ("half", 64): _gradients((64, 128, 8, 2), (128, 64, 4, 2), (32, 32, 8, 1), (64, 32, 4, 1)),
@@ -126,20 +123,6 @@ BACKWARD: dict[str, dict[Numbers, Gradients]] = {
         ("float32", 64): _gradients((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
         ("float32", 128): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
         ("float32", 256): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-        ("tf32", 64): _gradients((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-        ("tf32", 128): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-        ("tf32", 256): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-    },
-    "sm120": {
-        ("half", 64): _gradients((32, 64, 8, 1), (64, 64, 4, 2), (16, 64, 4, 1), (64, 32, 4, 1)),
-        ("half", 128): _gradients((64, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
-        ("half", 256): _gradients((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-        ("float32", 64): _gradients((16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-        ("float32", 128): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-        ("float32", 256): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-        ("tf32", 64): _gradients((16, 32, 4, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-        ("tf32", 128): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-        ("tf32", 256): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     },
     "gfx942": {
         ("half", 64): _gradients((32, 64, 4, 1), (64, 64, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
@@ -160,6 +143,16 @@ DECODE: dict[int, Tiles] = {
 }
 DECODE_RICH = Tiles(16, 32, 4, 1)  # also for float32
 DECODE_WIDE = Tiles(16, 32, 8, 1)  # for head dimensions above 128
+
+# What three products of TF32 fit into, one does.
+for _gpu in ("sm80", "sm90"):
+    BACKWARD[_gpu] |= {("tf32", columns): BACKWARD[_gpu]["float32", columns] for columns in (64, 128, 256)}
+
+# Gradients keep little in shared memory: the tiles of sm80 fit, but for one that needs more registers there.
+_queries = Tiles(16, 32, 8, 1)
+BACKWARD["sm120"] = BACKWARD["sm80"] | {
+    (kind, 64): BACKWARD["sm80"][kind, 64]._replace(queries=_queries) for kind in ("float32", "tf32")
+}
 
 # The same memory and registers, of which one entry needs a few more there.
 BACKWARD["sm100"], FORWARD["sm100"] = BACKWARD["sm90"], dict(FORWARD["sm90"])
