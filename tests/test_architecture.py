@@ -112,8 +112,8 @@ def test_import_does_not_bring_torch() -> None:
 
 
 # C++: dispatch.h is the table that tiers fill; dispatch.cpp chooses among them. The arrow from dispatch.cpp
-# to the tiers is a call of their register functions, not an include. algorithm/half.h, how 16-bit numbers are
-# stored, is all that the scalar oracle shares with the kernels it is an oracle of.
+# to the tiers is a call of their register functions, not an include. algorithm/half.h and bytes.h, how numbers of
+# 16 and 8 bits are stored, are all that the scalar oracle shares with the kernels it is an oracle of.
 CPP_ARROWS: dict[str, set[str]] = {
     "params": set(),
     "cpu_features": set(),
@@ -139,8 +139,9 @@ def cpp_files() -> list[Path]:
 
 def cpp_room(path: Path) -> str:
     relative = path.relative_to(CSRC)
-    if relative.name in {"dispatch.h", "half.h"}:
-        return {"dispatch.h": "table", "half.h": "half"}[relative.name]
+    shared = {"dispatch.h": "table", "half.h": "half", "bytes.h": "half"}
+    if relative.name in shared:
+        return shared[relative.name]
     return relative.parts[0] if len(relative.parts) > 1 else relative.stem
 
 
