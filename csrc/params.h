@@ -9,7 +9,16 @@
 
 namespace fastattn {
 
-enum class DType : int32_t { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+// The last three are of caches: numbers of one byte that a scale multiplies. 4 and 5 are codes of the bindings.
+enum class DType : int32_t {
+  float32 = 0,
+  float64 = 1,
+  bfloat16 = 2,
+  float16 = 3,
+  int8 = 6,
+  float8_e4m3fn = 7,
+  float8_e5m2 = 8,
+};
 
 // A window bound that never cuts.
 constexpr int64_t kUnbounded = int64_t{1} << 62;
@@ -33,7 +42,8 @@ struct Dropout {
 };
 
 struct AttentionParams {
-  DType dtype;  // of query, key, value, out and weights
+  DType dtype;     // of query, out and weights
+  DType kv_dtype;  // of key and value: the same, or one of a cache
 
   int64_t batch;        // B
   int64_t query_heads;  // Hq, a multiple of kv_heads
@@ -45,10 +55,19 @@ struct AttentionParams {
 
   const void* query;
   int64_t query_strides[4];  // (B, Hq, Lq, D)
+  // Where there are pages, these two have those of a page in place of a batch's: (pages, Hkv, page_size, D).
   const void* key;
   int64_t key_strides[4];  // (B, Hkv, Lk, D)
   const void* value;
-  int64_t value_strides[4];  // (B, Hkv, Lk, Dv)
+  int64_t value_strides[4];      // (B, Hkv, Lk, Dv)
+  const float* key_scales;       // null, or what multiplies a row of keys
+  int64_t key_scale_strides[3];  // (B or pages, Hkv, Lk or page_size)
+  const float* value_scales;     // null, or what multiplies a row of values
+  int64_t value_scale_strides[3];
+  const int64_t* block_table;  // null, or (B, pages of a sequence): where keys [n * page_size, ...) lie, as far as used
+  int64_t block_table_stride;  // of a sequence
+  int64_t page_size;           // keys a page; Lk is as many as the pages of a sequence hold
+
   void* out;
   int64_t out_strides[4];  // (B, Hq, Lq, Dv)
 
@@ -63,10 +82,15 @@ struct AttentionParams {
   DType bias_dtype;  // dtype or float32
   int64_t bias_strides[4];
 
-  const int64_t* kv_lengths;    // null, or (B,): keys at and past it do not exist
-  const int64_t* query_offset;  // (B,): query i stands at key position i + offset
-  int64_t window_left;          // keys from i + offset - window_left ...
-  int64_t window_right;         // ... to i + offset + window_right; the causal rule is window_right <= 0
+  const int64_t* kv_lengths;      // null, or (B,): keys at and past it do not exist
+  const int64_t* kv_starts;       // null, or (B,): keys before it do not exist
+  const int64_t* query_lengths;   // null, or (B,): queries at and past it do not exist
+  const int64_t* query_segments;  // null, or (B, Lq): a query attends to the keys of its own segment
+  const int64_t* key_segments;    // null, or (B, Lk)
+  int64_t segment_strides[2];     // of a sequence, in query_segments and in key_segments
+  const int64_t* query_offset;    // (B,): query i stands at key position i + offset
+  int64_t window_left;            // keys from i + offset - window_left ...
+  int64_t window_right;           // ... to i + offset + window_right; the causal rule is window_right <= 0
 
   const double* alibi_slopes;  // null, or (B, Hq): score -= slope * |i + offset - j|
   int64_t alibi_strides[2];

@@ -112,11 +112,34 @@ const T* read_table(const char* name, const py::object& from, int code, int64_t 
   return static_cast<const T*>(table.data);
 }
 
+const int64_t* read_batch_table(const char* name, const py::object& from, int64_t batch) {
+  return from.is_none() ? nullptr : read_table<int64_t>(name, from, kCodeInt64, batch);
+}
+
 void read_rules(const TensorArguments& tensors, AttentionParams& p) {
   p.query_offset = read_table<int64_t>("query_offset", tensors.query_offset, kCodeInt64, p.batch);
-  if (!tensors.kv_lengths.is_none()) {
-    p.kv_lengths = read_table<int64_t>("kv_lengths", tensors.kv_lengths, kCodeInt64, p.batch);
+  p.kv_lengths = read_batch_table("kv_lengths", tensors.kv_lengths, p.batch);
+  p.kv_starts = read_batch_table("kv_starts", tensors.kv_starts, p.batch);
+  p.query_lengths = read_batch_table("query_lengths", tensors.query_lengths, p.batch);
+  if (tensors.query_segments.is_none() != tensors.key_segments.is_none()) {
+    fail("query_segments, key_segments", "expected both or neither");
   }
+  const auto segments = [&](const char* name, const py::object& from, int64_t rows, const int64_t*& to,
+                            int64_t& stride) {
+    if (from.is_none()) {
+      return;
+    }
+    const TensorView view = read_tensor(name, from, 2);
+    expect_code(name, view, kCodeInt64);
+    expect_sizes(name, view, {p.batch, rows});
+    if (rows > 1 && view.strides[1] != 1) {
+      fail(name, "the segments of a sequence must be contiguous");
+    }
+    to = static_cast<const int64_t*>(view.data);
+    stride = view.strides[0];
+  };
+  segments("query_segments", tensors.query_segments, p.seqlen_q, p.query_segments, p.segment_strides[0]);
+  segments("key_segments", tensors.key_segments, p.seqlen_k, p.key_segments, p.segment_strides[1]);
   constexpr int kFloat64 = static_cast<int>(DType::float64);
   if (!tensors.sinks.is_none()) {
     p.sinks = read_table<double>("sinks", tensors.sinks, kFloat64, p.query_heads);
@@ -128,6 +151,74 @@ void read_rules(const TensorArguments& tensors, AttentionParams& p) {
     p.alibi_slopes = static_cast<const double*>(slopes.data);
     copy_strides(slopes, p.alibi_strides);
   }
+}
+
+void read_scales(const char* name, const py::object& from, const TensorView& of, const float*& to,
+                 int64_t (&strides)[3]) {
+  if (from.is_none()) {
+    return;
+  }
+  const TensorView view = read_tensor(name, from, 3);
+  expect_code(name, view, static_cast<int>(DType::float32));
+  expect_sizes(name, view, {of.sizes[0], of.sizes[1], of.sizes[2]});
+  to = static_cast<const float*>(view.data);
+  copy_strides(view, strides);
+}
+
+// Copies the page numbers of a sequence as far as its length goes; what stands beyond is nobody's.
+template <class T>
+void read_pages(const TensorView& table, const AttentionParams& p, int64_t num_pages, Pages& pages) {
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t used = (p.kv_lengths[b] + p.page_size - 1) / p.page_size;
+    const T* row = static_cast<const T*>(table.data) + b * table.strides[0];
+    for (int64_t slot = 0; slot < used; ++slot) {
+      const int64_t page = row[slot * table.strides[1]];
+      if (page < 0 || page >= num_pages) {
+        fail("block_table", "sequence " + std::to_string(b) + ", slot " + std::to_string(slot) + " names page " +
+                                std::to_string(page) + ", expected 0.." + std::to_string(num_pages - 1));
+      }
+      pages[static_cast<size_t>(b * table.sizes[1] + slot)] = page;
+    }
+  }
+}
+
+// Keys and values in pages: sizes (pages, Hkv, page_size, D).
+void set_paged_inputs(const TensorArguments& tensors, const TensorView& query, TensorView key, TensorView value,
+                      AttentionParams& p, Pages& pages) {
+  const TensorView table = read_tensor("block_table", tensors.block_table, 2);
+  if (table.code != kCodeInt32 && table.code != kCodeInt64) {
+    fail("block_table", "dtype code " + std::to_string(table.code) + ", expected int32 or int64");
+  }
+  expect_sizes("block_table", table, {query.sizes[0], table.sizes[1]});
+  expect_sizes("value", value, {key.sizes[0], key.sizes[1], key.sizes[2], value.sizes[3]});
+  p.page_size = key.sizes[2];
+  int64_t keys = 0;
+  if (p.page_size < 1 || __builtin_mul_overflow(p.page_size, table.sizes[1], &keys) || keys > kMaxElements) {
+    fail("block_table", "pages must hold at least a key, and no more than 64-bit sizes in bytes can count");
+  }
+  const int64_t num_pages = key.sizes[0];
+  for (TensorView* view : {&key, &value}) {
+    view->sizes[0] = query.sizes[0];
+    view->sizes[2] = keys;
+  }
+  set_inputs(query, key, value, p);
+  p.kv_lengths = read_batch_table("kv_lengths", tensors.kv_lengths, p.batch);
+  if (p.kv_lengths == nullptr) {
+    fail("kv_lengths", "pages need lengths");
+  }
+  for (int64_t b = 0; b < p.batch; ++b) {
+    if (p.kv_lengths[b] < 0 || p.kv_lengths[b] > keys) {
+      fail("kv_lengths", "must be within what the pages of a sequence hold");
+    }
+  }
+  pages.assign(static_cast<size_t>(p.batch * table.sizes[1]), 0);
+  if (table.code == kCodeInt32) {
+    read_pages<int32_t>(table, p, num_pages, pages);
+  } else {
+    read_pages<int64_t>(table, p, num_pages, pages);
+  }
+  p.block_table = pages.data();
+  p.block_table_stride = table.sizes[1];
 }
 
 }  // namespace
@@ -164,9 +255,13 @@ void set_inputs(const TensorView& query, const TensorView& key, const TensorView
   if (query.code < 0 || query.code > static_cast<int>(DType::float16)) {
     fail("query", "dtype code " + std::to_string(query.code) + " is not one of float32, float64, bfloat16, float16");
   }
-  expect_code("key", key, query.code);
-  expect_code("value", value, query.code);
+  const bool quantised = key.code >= static_cast<int>(DType::int8) && key.code <= static_cast<int>(DType::float8_e5m2);
+  if (!quantised) {
+    expect_code("key", key, query.code);
+  }
+  expect_code("value", value, key.code);
   p.dtype = static_cast<DType>(query.code);
+  p.kv_dtype = static_cast<DType>(key.code);
   p.batch = query.sizes[0];
   p.query_heads = query.sizes[1];
   p.seqlen_q = query.sizes[2];
@@ -198,10 +293,21 @@ void set_out(const TensorView& out, AttentionParams& p) {
   copy_strides(out, p.out_strides);
 }
 
-AttentionParams make_params(const TensorArguments& tensors) {
+AttentionParams make_params(const TensorArguments& tensors, Pages& pages) {
   AttentionParams p{};
-  set_inputs(read_tensor("query", tensors.query, 4), read_tensor("key", tensors.key, 4),
-             read_tensor("value", tensors.value, 4), p);
+  const TensorView query = read_tensor("query", tensors.query, 4);
+  const TensorView key = read_tensor("key", tensors.key, 4);
+  const TensorView value = read_tensor("value", tensors.value, 4);
+  if (tensors.block_table.is_none()) {
+    set_inputs(query, key, value, p);
+  } else {
+    set_paged_inputs(tensors, query, key, value, p, pages);
+  }
+  read_scales("key_scales", tensors.key_scales, key, p.key_scales, p.key_scale_strides);
+  read_scales("value_scales", tensors.value_scales, value, p.value_scales, p.value_scale_strides);
+  if ((p.kv_dtype != p.dtype) != (p.key_scales != nullptr) || (p.kv_dtype != p.dtype) != (p.value_scales != nullptr)) {
+    fail("key_scales, value_scales", "expected both with quantised keys and values, and neither with others");
+  }
   read_outputs(tensors, p);
   read_dense(tensors, p);
   read_rules(tensors, p);
@@ -210,7 +316,11 @@ AttentionParams make_params(const TensorArguments& tensors) {
 
 BackwardParams make_backward_params(const GradientArguments& tensors) {
   BackwardParams b{};
-  b.forward = make_params(tensors.forward);
+  Pages none;
+  b.forward = make_params(tensors.forward, none);
+  if (b.forward.block_table != nullptr || b.forward.key_scales != nullptr) {
+    fail("key", "there is no backward through a cache");
+  }
   const AttentionParams& p = b.forward;
   if (p.lse == nullptr) {
     fail("lse", "the backward needs it");
@@ -276,6 +386,10 @@ py::dict dtype_codes() {
   codes["float16"] = static_cast<int>(DType::float16);
   codes["bool"] = static_cast<int>(kCodeBool);
   codes["int64"] = static_cast<int>(kCodeInt64);
+  codes["int8"] = static_cast<int>(DType::int8);
+  codes["float8_e4m3fn"] = static_cast<int>(DType::float8_e4m3fn);
+  codes["float8_e5m2"] = static_cast<int>(DType::float8_e5m2);
+  codes["int32"] = static_cast<int>(kCodeInt32);
   return codes;
 }
 

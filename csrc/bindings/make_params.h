@@ -4,6 +4,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <vector>
+
 #include "params.h"
 
 namespace fastattn {
@@ -11,6 +13,13 @@ namespace fastattn {
 // The tensors of one call as Python gives them: (address, dtype code, sizes, strides), or None.
 struct TensorArguments {
   pybind11::object query, key, value, out, lse, weights, mask, bias, kv_lengths, query_offset, alibi_slopes, sinks;
+  pybind11::object kv_starts = pybind11::none();
+  pybind11::object query_lengths = pybind11::none();
+  pybind11::object query_segments = pybind11::none();
+  pybind11::object key_segments = pybind11::none();
+  pybind11::object block_table = pybind11::none();
+  pybind11::object key_scales = pybind11::none();
+  pybind11::object value_scales = pybind11::none();
 };
 
 // One of them, read: canonical axes, strides in elements.
@@ -32,8 +41,12 @@ void check_view(const char* name, const TensorView& view);
 void set_inputs(const TensorView& query, const TensorView& key, const TensorView& value, AttentionParams& p);
 void set_out(const TensorView& out, AttentionParams& p);
 
-// Throws std::invalid_argument (ValueError) naming the argument. Scalars are left to the caller.
-AttentionParams make_params(const TensorArguments& tensors);
+// Page numbers that have been looked at, so that what a kernel reads through is what was checked.
+using Pages = std::vector<int64_t>;
+
+// Throws std::invalid_argument (ValueError) naming the argument. Scalars are left to the caller. The parameters point
+// into `pages`.
+AttentionParams make_params(const TensorArguments& tensors, Pages& pages);
 
 // What a backward call has besides: the same, or None. `forward` holds out and lse.
 struct GradientArguments {
@@ -44,8 +57,8 @@ struct GradientArguments {
 
 BackwardParams make_backward_params(const GradientArguments& tensors);
 
-// The codes of Tensor tuples: DType's, then bool and int64.
-enum TensorCode { kCodeBool = 4, kCodeInt64 = 5 };
+// The codes of Tensor tuples: DType's, and these.
+enum TensorCode { kCodeBool = 4, kCodeInt64 = 5, kCodeInt32 = 9 };
 pybind11::dict dtype_codes();
 
 }  // namespace fastattn

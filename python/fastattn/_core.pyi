@@ -32,6 +32,13 @@ def attention_forward(
     window_left: int,
     window_right: int,
     num_threads: int,
+    kv_starts: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    query_segments: Tensor | None = None,
+    key_segments: Tensor | None = None,
+    block_table: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> None: ...
 def attention_backward(
     query: Tensor,
@@ -62,6 +69,10 @@ def attention_backward(
     window_left: int,
     window_right: int,
     num_threads: int,
+    kv_starts: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    query_segments: Tensor | None = None,
+    key_segments: Tensor | None = None,
 ) -> None: ...
 def bind_torch(
     tensor: type,
