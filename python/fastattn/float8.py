@@ -1,4 +1,4 @@
-"""The 8-bit formats of quantised caches in NumPy, which has none of its own: by a table of their 256 numbers."""
+"""The 8-bit formats of quantised caches in NumPy, which has none of its own: by tables of their numbers."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ def encode(values: NDArray[Any], dtype: str) -> NDArray[np.uint8]:
     above = np.searchsorted(positive, magnitudes).clip(1, positive.size - 1)
     middles = (positive[above - 1] + positive[above]) / 2
     up = (magnitudes > middles) | ((magnitudes == middles) & (above % 2 == 0))
-    codes = np.where(up, above, above - 1).astype(np.uint8)
-    codes[np.isnan(values)] = 0x7F
-    return codes | (np.signbit(values).astype(np.uint8) << 7)
+    codes = np.where(np.isnan(values), 0x7F, np.where(up, above, above - 1))
+    return np.asarray(codes + 128 * np.signbit(values), np.uint8)
 
 
 @cache
