@@ -143,7 +143,6 @@ def attention_with_kvcache(
         and (type(causal) is type(rolling) is type(rotary_interleaved) is bool)
         and isinstance(layout, str)
         and (layout == "bshd" or layout == "bhsd")
-        and (block_table is None and key_scale is None and not rolling)
         and not is_traced()
     ):
         rules = (causal, window, rolling, alibi_slopes, sinks, softcap, scale, layout == "bshd", return_lse)
