@@ -10,6 +10,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import fastattn as fa
+import fastattn.torch
 from caches import FEATURES, Setting, as_numpy, as_torch, make
 from kernels import assert_same_bits
 
