@@ -33,7 +33,7 @@ void add_key(const AttentionParams& p, const Row& r, int64_t key, Sums& sums) {
   sums.total += prob;
   const double weight = prob * kept(p, r, key);
   for (int64_t d = 0; d < p.value_dim; ++d) {
-    sums.output[d] += weight * load<T>(p.value, stored_index(p, p.value_strides, r, key, d));
+    sums.output[d] += weight * value_number<T>(p, r, key, d);
   }
 }
 

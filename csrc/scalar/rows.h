@@ -4,7 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "algorithm/half.h"
+#include "algorithm/bytes.h"
 #include "dropout.h"
 #include "params.h"
 
@@ -43,13 +43,38 @@ inline int64_t offset(const int64_t (&strides)[4], const Row& r, int64_t column)
   return r.batch * strides[0] + r.head * strides[1] + r.row * strides[2] + column * strides[3];
 }
 
-// Element (key, column) of the row's keys or values, wherever they lie.
-inline int64_t stored_index(const AttentionParams& p, const int64_t (&strides)[4], const Row& r, int64_t key,
-                            int64_t column) {
+// Where the row's key stands in a tensor of keys, values or scales.
+inline int64_t stored_row(const AttentionParams& p, const int64_t* strides, const Row& r, int64_t key) {
   const bool paged = p.block_table != nullptr;
   const int64_t place = paged ? p.block_table[r.batch * p.block_table_stride + key / p.page_size] : r.batch;
-  const int64_t row = paged ? key % p.page_size : key;
-  return place * strides[0] + r.kv_head * strides[1] + row * strides[2] + column * strides[3];
+  return place * strides[0] + r.kv_head * strides[1] + (paged ? key % p.page_size : key) * strides[2];
+}
+
+// Element `index` of keys or values, as it is stored.
+template <class T>
+double stored_number(const AttentionParams& p, const void* base, int64_t index) {
+  switch (p.kv_dtype) {
+    case DType::int8:
+      return load<Int8>(base, index);
+    case DType::float8_e4m3fn:
+      return load<Float8E4M3>(base, index);
+    case DType::float8_e5m2:
+      return load<Float8E5M2>(base, index);
+    default:
+      return load<T>(base, index);
+  }
+}
+
+template <class T>
+double key_number(const AttentionParams& p, const Row& r, int64_t key, int64_t column) {
+  const double scale = p.key_scales == nullptr ? 1 : p.key_scales[stored_row(p, p.key_scale_strides, r, key)];
+  return scale * stored_number<T>(p, p.key, stored_row(p, p.key_strides, r, key) + column * p.key_strides[3]);
+}
+
+template <class T>
+double value_number(const AttentionParams& p, const Row& r, int64_t key, int64_t column) {
+  const double scale = p.value_scales == nullptr ? 1 : p.value_scales[stored_row(p, p.value_scale_strides, r, key)];
+  return scale * stored_number<T>(p, p.value, stored_row(p, p.value_strides, r, key) + column * p.value_strides[3]);
 }
 
 template <class T>
@@ -93,7 +118,7 @@ template <class T>
 double product(const AttentionParams& p, const Row& r, int64_t key) {
   double dot = 0;
   for (int64_t d = 0; d < p.head_dim; ++d) {
-    dot += load<T>(p.query, offset(p.query_strides, r, d)) * load<T>(p.key, stored_index(p, p.key_strides, r, key, d));
+    dot += load<T>(p.query, offset(p.query_strides, r, d)) * key_number<T>(p, r, key, d);
   }
   return dot * p.scale;
 }
