@@ -257,6 +257,11 @@ inline BlockExtent<E> score_block(const ForwardTask<E>& task, TileContext<E>& co
       fns.exponentiate(context, block_key);
     } else {
       context.edge = sight == Sight::edge;
+      if (task.p.seqlen_q < kManyQueries && &context.panel == task.panel(0) && !task.plan.layout.pack_key) {
+        for (int64_t r = 0; r < E::kKeys; ++r) {
+          prefetch_row(view.key + (block_key + r + kPrefetchRows) * view.key_stride, task.plan.layout.key_row_bytes);
+        }
+      }
       (sight == Sight::all ? fns.plain : fns.masked)(context, tile_keys<E>(task, view, key), block_key);
     }
     extent.end = block_key + E::kKeys;

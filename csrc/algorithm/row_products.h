@@ -9,10 +9,6 @@
 namespace fastattn {
 namespace {
 
-// Rows that are fetched into the second-level cache ahead of the product that reads them.
-constexpr int64_t kPrefetchRows = 32;
-constexpr int64_t kLine = 64;  // bytes of a cache line
-
 // Where the rows of a key block stand, and those after it that are fetched while it is read.
 template <class E>
 struct RowTable {
@@ -65,12 +61,6 @@ inline void list_scales(const AttentionParams& p, int64_t batch, int64_t head, i
   }
   for (int64_t i = end - begin; i < E::kBlockKeys; ++i) {
     table.key_scales[i] = table.value_scales[i] = 1;
-  }
-}
-
-FASTATTN_INLINE void prefetch_row(const char* row, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; b += kLine) {
-    __builtin_prefetch(row + b, 0, 2);
   }
 }
 
