@@ -72,7 +72,7 @@ FAULTS = (
     Fault(
         "kv-length",
         "one key past a length is seen",
-        PANEL,
+        OPERANDS,
         "min64(p.kv_lengths[batch], p.seqlen_k)",
         "min64(p.kv_lengths[batch] + 1, p.seqlen_k)",
         "rules",
@@ -137,10 +137,10 @@ FAULTS = (
     # where things lie
     Fault(
         "value-stride",
-        "value's batch and head strides are swapped",
+        "the batch and head strides of keys and values are swapped",
         OPERANDS,
-        "batch * p.value_strides[0] + head * p.value_strides[1]",
-        "batch * p.value_strides[1] + head * p.value_strides[0]",
+        "return batch * strides[0] + head * strides[1] + key * strides[2];",
+        "return batch * strides[1] + head * strides[0] + key * strides[2];",
         "exactness",
     ),
     Fault(
