@@ -36,7 +36,7 @@ struct ForwardTask {
 // Method::rows: finds every row of the block, wherever it stands.
 template <class E>
 inline void list_block(const ForwardTask<E>& task, KeyValueView& view) {
-  constexpr int64_t kRows = E::kBlockKeys + kPrefetchRows;
+  constexpr int64_t kRows = E::kBlockKeys + kRowsAhead<E>;
   constexpr auto kSize = static_cast<int64_t>(sizeof(typename E::Stored));
   const AttentionParams& p = task.p;
   RowTable<E>& table = task.table();
