@@ -17,7 +17,10 @@ PACKAGE = ROOT / "python" / "fastattn"
 
 # Python: room -> the rooms that it may import. A room is a module or a subpackage of fastattn.
 PYTHON_ARROWS: dict[str, set[str]] = {
-    "__init__": {"functional", "merge", "explanation", "ops", "torch", "integrations", "_config", "_threads"},
+    "__init__": {
+        *("functional", "merge", "paged_cache", "explanation", "ops", "torch", "integrations"),
+        *("_config", "_threads"),
+    },
     "__main__": {"cli"},
     "_core": set(),
     "_flags": set(),
@@ -38,10 +41,13 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "functional": {"torch_ops", "dispatch", "problem", "outputs", "arrays"},
     "ops": {"functional", "torch_ops", "gradients", "dispatch", "problem", "arrays"},
     "merge": {"problem", "arrays"},
+    "page_table": set(),
+    "page_pool": {"problem", "arrays"},
+    "paged_cache": {"page_pool", "page_table", "problem", "arrays"},
     "explanation": {"dispatch", "problem", "arrays"},
     "_config": {"_core", "_threads", "backends"},
     "nn": {"functional"},
-    "integrations": {"functional", "backends"},
+    "integrations": {"functional", "backends", "paged_cache"},
     "viz": set(),
     "cli": {"__init__"},
 }

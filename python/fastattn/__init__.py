@@ -12,6 +12,7 @@ from fastattn._threads import get_num_threads, set_num_threads
 from fastattn.explanation import Explanation, explain
 from fastattn.functional import attention
 from fastattn.merge import merge_states
+from fastattn.paged_cache import OutOfPagesError, PagedKVCache
 
 if TYPE_CHECKING:
     from fastattn.integrations.torch_sdpa import scaled_dot_product_attention as scaled_dot_product_attention
@@ -21,6 +22,8 @@ __version__ = version("fastattn")
 
 __all__ = [
     "Explanation",
+    "OutOfPagesError",
+    "PagedKVCache",
     "__version__",
     "attention",
     "explain",
