@@ -248,6 +248,19 @@ def test_a_quantised_row_is_the_nearest_there_is(name, library, rng):
         assert (error <= nearest * (1 + 1e-5) + 1e-44 + 1e-7 * np.abs(written[0])).all()
 
 
+@pytest.mark.parametrize("dtype", ["int8", torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_row_that_is_not_finite_is_nan(dtype, bad):
+    cache = fa.PagedKVCache(1, 2, 1, 4, dtype=dtype)
+    sequence = filled(cache, 2)
+    rows = np.ones((1, 2, 1, 4), np.float32)
+    rows[0, 1, 0, 2] = bad
+    rows = rows if isinstance(dtype, str) else torch.from_numpy(rows)
+    cache.write([sequence], rows, rows)
+    for held in map(np.asarray, cache.read(sequence)):
+        assert (held[0] == 1).all() and np.isnan(held[1]).all()
+
+
 def test_other_floats_may_be_quantised():
     cache = fa.PagedKVCache(1, 4, 1, 4, dtype=torch.int8)
     sequence = filled(cache, 1)

@@ -4,6 +4,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <initializer_list>
+#include <string>
 #include <vector>
 
 #include "params.h"
@@ -32,10 +34,23 @@ struct TensorView {
   int64_t strides[kMaxRank] = {};
 };
 
+template <int rank>
+void copy_strides(const TensorView& view, int64_t (&strides)[rank]) {
+  for (int i = 0; i < rank; ++i) {
+    strides[i] = view.strides[i];
+  }
+}
+
 // So many elements of the widest type, eight bytes, are still counted in 64-bit sizes.
 constexpr int64_t kMaxElements = int64_t{1} << 59;
 
-// Throws std::invalid_argument where the view cannot be addressed.
+// Throws std::invalid_argument naming the argument, as all that follows does.
+[[noreturn]] void fail(const char* name, const std::string& what);
+// Reads a tuple (address, dtype code, sizes, strides), and checks that it can be addressed.
+TensorView read_tuple(const char* name, const pybind11::object& from, int rank);
+void expect_sizes(const char* name, const TensorView& view, std::initializer_list<int64_t> sizes);
+void expect_code(const char* name, const TensorView& view, int code);
+// Throws where the view cannot be addressed.
 void check_view(const char* name, const TensorView& view);
 // Sets dtype, sizes, and the three tensors; throws std::invalid_argument where they do not fit each other.
 void set_inputs(const TensorView& query, const TensorView& key, const TensorView& value, AttentionParams& p);

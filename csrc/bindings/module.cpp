@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/cache_params.h"
 #include "bindings/gil.h"
 #include "bindings/make_params.h"
 #include "bindings/plain_call.h"
@@ -89,6 +90,19 @@ void attention_backward(const py::object& query, const py::object& key, const py
             num_threads);
   const BackwardFn run = kernels().backward[static_cast<int>(b.forward.dtype)];
   without_gil([&] { run(b); });
+}
+
+// `tensors`: those of CacheViews, or None.
+void update(const py::tuple& tensors, int64_t capacity, int64_t query_step, bool interleaved, int num_threads) {
+  CacheViews views;
+  views.capacity = capacity;
+  views.query_step = query_step;
+  views.interleaved = interleaved;
+  read_cache_views(tensors, views);
+  Pages pages;
+  CacheUpdateParams p = make_cache_update(views, pages);
+  p.num_threads = num_threads < 1 ? 1 : num_threads;
+  without_gil([&] { update_caches(p); });
 }
 
 // `wanted`: whether the gradients of query, key and value are, a tuple that may go on.
@@ -175,6 +189,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         "softcap"_a, "dropout_p"_a, "dropout_seed"_a, "dropout_offset"_a, "window_left"_a, "window_right"_a,
         "num_threads"_a, "kv_starts"_a = py::none(), "query_lengths"_a = py::none(), "query_segments"_a = py::none(),
         "key_segments"_a = py::none());
+  m.def("update_caches", update, "tensors"_a, "capacity"_a, "query_step"_a, "interleaved"_a, "num_threads"_a);
   m.def("bind_torch", bind_torch, "tensor"_a, "parameter"_a, "strided"_a, "dtypes"_a, "empty_like"_a, "exchange"_a);
   m.def("attention_plain_numpy", attention_plain_numpy, "query"_a, "key"_a, "value"_a, "causal"_a, "scale"_a, "bshd"_a,
         "num_threads"_a);

@@ -40,6 +40,11 @@ def attention_forward(
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
 ) -> None: ...
+def update_caches(
+    tensors: tuple[Tensor | None, ...], capacity: int, query_step: int, interleaved: bool, num_threads: int
+) -> None:
+    """Take those of CacheViews in csrc/bindings/cache_params.h, in that order."""
+
 def attention_backward(
     query: Tensor,
     key: Tensor,

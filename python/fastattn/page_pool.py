@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -9,12 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.arrays import FLOATS, Array, is_tensor, type_name
+from fastattn.float8 import LARGEST_CODE, QUANTISED
 from fastattn.problem import Layout
 
-__all__ = ["LARGEST", "PagePool"]
-
-# The largest number of each quantised dtype: what the largest of a row is scaled to.
-LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
+__all__ = ["PagePool"]
 
 
 class PagePool:
@@ -34,9 +33,9 @@ class PagePool:
         """`shape`: (layers, pages, page_size, Hkv). `dims`: of keys and of values."""
         self._library = _library_of(dtype, device)
         self.dtype = self._library.name(dtype)
-        if self.dtype not in (*FLOATS, *LARGEST):
-            raise TypeError(f"dtype must be one of {', '.join((*FLOATS, *LARGEST))}, got {self.dtype}")
-        self.quantised = self.dtype in LARGEST
+        if self.dtype not in (*FLOATS, *QUANTISED):
+            raise TypeError(f"dtype must be one of {', '.join((*FLOATS, *QUANTISED))}, got {self.dtype}")
+        self.quantised = self.dtype in QUANTISED
         self.page_size = shape[2]
         self._heads_first = layout == "bhsd"
         layers, pages, rows, heads = shape
@@ -117,11 +116,13 @@ class PagePool:
         return (at[0], slice(None), at[1]) if self._heads_first else at
 
     def _quantised(self, given: Array) -> tuple[Array, Array]:
-        """(codes, scales): each row divided by what its largest magnitude is scaled by, and rounded."""
-        functions, largest = self._library.functions, LARGEST[self.dtype]
+        """(codes, scales), as `attention_with_kvcache` stores rows."""
+        functions, largest = self._library.functions, LARGEST_CODE[self.dtype]
         given = self._library.cast(given, self._library.float32)
-        scale = functions.amax(functions.abs(given), -1) / largest
-        codes = given / functions.where(scale > 0, scale, 1)[..., None]
+        magnitude = functions.amax(functions.abs(given), -1)
+        scale = functions.where(functions.isfinite(magnitude), magnitude / largest, math.nan)
+        usable = (scale > 0)[..., None]
+        codes = functions.where(usable, given / functions.where(usable, scale[..., None], 1), 0)
         if self.dtype == "int8":
             codes = functions.round(codes)
         codes = functions.clip(codes, -largest, largest)

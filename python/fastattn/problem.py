@@ -61,6 +61,12 @@ class AttentionProblem(NamedTuple):
     dropout_offset: int = 0  # of 32 bits
     alibi_slopes_given: Any = None  # as they came, for a backend that differentiates
     sinks_given: Any = None
+    block_table: Strided | None = None  # (B, slots), integers: which page holds the keys of a slot
+    page_size: int = 0  # with a block table key and value are (pages, Hkv, page_size, D or Dv)
+    key_scale: Strided | None = (
+        None  # float32, key's shape but for D: key and value are 8-bit numbers, times this
+    )
+    value_scale: Strided | None = None
 
     @classmethod
     def from_arguments(
@@ -95,7 +101,7 @@ class AttentionProblem(NamedTuple):
         seqlen_k = k.shape[2]
         scores = (batch, heads, seqlen_q, seqlen_k)
         top_left = check_causal(causal)
-        left, right = (UNBOUNDED, UNBOUNDED) if window is None else _window(window)
+        left, right = (UNBOUNDED, UNBOUNDED) if window is None else check_window(window)
         if query_offset is None:
             query_offset = 0 if top_left else seqlen_k - seqlen_q
         else:
@@ -112,8 +118,8 @@ class AttentionProblem(NamedTuple):
             query_offset,
             left,
             0 if causal else right,  # right >= 0, so the causal rule is always the tighter one
-            None if alibi_slopes is None else _alibi_slopes(library, alibi_slopes, batch, heads),
-            None if sinks is None else _sinks(library, sinks, heads),
+            None if alibi_slopes is None else slopes_vector(library, alibi_slopes, batch, heads),
+            None if sinks is None else sinks_vector(library, sinks, heads),
             check_softcap(softcap),
             1.0 / math.sqrt(head_dim) if scale is None else check_real("scale", scale),
             check_dropout_p(dropout_p),
@@ -170,10 +176,15 @@ class AttentionProblem(NamedTuple):
         return "float64" if self.query.dtype == "float64" else "float32"
 
     @property
+    def seqlen_k(self) -> int:
+        """Lk: with pages, as many keys as the slots of a sequence hold."""
+        return self.key.shape[2] if self.block_table is None else self.block_table.shape[1] * self.page_size
+
+    @property
     def scores_shape(self) -> tuple[int, int, int, int]:
         """(B, Hq, Lq, Lk)."""
         batch, heads, seqlen_q, _ = self.query.shape
-        return batch, heads, seqlen_q, self.key.shape[2]
+        return batch, heads, seqlen_q, self.seqlen_k
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
@@ -242,13 +253,14 @@ def check_causal(causal: Any) -> bool:
     return causal == "top_left"
 
 
-def _window(window: Any) -> tuple[int, int]:
+def check_window(window: Any) -> tuple[int, int]:
+    """Return (left, right), `UNBOUNDED` for None; raise unless both are integers from 0 up, or None."""
     if not isinstance(window, (tuple, list)):
         raise TypeError(f"window must be a pair (left, right), got {type_name(window)}")
     if len(window) != 2:
         raise ValueError(f"window must be a pair (left, right), got {len(window)} elements")
     for bound in window:
-        if bound is not None and not _is_integer(bound):
+        if bound is not None and not is_integer(bound):
             raise TypeError(f"window must hold integers or None, got {type_name(bound)}")
         if bound is not None and bound < 0:
             raise ValueError(f"window must hold integers from 0 up, or None, got {tuple(window)}")
@@ -287,7 +299,7 @@ def _broadcast(name: str, view: Strided, shape: Shape) -> Strided:
 
 
 def _kv_lengths(library: ArrayLibrary, lengths: Any, batch: int, seqlen_k: int) -> Vector:
-    values, kept = _vector("kv_lengths", library, lengths, INTEGERS, [(batch,)])
+    values, kept = short_vector("kv_lengths", library, lengths, INTEGERS, [(batch,)])
     wrong = np.flatnonzero((values < 0) | (values > seqlen_k))
     if wrong.size:
         at = wrong[0]
@@ -297,11 +309,11 @@ def _kv_lengths(library: ArrayLibrary, lengths: Any, batch: int, seqlen_k: int) 
 
 
 def _query_offset(library: ArrayLibrary, offset: Any, batch: int) -> int | Vector:
-    single = _is_integer(offset)
+    single = is_integer(offset)
     if single:
         values, kept = np.array(offset), None
     else:
-        values, kept = _vector("query_offset", library, offset, INTEGERS, [(batch,)])
+        values, kept = short_vector("query_offset", library, offset, INTEGERS, [(batch,)])
     for extreme in (int(values.min(initial=0)), int(values.max(initial=0))):
         if abs(extreme) > MAX_OFFSET:
             raise ValueError(f"query_offset must be within 2**60 of 0, got {extreme}")
@@ -310,22 +322,26 @@ def _query_offset(library: ArrayLibrary, offset: Any, batch: int) -> int | Vecto
     return values.astype(np.int64) if kept is None else kept
 
 
-def _alibi_slopes(library: ArrayLibrary, slopes: Any, batch: int, heads: int) -> Vector:
-    values, kept = _vector("alibi_slopes", library, slopes, FLOATS + INTEGERS, [(heads,), (batch, heads)])
+def slopes_vector(library: ArrayLibrary, slopes: Any, batch: int, heads: int) -> Vector:
+    """The slopes of every head, (B, Hq), checked."""
+    values, kept = short_vector(
+        "alibi_slopes", library, slopes, FLOATS + INTEGERS, [(heads,), (batch, heads)]
+    )
     if not np.isfinite(values).all():
         raise ValueError(f"alibi_slopes must be finite, got {values[~np.isfinite(values)][0]}")
     return np.broadcast_to(values.astype(np.float64), (batch, heads)) if kept is None else kept
 
 
-def _sinks(library: ArrayLibrary, sinks: Any, heads: int) -> Vector:
-    values, kept = _vector("sinks", library, sinks, FLOATS + INTEGERS, [(heads,)])
+def sinks_vector(library: ArrayLibrary, sinks: Any, heads: int) -> Vector:
+    """The sinks, (Hq,), checked."""
+    values, kept = short_vector("sinks", library, sinks, FLOATS + INTEGERS, [(heads,)])
     wrong = np.isnan(values) | (values == np.inf)
     if wrong.any():
         raise ValueError(f"sinks must be finite, or -inf for a head without one, got {values[wrong][0]}")
     return values.astype(np.float64) if kept is None else kept
 
 
-def _vector(
+def short_vector(
     name: str, library: ArrayLibrary, value: Any, dtypes: tuple[str, ...], shapes: list[Shape]
 ) -> tuple[NDArray[Any], Array | None]:
     """Copy a short argument out of an array or a sequence: what is checked then is what a kernel reads.
@@ -383,7 +399,7 @@ def check_dropout_p(p: Any) -> float:
 
 def check_word(name: str, value: Any, bits: int) -> int:
     """Return it as an int; raise unless it is an integer of so many bits."""
-    if not _is_integer(value):
+    if not is_integer(value):
         raise TypeError(f"{name} must be an integer, got {type_name(value)}")
     if not 0 <= value < 2**bits:
         raise ValueError(f"{name} must be from 0 to 2**{bits} - 1, got {value}")
@@ -401,5 +417,6 @@ def check_real(name: str, value: Any) -> float:
     return number
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
+    """Whether it is an integer, of Python or NumPy, and no bool."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -70,9 +70,9 @@ def flatten(
 ) -> tuple[Operands, Rules]:
     """Bring the arguments of `fastattn.attention` into a form that has a schema; traces go through this."""
     check_causal(causal)
-    left, right = _window(window)
-    offset = _plain_integer(query_offset) if _is_integer(query_offset) else None
-    offsets = _table("query_offset", query_offset) if offset is None else None
+    left, right = window_bounds(window)
+    offset = _plain_integer(query_offset) if is_whole(query_offset) else None
+    offsets = as_table("query_offset", query_offset) if offset is None else None
     dropout_p = check_dropout_p(dropout_p)
     drawn = None
     if isinstance(dropout_seed, Tensor):
@@ -84,12 +84,12 @@ def flatten(
     elif dropout_p > 0:
         drawn = torch.randint(2**63 - 1, (), device=query.device)
     operands = Operands(
-        _tensor("mask", mask),
-        _tensor("bias", bias),
-        _table("kv_lengths", kv_lengths),
+        as_tensor("mask", mask),
+        as_tensor("bias", bias),
+        as_table("kv_lengths", kv_lengths),
         offsets,
-        _table("alibi_slopes", alibi_slopes),
-        _table("sinks", sinks),
+        as_table("alibi_slopes", alibi_slopes),
+        as_table("sinks", sinks),
         drawn,
     )
     rules = Rules(
@@ -132,7 +132,8 @@ def options_of(operands: Operands, rules: Rules) -> dict[str, Any]:
     }
 
 
-def _is_integer(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Whether it is an integer, or the symbol of one."""
     return isinstance(value, (int, np.integer, torch.SymInt)) and not isinstance(value, bool)
 
 
@@ -140,7 +141,8 @@ def _plain_integer(value: Any) -> Any:
     return int(value) if isinstance(value, np.integer) else value
 
 
-def _window(window: Any) -> tuple[Any, Any]:
+def window_bounds(window: Any) -> tuple[Any, Any]:
+    """(left, right); None is no bound."""
     if window is None:
         return None, None
     if not isinstance(window, (tuple, list)):
@@ -148,7 +150,7 @@ def _window(window: Any) -> tuple[Any, Any]:
     if len(window) != 2:
         raise ValueError(f"window must be a pair (left, right), got {len(window)} elements")
     for bound in window:
-        if bound is not None and not _is_integer(bound):
+        if bound is not None and not is_whole(bound):
             raise TypeError(f"window must hold integers or None, got {type_name(bound)}")
     left, right = map(_plain_integer, window)
     return left, right  # their range is checked when the operator runs
@@ -158,19 +160,20 @@ def _word(name: str, value: Any, bits: int) -> Any:
     return value if isinstance(value, torch.SymInt) else check_word(name, value, bits)
 
 
-def _tensor(name: str, value: Any) -> Tensor | None:
+def as_tensor(name: str, value: Any) -> Tensor | None:
+    """The argument, if it is a tensor or None; else raise TypeError."""
     if value is not None and not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch tensor like the first argument, got {type_name(value)}")
     return value
 
 
-def _table(name: str, value: Any) -> Tensor | None:
+def as_table(name: str, value: Any) -> Tensor | None:
     """A short argument: a tensor, or numbers that become one; they are checked when they are read."""
     if isinstance(value, (tuple, list)):
         if not value:
             return torch.empty(0, dtype=torch.int64, device="cpu")
         return torch.tensor(value, dtype=_wide(value), device="cpu")
-    return _tensor(name, value)
+    return as_tensor(name, value)
 
 
 def _wide(values: Any) -> torch.dtype | None:
