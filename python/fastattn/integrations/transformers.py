@@ -20,13 +20,14 @@ from fastattn.integrations.torch_sdpa import as_autocast_would
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    from fastattn.integrations.transformers_cache import PagedCache, PagedStates
     from fastattn.integrations.transformers_masks import RuleMask, make_mask
 except ImportError as error:
     raise ImportError(
         "fastattn.integrations.transformers needs transformers >= 4.57: pip install 'fastattn[hf]'"
     ) from error
 
-__all__ = ["RuleMask", "attention_forward", "make_mask", "register"]
+__all__ = ["PagedCache", "RuleMask", "attention_forward", "make_mask", "register"]
 
 # Arguments that models hand to every attention function and that change nothing here: bookkeeping of the
 # caller, or (deterministic) a promise that always holds.
@@ -46,6 +47,8 @@ _HARMLESS = frozenset(
         "use_cache",
     }
 )
+# Arguments of `fastattn.attention` that `fastattn.attention_with_kvcache` has, too.
+_OF_CACHES = frozenset({"scale", "softcap", "sinks", "causal", "window"})
 # Sequences packed into one row. A mask, where there is one, already keeps them apart.
 _PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
 
@@ -143,7 +146,6 @@ def attention_forward(
     _refuse_unknown(kwargs, attention_mask)
     if query.shape[0] == 1 != key.shape[0]:  # learned queries, shared by the batch
         query = query.expand(key.shape[0], -1, -1, -1)
-    query, key, value = as_autocast_would(query, key, value)  # rotary positions leave query and key float32
 
     arguments: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
     if attention_mask is None:
@@ -156,13 +158,19 @@ def attention_forward(
     if indices is not None:
         chosen = _chosen(indices, key.shape[2])
         arguments["mask"] = chosen & arguments["mask"] if "mask" in arguments else chosen
+    if dropout and module.training:
+        arguments["dropout_p"] = float(dropout)
 
     if output_attentions is None:
         output_attentions = getattr(getattr(module, "config", None), "output_attentions", None)
+    if isinstance(key, PagedStates) and isinstance(value, PagedStates):
+        if not output_attentions and head_mask is None and arguments.keys() <= _OF_CACHES:
+            return key.appended.attend(*as_autocast_would(query), **arguments), None
+        key, value = key.dense(), value.dense()
+    query, key, value = as_autocast_would(query, key, value)  # rotary positions leave query and key float32
     result = attention(
         *(rows.transpose(1, 2) for rows in (query, key, value)),
         layout="bshd",
-        dropout_p=float(dropout) if module.training else 0.0,
         return_weights=bool(output_attentions),
         **arguments,
     )
