@@ -153,14 +153,9 @@ void read_rules(const TensorArguments& tensors, AttentionParams& p) {
 
 void read_scales(const char* name, const py::object& from, const TensorView& of, const float*& to,
                  int64_t (&strides)[3]) {
-  if (from.is_none()) {
-    return;
+  if (!from.is_none()) {
+    set_scales(name, read_tuple(name, from, 3), of, to, strides);
   }
-  const TensorView view = read_tuple(name, from, 3);
-  expect_code(name, view, static_cast<int>(DType::float32));
-  expect_sizes(name, view, {of.sizes[0], of.sizes[1], of.sizes[2]});
-  to = static_cast<const float*>(view.data);
-  copy_strides(view, strides);
 }
 
 // Copies the page numbers of a sequence as far as its length goes; what stands beyond is nobody's.
@@ -178,45 +173,6 @@ void read_pages(const TensorView& table, const AttentionParams& p, int64_t num_p
       pages[static_cast<size_t>(b * table.sizes[1] + slot)] = page;
     }
   }
-}
-
-// Keys and values in pages: sizes (pages, Hkv, page_size, D).
-void set_paged_inputs(const TensorArguments& tensors, const TensorView& query, TensorView key, TensorView value,
-                      AttentionParams& p, Pages& pages) {
-  const TensorView table = read_tuple("block_table", tensors.block_table, 2);
-  if (table.code != kCodeInt32 && table.code != kCodeInt64) {
-    fail("block_table", "dtype code " + std::to_string(table.code) + ", expected int32 or int64");
-  }
-  expect_sizes("block_table", table, {query.sizes[0], table.sizes[1]});
-  expect_sizes("value", value, {key.sizes[0], key.sizes[1], key.sizes[2], value.sizes[3]});
-  p.page_size = key.sizes[2];
-  int64_t keys = 0;
-  if (p.page_size < 1 || __builtin_mul_overflow(p.page_size, table.sizes[1], &keys) || keys > kMaxElements) {
-    fail("block_table", "pages must hold at least a key, and no more than 64-bit sizes in bytes can count");
-  }
-  const int64_t num_pages = key.sizes[0];
-  for (TensorView* view : {&key, &value}) {
-    view->sizes[0] = query.sizes[0];
-    view->sizes[2] = keys;
-  }
-  set_inputs(query, key, value, p);
-  p.kv_lengths = read_batch_table("kv_lengths", tensors.kv_lengths, p.batch);
-  if (p.kv_lengths == nullptr) {
-    fail("kv_lengths", "pages need lengths");
-  }
-  for (int64_t b = 0; b < p.batch; ++b) {
-    if (p.kv_lengths[b] < 0 || p.kv_lengths[b] > keys) {
-      fail("kv_lengths", "must be within what the pages of a sequence hold");
-    }
-  }
-  pages.assign(static_cast<size_t>(p.batch * table.sizes[1]), 0);
-  if (table.code == kCodeInt32) {
-    read_pages<int32_t>(table, p, num_pages, pages);
-  } else {
-    read_pages<int64_t>(table, p, num_pages, pages);
-  }
-  p.block_table = pages.data();
-  p.block_table_stride = table.sizes[1];
 }
 
 }  // namespace
@@ -291,6 +247,51 @@ void set_out(const TensorView& out, AttentionParams& p) {
   copy_strides(out, p.out_strides);
 }
 
+void set_paged_inputs(const TensorView& query, TensorView key, TensorView value, const TensorView& table,
+                      const int64_t* kv_lengths, AttentionParams& p, Pages& pages) {
+  if (table.code != kCodeInt32 && table.code != kCodeInt64) {
+    fail("block_table", "dtype code " + std::to_string(table.code) + ", expected int32 or int64");
+  }
+  expect_sizes("block_table", table, {query.sizes[0], table.sizes[1]});
+  expect_sizes("value", value, {key.sizes[0], key.sizes[1], key.sizes[2], value.sizes[3]});
+  p.page_size = key.sizes[2];
+  int64_t keys = 0;
+  if (p.page_size < 1 || __builtin_mul_overflow(p.page_size, table.sizes[1], &keys) || keys > kMaxElements) {
+    fail("block_table", "pages must hold at least a key, and no more than 64-bit sizes in bytes can count");
+  }
+  const int64_t num_pages = key.sizes[0];
+  for (TensorView* view : {&key, &value}) {
+    view->sizes[0] = query.sizes[0];
+    view->sizes[2] = keys;
+  }
+  set_inputs(query, key, value, p);
+  p.kv_lengths = kv_lengths;
+  if (p.kv_lengths == nullptr) {
+    fail("kv_lengths", "pages need lengths");
+  }
+  for (int64_t b = 0; b < p.batch; ++b) {
+    if (p.kv_lengths[b] < 0 || p.kv_lengths[b] > keys) {
+      fail("kv_lengths", "must be within what the pages of a sequence hold");
+    }
+  }
+  pages.assign(static_cast<size_t>(p.batch * table.sizes[1]), 0);
+  if (table.code == kCodeInt32) {
+    read_pages<int32_t>(table, p, num_pages, pages);
+  } else {
+    read_pages<int64_t>(table, p, num_pages, pages);
+  }
+  p.block_table = pages.data();
+  p.block_table_stride = table.sizes[1];
+}
+
+void set_scales(const char* name, const TensorView& view, const TensorView& of, const float*& to,
+                int64_t (&strides)[3]) {
+  expect_code(name, view, static_cast<int>(DType::float32));
+  expect_sizes(name, view, {of.sizes[0], of.sizes[1], of.sizes[2]});
+  to = static_cast<const float*>(view.data);
+  copy_strides(view, strides);
+}
+
 AttentionParams make_params(const TensorArguments& tensors, Pages& pages) {
   AttentionParams p{};
   const TensorView query = read_tuple("query", tensors.query, 4);
@@ -299,7 +300,8 @@ AttentionParams make_params(const TensorArguments& tensors, Pages& pages) {
   if (tensors.block_table.is_none()) {
     set_inputs(query, key, value, p);
   } else {
-    set_paged_inputs(tensors, query, key, value, p, pages);
+    set_paged_inputs(query, key, value, read_tuple("block_table", tensors.block_table, 2),
+                     read_batch_table("kv_lengths", tensors.kv_lengths, query.sizes[0]), p, pages);
   }
   read_scales("key_scales", tensors.key_scales, key, p.key_scales, p.key_scale_strides);
   read_scales("value_scales", tensors.value_scales, value, p.value_scales, p.value_scale_strides);

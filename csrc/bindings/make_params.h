@@ -58,6 +58,13 @@ void set_out(const TensorView& out, AttentionParams& p);
 
 // Page numbers that have been looked at, so that what a kernel reads through is what was checked.
 using Pages = std::vector<int64_t>;
+// The same of keys and values in pages, (pages, Hkv, page_size, D); of `table`, (B, slots), what the lengths reach is
+// checked and copied. The parameters point into `pages` and to `kv_lengths`, (B,).
+void set_paged_inputs(const TensorView& query, TensorView key, TensorView value, const TensorView& table,
+                      const int64_t* kv_lengths, AttentionParams& p, Pages& pages);
+// What multiplies the rows `of` keys or values.
+void set_scales(const char* name, const TensorView& view, const TensorView& of, const float*& to,
+                int64_t (&strides)[3]);
 
 // Throws std::invalid_argument (ValueError) naming the argument. Scalars are left to the caller. The parameters point
 // into `pages`.

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/cache_call.h"
 #include "bindings/cache_params.h"
 #include "bindings/gil.h"
 #include "bindings/make_params.h"
@@ -105,6 +106,18 @@ void update(const py::tuple& tensors, int64_t capacity, int64_t query_step, bool
   without_gil([&] { update_caches(p); });
 }
 
+py::object cached(py::handle query, py::handle key_cache, py::handle value_cache, py::handle key_scale,
+                  py::handle value_scale, py::handle new_key, py::handle new_value, py::handle cache_seqlens,
+                  py::handle block_table, py::handle rotary_cos, py::handle rotary_sin, bool rotary_interleaved,
+                  bool causal, py::handle window, bool rolling, py::handle alibi_slopes, py::handle sinks,
+                  py::handle softcap, py::handle scale, bool bshd, bool return_lse, int num_threads) {
+  return attention_cached(
+      {query,         key_cache,   value_cache,        key_scale,  value_scale, new_key,      new_value,
+       cache_seqlens, block_table, rotary_cos,         rotary_sin, window,      alibi_slopes, sinks,
+       softcap,       scale,       rotary_interleaved, causal,     rolling,     bshd,         return_lse},
+      num_threads);
+}
+
 // `wanted`: whether the gradients of query, key and value are, a tuple that may go on.
 py::object plain_backward(py::handle grad_out, py::handle grad_lse, py::handle query, py::handle key, py::handle value,
                           py::handle out, py::handle lse, const py::tuple& wanted, bool causal, py::handle scale,
@@ -191,6 +204,10 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         "key_segments"_a = py::none());
   m.def("update_caches", update, "tensors"_a, "capacity"_a, "query_step"_a, "interleaved"_a, "num_threads"_a);
   m.def("bind_torch", bind_torch, "tensor"_a, "parameter"_a, "strided"_a, "dtypes"_a, "empty_like"_a, "exchange"_a);
+  m.def("attention_cached", cached, "query"_a, "key_cache"_a, "value_cache"_a, "key_scale"_a, "value_scale"_a,
+        "new_key"_a, "new_value"_a, "cache_seqlens"_a, "block_table"_a, "rotary_cos"_a, "rotary_sin"_a,
+        "rotary_interleaved"_a, "causal"_a, "window"_a, "rolling"_a, "alibi_slopes"_a, "sinks"_a, "softcap"_a,
+        "scale"_a, "bshd"_a, "return_lse"_a, "num_threads"_a);
   m.def("attention_plain_numpy", attention_plain_numpy, "query"_a, "key"_a, "value"_a, "causal"_a, "scale"_a, "bshd"_a,
         "num_threads"_a);
   m.def("attention_plain_torch", attention_plain_torch, "query"_a, "key"_a, "value"_a, "causal"_a, "scale"_a, "bshd"_a,

@@ -71,6 +71,13 @@ def run_plain(
     return plain.attend(query, key, value, causal, scale, bshd, return_lse)
 
 
+def run_cached(*arguments: Any) -> Any:
+    """Run a call over caches the short way, see `plain.attend_cached`; None where it has to go the long one."""
+    if _default_candidates() is not AUTOMATIC:
+        return None
+    return plain.attend_cached(*arguments)
+
+
 def choose(problem: AttentionProblem, names: tuple[str, ...]) -> Backend:
     """Return the first of the backends `names` that can run `problem`.
 

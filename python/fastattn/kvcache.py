@@ -7,7 +7,7 @@ from typing import Any
 from fastattn import cache_problem
 from fastattn.arrays import Array, Strided, is_inlined, is_tensor, is_traced
 from fastattn.cache_problem import CacheUpdate
-from fastattn.dispatch import candidates, choose_caching, composing
+from fastattn.dispatch import candidates, choose_caching, composing, run_cached
 from fastattn.outputs import check_flags, overlap, prepare_outputs
 from fastattn.problem import Layout, Window
 
@@ -138,6 +138,19 @@ def attention_with_kvcache(
     >>> fa.attention_with_kvcache(token, keys, values, new_key=token, new_value=token, cache_seqlens=5).shape
     (1, 1, 2, 8)
     """
+    if (
+        (out is None and backend is None and (return_lse is False or return_lse is True))
+        and (type(causal) is type(rolling) is type(rotary_interleaved) is bool)
+        and isinstance(layout, str)
+        and (layout == "bshd" or layout == "bhsd")
+        and not is_traced()
+    ):
+        rules = (causal, window, rolling, alibi_slopes, sinks, softcap, scale, layout == "bshd", return_lse)
+        rotary = (rotary_cos, rotary_sin, rotary_interleaved)
+        caches = (key_cache, value_cache, key_scale, value_scale, new_key, new_value)
+        plain = run_cached(query, *caches, cache_seqlens, block_table, *rotary, *rules)
+        if plain is not None:
+            return plain
     options: dict[str, Any] = {
         "new_key": new_key,
         "new_value": new_value,
