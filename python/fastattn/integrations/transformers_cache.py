@@ -1,7 +1,7 @@
 """A cache of keys and values for ``transformers`` models, in pages that attention reads where they lie.
 
 >>> from fastattn.integrations.transformers import PagedCache
->>> model.generate(**inputs, past_key_values=PagedCache(model.config))  # doctest: +SKIP
+>>> model.generate(**inputs, cache=PagedCache(model.config))  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CROP_REMOVES = "tokens_to_remove" in inspect.signature(Cache.crop).parameters
 class PagedCache(Cache):
     """Keys and values of a model, in the pages of one `fastattn.PagedKVCache`.
 
-    For ``generate(past_key_values=...)``, which transformers 5 also calls ``cache``, and for calls of the
+    For ``generate(cache=...)``, in earlier versions ``generate(past_key_values=...)``, and for calls of the
     model itself. With ``attn_implementation="fastattn"`` new rows are written to their page, and attention
     reads the pages; nothing is concatenated or copied. Other implementations get a copy in one piece at each
     step. Sequences that beam search copies share their pages.
