@@ -82,7 +82,7 @@ class PagedKVCache:
         Where the tensors are; the CPU by default.
     layout : {"bshd", "bhsd"}
         Axes of a layer's pages: (pages, page_size, Hkv, D), or (pages, Hkv, page_size, D), where the rows of
-        a head are adjacent.
+        a head are adjacent, which CPUs read faster.
 
     Raises
     ------

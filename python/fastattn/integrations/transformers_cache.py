@@ -251,22 +251,15 @@ class _Appended:
     def attend(self, query: torch.Tensor, **arguments: Any) -> torch.Tensor:
         """Write the rows, and attend over the pages of the layer: (B, Hq, Lq, D) to (B, Lq, Hq, Dv)."""
         assert self.pages.pool is not None
-        layer = self.pages.pool.layer(self.layer)
         new: dict[str, Any] = {"cache_seqlens": self.end}
         if self.rows is not None:
             new = {"cache_seqlens": self.start, "new_key": self.rows[0], "new_value": self.rows[1]}
-        batch, heads, tokens, _ = query.shape
-        out = query.new_empty(batch, tokens, heads, layer["value_cache"].shape[-1])
-        attention_with_kvcache(
-            query,
-            **layer,
-            **new,
-            block_table=self.pages.block_table,
-            out=out.transpose(1, 2),
-            **arguments,
+        pages = self.pages.pool.layer(self.layer)
+        out: torch.Tensor = attention_with_kvcache(
+            query, **pages, **new, block_table=self.pages.block_table, **arguments
         )
         self.rows = None
-        return out
+        return out.transpose(1, 2).contiguous()
 
     def dense(self, place: int) -> torch.Tensor:
         """Return a copy of all keys (0) or values (1) of the layer, (B, Hkv, L, dim)."""
