@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 import bounds
+import fastattn as fa
 from shapes import convert
 
 HQ, HKV, D, DV = 4, 2, 16, 12
@@ -210,6 +211,25 @@ def expected(call: Call) -> list[bounds.Expected]:
         q = q.astype(np.float64)[None]
         results.append(bounds.expect(q, keys[None], values[None], layout="bshd", **options))
     return results
+
+
+def cost(cache_dtype: str, dim: int, outliers: float, rows: int = 1024) -> tuple[float, float]:
+    """What a cache of that dtype costs: the error of out (relative, root mean square), the largest of lse."""
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal((1, rows, 4, dim), np.float32) for _ in range(3))
+    query, key[..., 3] = query[:, -16:], key[..., 3] * outliers
+    exact = bounds.expect(query, key, value, causal=True, layout="bshd")
+    if cache_dtype in LARGEST:
+        kind = np.dtype(getattr(ml_dtypes, cache_dtype, cache_dtype))
+        held = {f"{name}_cache": np.empty(key.shape, kind) for name in ("key", "value")}
+        held |= {f"{name}_scale": np.empty(key.shape[:3], np.float32) for name in ("key", "value")}
+        options = {"new_key": key, "new_value": value, "cache_seqlens": 0}
+    else:
+        rounded = (convert(array, cache_dtype).astype(np.float32) for array in (key, value))
+        held, options = dict(zip(("key_cache", "value_cache"), rounded, strict=True)), {}
+    out, lse = fa.attention_with_kvcache(query, **held, **options, return_lse=True)
+    error = out.swapaxes(1, 2) - exact.out
+    return float(np.sqrt((error**2).mean() / (exact.out**2).mean())), float(abs(lse - exact.lse).max())
 
 
 def as_torch(array: np.ndarray) -> Any:

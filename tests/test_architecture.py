@@ -32,7 +32,7 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "problem": {"arrays", "_flags"},
     "outputs": {"problem", "arrays"},
     "cache_tensors": {"problem", "outputs", "arrays", "float8"},
-    "cache_problem": {"cache_tensors", "problem", "arrays"},
+    "cache_problem": {"cache_tensors", "problem", "arrays", "_flags"},
     "philox": set(),
     "reference": {"cache_problem", "problem", "arrays", "float8", "philox"},
     "gpu": {"problem", "outputs", "arrays", "_flags"},

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fastattn as fa
-from caches import LARGEST
+from caches import LARGEST, cost
 from fastattn.float8 import FLOAT8, decode, encode
 
 CODES = np.arange(256, dtype=np.uint8)
@@ -81,3 +81,20 @@ def test_rows_at_the_ends(dtype: str) -> None:
     held = caches[1].astype(np.float64) * scales[1][..., None]
     assert (held[0, :2] == 0).all() and (scales[1][0, :2] == 0).all()
     np.testing.assert_allclose(held[0, 2:], new[0, 2:], rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "dtype, outliers, bound",
+    [
+        ("int8", 1, 0.02),
+        ("int8", 10, 0.08),
+        ("float8_e4m3fn", 1, 0.08),
+        ("float8_e4m3fn", 10, 0.08),
+        ("float8_e5m2", 1, 0.15),
+        ("float8_e5m2", 10, 0.15),
+    ],
+)
+def test_what_a_quantised_cache_costs(dtype: str, outliers: int, bound: float) -> None:
+    """The table of docs/quantised-caches.md, bounded; an error far below would be that of another format."""
+    relative, _ = cost(dtype, 64, outliers)
+    assert bound / 8 < relative < bound

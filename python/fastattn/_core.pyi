@@ -87,30 +87,9 @@ def bind_torch(
     empty_like: Callable[..., Any],
     exchange: object,
 ) -> None: ...
-def attention_cached(
-    query: Any,
-    key_cache: Any,
-    value_cache: Any,
-    key_scale: Any,
-    value_scale: Any,
-    new_key: Any,
-    new_value: Any,
-    cache_seqlens: Any,
-    block_table: Any,
-    rotary_cos: Any,
-    rotary_sin: Any,
-    rotary_interleaved: bool,
-    causal: bool,
-    window: Any,
-    rolling: bool,
-    alibi_slopes: Any,
-    sinks: Any,
-    softcap: Any,
-    scale: Any,
-    bshd: bool,
-    return_lse: bool,
-    num_threads: int,
-) -> Any: ...
+def attention_cached(*arguments: Any) -> Any:
+    """Take query, caches, scales, new rows, then the rest as `fastattn.kvcache` hands them on."""
+
 def attention_plain_numpy(
     query: Any, key: Any, value: Any, causal: bool, scale: float | None, bshd: bool, num_threads: int
 ) -> Any: ...

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastattn._flags import flag
 from fastattn.arrays import INTEGERS, NUMPY, Array, ArrayLibrary, Strided, library_of, type_name
 from fastattn.cache_tensors import CacheTensors
 from fastattn.problem import (
@@ -172,13 +173,13 @@ def _places(
         cache_seqlens = 0 if tensors.new_key is not None else capacity
     limit = MAX_OFFSET if rolling else capacity - added
     start = _lengths(library, cache_seqlens, query, limit, f"{capacity} rows, {added} of them new")
-    if table is None or library.keeps(query.array):
-        return start, table
-    pages = tensors.key_cache.shape[0]
-    page_size = tensors.key_cache.shape[2]
-    table = _checked_pages(table, np.minimum(start + added, capacity), page_size, pages)
-    if added:
-        _check_targets(table, start, added, capacity, page_size)
+    if table is None:
+        return start, None
+    if not library.keeps(query.array):
+        return start, _checked_pages(tensors, table.array, start, capacity)
+    if flag("FASTATTN_DEBUG"):
+        pages, lengths = (library.readable("block_table", array).read() for array in (table.array, start))
+        _checked_pages(tensors, pages, lengths, capacity)
     return start, table
 
 
@@ -197,32 +198,35 @@ def _lengths(library: ArrayLibrary, lengths: Any, query: Strided, limit: int, ro
     return values.astype(np.int64) if kept is None else kept.long()
 
 
-def _checked_pages(table: Strided, used: Any, page_size: int, pages: int) -> Strided:
+def _checked_pages(tensors: CacheTensors, table: Any, start: Any, capacity: int) -> Strided:
     """The table with 0 for every page that is not used; raise for one that is used and not there."""
-    values = table.array
-    slots = np.arange(values.shape[1]) < -(-used[:, None] // page_size)
-    wrong = slots & ((values < 0) | (values >= pages))
+    pages, _, page_size, _ = tensors.key_cache.shape
+    used = np.minimum(start + tensors.added, capacity)
+    slots = np.arange(table.shape[1]) < -(-used[:, None] // page_size)
+    wrong = slots & ((table < 0) | (table >= pages))
     if wrong.any():
         sequence, slot = np.argwhere(wrong)[0]
-        got = f"{values[sequence, slot]} for sequence {sequence}, slot {slot}"
+        got = f"{table[sequence, slot]} for sequence {sequence}, slot {slot}"
         raise ValueError(
             f"block_table must hold pages from 0 to {pages - 1} as far as they are used, got {got}"
         )
     if not pages:  # and nothing is used
         slots = slots[:, :0]
-    return NUMPY.view("block_table", np.where(slots, values[:, : slots.shape[1]], 0))
+    table = np.where(slots, table[:, : slots.shape[1]], 0)
+    if tensors.added:
+        _check_targets(table, (start[:, None] + np.arange(tensors.added)) % capacity, page_size)
+    return NUMPY.view("block_table", table)
 
 
-def _check_targets(table: Strided, start: Any, added: int, capacity: int, page_size: int) -> None:
-    """Raise ValueError where two new rows would be written to one place."""
-    at = (start[:, None] + np.arange(added)) % capacity
-    rows = np.take_along_axis(table.array, at // page_size, 1) * page_size + at % page_size
+def _check_targets(table: Any, at: Any, page_size: int) -> None:
+    """Raise ValueError where two new rows, `at` rows of their sequences, would be written to one place."""
+    rows = np.take_along_axis(table, at // page_size, 1) * page_size + at % page_size
     order = np.argsort(rows, axis=None, kind="stable")
     same = np.flatnonzero(np.diff(rows.ravel()[order]) == 0)
     if same.size:
         first, second = (int(order[same[0] + i]) for i in (0, 1))
         page, row = divmod(int(rows.flat[first]), page_size)
-        got = f"row {row} of page {page} for sequences {first // added} and {second // added}"
+        got = f"row {row} of page {page} for sequences {first // at.shape[1]} and {second // at.shape[1]}"
         raise ValueError(f"block_table must give each new row a place of its own, got {got}")
 
 
