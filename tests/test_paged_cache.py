@@ -224,12 +224,16 @@ CODES = {
 }
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    return getattr(torch, name)
+
+
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 @pytest.mark.parametrize("name", CODES)
 def test_a_quantised_row_is_the_nearest_there_is(name, library, rng):
     """Of all codes under its scale, each number is stored as one that is nearest."""
     codes = CODES[name][np.isfinite(CODES[name])]
-    cache = fa.PagedKVCache(2, 8, 2, 16, 3, dtype=getattr(torch, name) if library == "torch" else name)
+    cache = fa.PagedKVCache(2, 8, 2, 16, 3, dtype=torch_dtype(name) if library == "torch" else name)
     sequence = filled(cache, 13)
     rows = [rng.standard_normal((1, 13, 2, dim)).astype(np.float32) for dim in (16, 3)]
     rows[0][0, 0] *= 1e-41  # scales that are subnormal
@@ -246,6 +250,35 @@ def test_a_quantised_row_is_the_nearest_there_is(name, library, rng):
         levels = scale[..., None, None].astype(np.float64) * codes
         nearest = np.abs(levels - written[0][..., None]).min(-1)
         assert (error <= nearest * (1 + 1e-5) + 1e-44 + 1e-7 * np.abs(written[0])).all()
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("dtype", [torch.float16, "int8", *map(torch_dtype, CODES)], ids=str)
+def test_rows_are_written_as_attention_writes_them(dtype, layout, rng):
+    """And what `layer` and `extend` return are arguments of it."""
+    given = [rng.standard_normal((2, 5, 2, 8)).astype(np.float32) for _ in range(2)]
+    given[0][0, 1] = 0
+    given[0][1, 1, 0, 3] = np.nan
+    if layout == "bhsd":
+        given = [array.swapaxes(1, 2) for array in given]
+    if isinstance(dtype, torch.dtype):
+        given = [torch.from_numpy(array) for array in given]
+    if dtype == torch.float16:
+        given = [tensor.to(dtype) for tensor in given]
+    caches = [cache_of(dtype=dtype, layout=layout, layers=2) for _ in range(2)]
+    for cache in caches:
+        sequences = [filled(cache, 2), filled(cache, 0)]
+        step = cache.extend(sequences, 5)
+        if cache is caches[0]:
+            cache.write(sequences, *given, layer=1)
+        else:
+            rows = {"new_key": given[0], "new_value": given[1]}
+            fa.attention_with_kvcache(given[0], **cache.layer(1), **rows, **step, backend="reference")
+    for sequence, start in zip(sequences, (2, 0), strict=True):
+        for written, appended in zip(*(cache.read(sequence, layer=1) for cache in caches), strict=True):
+            axis = 0 if layout == "bshd" else 1
+            written, appended = (np.asarray(rows).swapaxes(0, axis)[start:] for rows in (written, appended))
+            assert np.array_equal(written, appended, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", ["int8", torch.float8_e4m3fn], ids=str)
