@@ -18,6 +18,7 @@ from transformers_models import (  # noqa: E402
     BATCH,
     DECODERS,
     LENGTH,
+    PADDING,
     bart,
     build,
     llama,
@@ -87,12 +88,13 @@ def test_greedy_text_is_that_of_eager(make, padding, reads):
     cache = PagedCache(model.config, page_size=5)
     agree(generate(model, "fastattn", cache, **prompt(padding)), generate(model, "eager", **prompt(padding)))
     assert cache.get_seq_length() == LENGTH + NEW - 1 and cache.batch_size == BATCH
+    chunks = make is llama4  # a mask of their own, which reads a copy of all that was given, padding included
+    tokens_of = [LENGTH + NEW - 1 - (0 if chunks else count) for count in PADDING[padding]]
     usage = cache.usage()
-    assert usage.tokens == BATCH * (LENGTH + NEW - 1) and usage.used_pages == BATCH * 7
+    assert usage.tokens == sum(tokens_of) and usage.used_pages == sum(-(-count // 5) for count in tokens_of)
     assert usage.pages == 2 * BATCH * 5  # made for the prompt, with as much again for what follows
-    layers = model.config.num_hidden_layers
-    if make is not llama4 and padding == "none":  # its chunks are a mask of their own
-        assert reads == {"pages": layers * (NEW - 1), "copies": 0}
+    if not chunks:
+        assert reads == {"pages": model.config.num_hidden_layers * (NEW - 1), "copies": 0}
 
 
 def test_other_implementations_get_copies(reads):
@@ -202,12 +204,57 @@ def test_answers_share_their_prompt():
         assert shared.usage() == expected
 
 
-@pytest.mark.skipif(not FIVE, reason="transformers 4 has a way of its own to cut prompts")
-def test_a_prompt_in_parts_with_padding():
+@pytest.mark.parametrize("size", [1, 4, 7])
+def test_a_prompt_in_parts_with_padding(size, reads):
+    """Parts may be all padding for some sequences, and end in the middle of it."""
     model = build(llama)
-    cache = PagedCache(model.config, page_size=5)
-    actual = generate(model, "fastattn", cache, **prompt("left"), prefill_chunk_size=4)
-    agree(actual, generate(model, "eager", **prompt("left")))
+    ids, mask = tokens("left")
+    logits = {}
+    for implementation, cache in (("eager", None), ("fastattn", PagedCache(model.config, page_size=3))):
+        use(model, implementation)
+        with torch.no_grad():
+            cache = transformers.DynamicCache() if cache is None else cache
+            for end in range(size, LENGTH + size, size):
+                part, seen = ids[:, end - size : end], mask[:, :end]
+                positions = (seen.cumsum(1) - 1).clamp(min=0)[:, end - size :]
+                given = {"input_ids": part, "attention_mask": seen, "position_ids": positions}
+                logits.setdefault(implementation, []).append(model(**given, **{KEYWORD: cache}).logits)
+    actual, expected = (torch.cat(logits[name], 1)[mask.bool()] for name in ("fastattn", "eager"))
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+    assert cache.usage().tokens == mask.sum() and reads["copies"] == 0
+
+
+def test_padding_that_comes_later_is_masked_in_a_copy(reads):
+    """A second batch of prompts goes on where the first ended, with padding between."""
+    model = build(llama)
+    ids, mask = tokens("left")
+    ids, mask = torch.cat([ids, ids], 1), torch.cat([mask, mask], 1)
+    logits = []
+    for implementation, cache in (
+        ("eager", transformers.DynamicCache()),
+        ("fastattn", PagedCache(model.config, page_size=5)),
+    ):
+        use(model, implementation)
+        with torch.no_grad():
+            for part in (slice(0, LENGTH), slice(LENGTH, None)):
+                given = {"input_ids": ids[:, part], "attention_mask": mask[:, : part.stop]}
+                out = model(**given, **{KEYWORD: cache}).logits
+        logits.append(out[mask[:, LENGTH:].bool()])
+    torch.testing.assert_close(logits[1], logits[0], rtol=2e-5, atol=2e-5)
+    assert reads["copies"] > 0 and cache.usage().tokens == mask.sum() + sum(PADDING["left"])
+
+
+def test_padding_that_was_left_out_stays_hidden():
+    model = use(build(llama), "fastattn")
+    ids, mask = tokens("left")
+    cache = PagedCache(model.config)
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask, **{KEYWORD: cache})
+        with pytest.raises(
+            ValueError,
+            match=r"attention_mask must hide the padding .*, got tokens from 0 of sequence 0, which b",
+        ):
+            model(input_ids=ids[:, :1], **{KEYWORD: cache})
 
 
 def test_the_decoder_of_an_encoder():

@@ -293,7 +293,13 @@ class PagedKVCache:
         return {**arrays, "layout": self.layout}
 
     def write(
-        self, sequences: Sequence[int], key: Array, value: Array, *, start: int | None = None, layer: int = 0
+        self,
+        sequences: Sequence[int],
+        key: Array,
+        value: Array,
+        *,
+        start: int | Sequence[int] | None = None,
+        layer: int = 0,
     ) -> None:
         """Store keys and values of tokens counted before: those of a prompt, whose attention needs no cache.
 
@@ -304,8 +310,8 @@ class PagedKVCache:
         key, value : array, shape (B, n, Hkv, D) and (B, n, Hkv, Dv), or of layout "bhsd"
             In the cache's dtype; any float dtype if the cache is quantised: each row is then divided by its
             scale, the largest magnitude in it over the largest number of the dtype, and rounded to nearest.
-        start : int, optional
-            Position of the first of the n tokens. By default they are the last n of each sequence.
+        start : int or sequence of int, optional
+            Position of the first of the n tokens, in all or in each. By default they are the last n.
         layer : int
 
         Raises
@@ -404,12 +410,7 @@ class PagedKVCache:
         )
 
     def _growth(self, sequences: Sequence[int], num_tokens: int | Sequence[int]) -> dict[int, int]:
-        counts = [num_tokens] * len(sequences) if isinstance(num_tokens, (int, np.integer)) else num_tokens
-        if len(counts) != len(sequences):
-            raise ValueError(f"num_tokens must be one number, or {len(sequences)}, got {len(counts)}")
-        for count in counts:
-            _check_integer("num_tokens", count)
-        growth = dict(zip(sequences, counts, strict=True))
+        growth = dict(zip(sequences, _one_each("num_tokens", num_tokens, len(sequences)), strict=True))
         if len(growth) < len(sequences):
             raise ValueError(f"sequences must differ, got {list(sequences)}")
         return growth
@@ -427,16 +428,17 @@ class PagedKVCache:
         return {"block_table": integers(table), "cache_seqlens": integers(np.array(lengths, np.int32))}
 
     def _places(
-        self, sequences: Sequence[int], tokens: int, start: int | None
+        self, sequences: Sequence[int], tokens: int, start: int | Sequence[int] | None
     ) -> tuple[NDArray[Any], NDArray[Any]]:
         """(pages, rows), each (B, n), of tokens that are to be written."""
-        if start is not None:
-            _check_integer("start", start)
+        if start is None:
+            start = [self._table.length(sequence) - tokens for sequence in sequences]
+        else:
+            start = _one_each("start", start, len(sequences))
         pages = np.empty((len(sequences), tokens), np.int64)
         rows = np.empty_like(pages)
-        for index, sequence in enumerate(sequences):
+        for index, (sequence, first) in enumerate(zip(sequences, start, strict=True)):
             length = self._table.length(sequence)
-            first = length - tokens if start is None else start
             if first < 0 or first + tokens > length:
                 got = f"tokens {first} to {first + tokens}"
                 raise ValueError(f"sequence {sequence} has {length} tokens, got {got}: extend it first")
@@ -463,6 +465,15 @@ class PagedKVCache:
         _check_integer("layer", layer)
         if layer >= self.layers:
             raise ValueError(f"layer must be below {self.layers}, got {layer}")
+
+
+def _one_each(name: str, given: int | Sequence[int], count: int) -> Sequence[int]:
+    numbers = [given] * count if isinstance(given, (int, np.integer)) else given
+    if len(numbers) != count:
+        raise ValueError(f"{name} must be one number, or {count}, got {len(numbers)}")
+    for number in numbers:
+        _check_integer(name, number)
+    return numbers
 
 
 def _check_integer(name: str, value: Any, least: int = 0) -> None:

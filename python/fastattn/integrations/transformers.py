@@ -164,8 +164,10 @@ def attention_forward(
     if output_attentions is None:
         output_attentions = getattr(getattr(module, "config", None), "output_attentions", None)
     if isinstance(key, PagedStates) and isinstance(value, PagedStates):
-        if not output_attentions and head_mask is None and arguments.keys() <= _OF_CACHES:
-            return key.appended.attend(*as_autocast_would(query), **arguments), None
+        plain = position_bias is indices is head_mask is None and not output_attentions
+        out = _over_pages(query, key, attention_mask, arguments) if plain else None
+        if out is not None:
+            return out, None
         key, value = key.dense(), value.dense()
     query, key, value = as_autocast_would(query, key, value)  # rotary positions leave query and key float32
     result = attention(
@@ -180,6 +182,19 @@ def attention_forward(
         out = out * factors.transpose(1, 2)
         weights = None if weights is None else weights * factors
     return out, weights
+
+
+def _over_pages(
+    query: torch.Tensor, key: PagedStates, mask: torch.Tensor | None, arguments: dict[str, Any]
+) -> torch.Tensor | None:
+    """Attention to keys and values where they lie, or None where the call is more than pages know of."""
+    rule = mask.rule if isinstance(mask, RuleMask) else None
+    if rule is not None and rule.kv_starts is not None:  # padding on the left, for which there are no pages
+        arguments = {name: given for name, given in arguments.items() if name not in ("mask", "kv_lengths")}
+    if not arguments.keys() <= _OF_CACHES:
+        return None
+    (query,) = as_autocast_would(query)
+    return key.appended.attend(query, None if rule is None else rule.kv_starts, arguments)
 
 
 def _refuse_unknown(kwargs: dict[str, Any], mask: torch.Tensor | None) -> None:

@@ -54,8 +54,9 @@ class PagedCache(Cache):
 
     Notes
     -----
-    All layers keep all tokens, those with a sliding window too. Padding is kept with the rest, and masked.
-    The cache belongs to one batch until `reset`. It is for self-attention: where there is an encoder, give
+    All layers keep all tokens, those with a sliding window too. Padding on the left is not stored; it has to
+    be masked for as long as the cache is used, as `generate` does. The cache belongs to one batch until
+    `reset`. It is for self-attention: where there is an encoder, give
     ``EncoderDecoderCache(PagedCache(config), DynamicCache())``. It has no gradients.
 
     ``copy.deepcopy`` of it shares all pages until one of the two goes on: a prompt is computed once for any
@@ -90,8 +91,7 @@ class PagedCache(Cache):
 
     def reset(self) -> None:
         """Forget all tokens and the batch. The pool stays, for the next one."""
-        self._pages.select([])
-        self._pages.length = 0
+        self._pages.forget()
         for layer in self._own:
             layer.length, layer.last = 0, None
 
@@ -153,17 +153,34 @@ class PagedCache(Cache):
 
 
 class _Pages:
-    """What the layers of a cache share: the pool, the sequences of the batch, and where their tokens are."""
+    """What the layers of a cache share: the pool, the sequences of the batch, and where their tokens are.
+
+    Position p of sequence b is its token ``p - starts[b]``: what comes before is padding, which has no place.
+    """
 
     def __init__(self, layers: int, page_size: int, num_pages: int | None, dtype: torch.dtype | None) -> None:
         self.layers, self.page_size, self.num_pages, self.dtype = layers, page_size, num_pages, dtype
         self.pool: PagedKVCache | None = None
-        self.sequences: list[int] = []
-        self.length = 0  # of each sequence, of the layers that are ahead
-        self.block_table: torch.Tensor | None = None
+        self.forget()
 
-    def prepare(self, key: torch.Tensor, value: torch.Tensor) -> PagedKVCache:
-        """Return the pool, made for such rows at the first call, with a sequence for each of the batch."""
+    def forget(self) -> None:
+        """Have no sequences, and no positions."""
+        for sequence in getattr(self, "sequences", ()):
+            self._pool.free(sequence)
+        self.sequences: list[int] = []
+        self.starts: list[int] = []
+        self.length = 0  # positions, of the layers that are ahead
+        self.written = 0  # positions that some layer has written
+        self.block_table: torch.Tensor | None = None
+        self._padding: torch.Tensor | None = None  # starts, where not all are 0
+
+    @property
+    def _pool(self) -> PagedKVCache:
+        assert self.pool is not None
+        return self.pool
+
+    def prepare(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Make the pool for such rows at the first call, and a sequence for each of the batch."""
         batch, heads, tokens, head_dim = key.shape
         if self.pool is None:
             needed = batch * -(-max(1, tokens) // self.page_size)
@@ -176,47 +193,87 @@ class _Pages:
             )
         if not self.sequences:
             self.sequences = [self.pool.allocate() for _ in range(batch)]
+            self.starts = [0] * batch
         if len(self.sequences) != batch:
             held = len(self.sequences)
             raise ValueError(f"key_states must have the cache's batch of {held} sequences, got {batch}")
-        return self.pool
 
     def extend(self, length: int) -> None:
-        """Have pages for `length` tokens of each sequence."""
-        assert self.pool is not None
+        """Have pages for `length` positions of each sequence."""
         if length <= self.length:
             return
         try:
-            step = self.pool.extend(self.sequences, length - self.length)
+            step = self._pool.extend(self.sequences, length - self.length)
         except OutOfPagesError as error:
             if self.num_pages is not None:
                 raise
-            pages = self.pool.usage().pages
-            self.pool.grow(pages + max(pages, error.needed - error.free))
-            step = self.pool.extend(self.sequences, length - self.length)
+            pages = self._pool.usage().pages
+            self._pool.grow(pages + max(pages, error.needed - error.free))
+            step = self._pool.extend(self.sequences, length - self.length)
         self.block_table, self.length = step["block_table"], length
 
+    def leave_out(self, starts: Sequence[int], before: int) -> bool:
+        """Have no place for what comes before `starts`, if no sequence has; return whether that is so.
+
+        A sequence whose first `before` positions were all padding may begin later than it was thought to.
+        """
+        if self.starts == list(starts):
+            return True
+        for index, (held, start) in enumerate(zip(self.starts, starts, strict=True)):
+            if start < held:
+                got = f"tokens from {start} of sequence {index}, which began at {held} before"
+                raise ValueError(f"attention_mask must hide the padding that PagedCache left out, got {got}")
+            if start > held and (held < before or self.written > before):
+                return False
+        for sequence, start in zip(self.sequences, starts, strict=True):
+            self._pool.truncate(sequence, self.length - start)
+        self._set_starts(list(starts))
+        return True
+
+    def lengths(self, length: int) -> int | torch.Tensor:
+        """Tokens of each sequence in the first `length` positions."""
+        return length if self._padding is None else length - self._padding
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor, start: int) -> None:
+        """Store rows of the positions from `start` on."""
+        rows = key.shape[2]
+        self.written = max(self.written, start + rows)
+        if all(first <= start for first in self.starts):
+            starts = [start - first for first in self.starts]
+            self._pool.write(self.sequences, key, value, start=starts, layer=layer)
+            return
+        for index, (sequence, first) in enumerate(zip(self.sequences, self.starts, strict=True)):
+            real = slice(max(0, first - start), None)
+            own = (states[index : index + 1, :, real] for states in (key, value))
+            self._pool.write([sequence], *own, start=max(0, start - first), layer=layer)
+
+    def dense(self, layer: int, place: int, length: int) -> torch.Tensor:
+        """Return a copy of the keys (0) or values (1) of a layer, (B, Hkv, length, dim); padding is 0."""
+        rows = [self._pool.read(sequence, layer=layer)[place] for sequence in self.sequences]
+        heads, _, dim = rows[0].shape
+        out: torch.Tensor = rows[0].new_zeros(len(rows), heads, length, dim)
+        for index, first in enumerate(self.starts):
+            out[index, :, first:] = rows[index][:, : max(0, length - first)]
+        return out
+
     def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens of each sequence."""
-        if self.pool is not None and length < self.length:
-            for sequence in self.sequences:
-                self.pool.truncate(sequence, length)
-            self.length = length
+        """Forget all but the first `length` positions of each sequence."""
+        if length >= self.length:
+            return
+        for sequence, first in zip(self.sequences, self.starts, strict=True):
+            self._pool.truncate(sequence, max(0, length - first))
+        self.length, self.written = length, min(length, self.written)
+        self._set_starts([min(first, length) for first in self.starts])
 
     def select(self, order: Sequence[int]) -> None:
         """Let the batch be these of its sequences, which share pages where one comes twice."""
         if self.pool is None:
             return
-        chosen = [self.pool.fork(self.sequences[i]) for i in order]
+        chosen = [self.pool.fork(self.sequences[index]) for index in order]
         for sequence in self.sequences:
             self.pool.free(sequence)
         self.sequences = chosen
-        self.block_table = self.pool.batch(chosen)["block_table"]
-
-    def dense(self, layer: int, place: int) -> torch.Tensor:
-        """Return a copy of all keys (0) or values (1) of a layer, (B, Hkv, L, dim)."""
-        assert self.pool is not None
-        return torch.stack([self.pool.read(sequence, layer=layer)[place] for sequence in self.sequences])
+        self._set_starts([self.starts[index] for index in order])
 
     def fork(self) -> _Pages:
         """Return others with the same tokens, which share the pool and the pages in it."""
@@ -226,45 +283,59 @@ class _Pages:
             forked.sequences = [self.pool.fork(sequence) for sequence in self.sequences]
         return forked
 
+    def _set_starts(self, starts: list[int]) -> None:
+        self.starts = starts
+        self.block_table = table = self._pool.batch(self.sequences)["block_table"]
+        self._padding = torch.tensor(starts, dtype=torch.int32, device=table.device) if any(starts) else None
+
     def __del__(self) -> None:
         if self.pool is not None:  # which a fork may share
-            for sequence in self.sequences:
-                self.pool.free(sequence)
+            self.forget()
 
 
 class _Appended:
     """The rows that a layer was given last: written when attention reads the pages, or before."""
 
     def __init__(self, pages: _Pages, layer: int, key: torch.Tensor, value: torch.Tensor, start: int) -> None:
-        self.pages, self.layer = pages, layer
+        self.pages, self.layer, self.rows = pages, layer, (key, value)
         self.start, self.end = start, start + key.shape[2]
-        self.rows: tuple[torch.Tensor, torch.Tensor] | None = (key, value)  # until they are written
+        self.written = False
 
     def write(self) -> None:
         """Write the rows, unless they are."""
-        if self.rows is not None:
-            pool = self.pages.pool
-            assert pool is not None
-            pool.write(self.pages.sequences, *self.rows, start=self.start, layer=self.layer)
-            self.rows = None
+        if not self.written:
+            self.pages.write(self.layer, *self.rows, self.start)
+            self.written = True
 
-    def attend(self, query: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        """Write the rows, and attend over the pages of the layer: (B, Hq, Lq, D) to (B, Lq, Hq, Dv)."""
-        assert self.pages.pool is not None
-        new: dict[str, Any] = {"cache_seqlens": self.end}
-        if self.rows is not None:
-            new = {"cache_seqlens": self.start, "new_key": self.rows[0], "new_value": self.rows[1]}
-        pages = self.pages.pool.layer(self.layer)
+    def attend(
+        self, query: torch.Tensor, starts: Sequence[int] | None, arguments: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """Write the rows, and attend over the pages of the layer: (B, Hq, Lq, D) to (B, Lq, Hq, Dv).
+
+        `starts` says where sequences begin, after padding. None where the pages hold padding, or nothing but
+        these rows.
+        """
+        pages = self.pages
+        starts = [0] * len(pages.starts) if starts is None else starts
+        if not pages.leave_out(starts, self.start) or not self.start:
+            return None
+        if any(first > self.start for first in starts):  # not all rows are tokens
+            self.write()
+        new: dict[str, Any] = {}
+        if not self.written:
+            new = {"new_key": self.rows[0], "new_value": self.rows[1]}
+        layer, lengths = pages._pool.layer(self.layer), pages.lengths(self.start if new else self.end)
         out: torch.Tensor = attention_with_kvcache(
-            query, **pages, **new, block_table=self.pages.block_table, **arguments
+            query, **layer, **new, block_table=pages.block_table, cache_seqlens=lengths, **arguments
         )
-        self.rows = None
+        self.written = True
+        pages.written = max(pages.written, self.end)
         return out.transpose(1, 2).contiguous()
 
     def dense(self, place: int) -> torch.Tensor:
-        """Return a copy of all keys (0) or values (1) of the layer, (B, Hkv, L, dim)."""
+        """Return all keys (0) or values (1) of the layer, (B, Hkv, L, dim): these rows, or a copy."""
         self.write()
-        return self.pages.dense(self.layer, place)[:, :, : self.end]
+        return self.pages.dense(self.layer, place, self.end) if self.start else self.rows[place]
 
 
 class PagedStates(torch.Tensor):
@@ -279,7 +350,6 @@ class PagedStates(torch.Tensor):
     @staticmethod
     def __new__(cls, appended: _Appended, place: int) -> PagedStates:
         """Return a tensor without storage."""
-        assert appended.rows is not None
         rows = appended.rows[place]
         batch, heads, _, dim = rows.shape
         states: PagedStates = torch.Tensor._make_wrapper_subclass(
@@ -365,9 +435,6 @@ class _PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # of its _
             self.length = start
             raise
         self.last = _Appended(self.pages, self.index, key, value, start)
-        if not start:  # a prompt attends to its own rows
-            self.settle()
-            return key_states, value_states
         return PagedStates(self.last, 0), PagedStates(self.last, 1)
 
     def settle(self) -> None:
@@ -392,4 +459,4 @@ class _PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # of its _
 
     def _copied(self, place: int) -> torch.Tensor | None:
         self.settle()
-        return self.pages.dense(self.index, place)[:, :, : self.length] if self.length else None
+        return self.pages.dense(self.index, place, self.length) if self.length else None

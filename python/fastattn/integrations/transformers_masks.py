@@ -29,7 +29,7 @@ class Rule:
 
     Query i stands at key position ``i + query_offset``, or the last query at the last key if that is None.
     Keys count where `key_mask` (B, Lk) is True; where all the padding is on the right, `kv_lengths` (B,) says
-    the same.
+    the same, and where all that a query may see of it is on the left, `kv_starts` does.
     """
 
     causal: bool
@@ -37,6 +37,7 @@ class Rule:
     query_offset: int | None
     key_mask: torch.Tensor | None = None
     kv_lengths: torch.Tensor | None = None
+    kv_starts: tuple[int, ...] | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Return the rule as arguments of `fastattn.attention`."""
@@ -240,14 +241,16 @@ def _cutting(window: Window, causal: bool, offset: int, q_length: int, kv_length
 
 def _padding(
     mask: torch.Tensor | None, kv_length: int, kv_offset: int, seen: int
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(key_mask, kv_lengths) of a padding mask, both None where no key among the first `seen` is padding."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None, tuple[int, ...] | None]:
+    """(key_mask, kv_lengths, kv_starts) of a padding mask; None where the first `seen` keys are tokens."""
     if mask is None:
-        return None, None
+        return None, None, None
     mask = mask[:, kv_offset : kv_offset + kv_length]
     if mask[:, :seen].all() and mask.shape[1] >= min(seen, kv_length):
-        return None, None
+        return None, None, None
     mask = torch.nn.functional.pad(mask, (0, kv_length - mask.shape[1]))
-    lengths = mask.sum(1)
-    on_the_right = bool((mask == (torch.arange(kv_length, device=mask.device) < lengths[:, None])).all())
-    return mask, lengths if on_the_right else None
+    key = torch.arange(kv_length, device=mask.device)
+    lengths, begin = mask.sum(1), seen - mask[:, :seen].sum(1)
+    on_the_right = bool((mask == (key < lengths[:, None])).all())
+    on_the_left = bool((mask == (key >= begin[:, None]))[:, :seen].all())
+    return mask, lengths if on_the_right else None, tuple(begin.tolist()) if on_the_left else None
