@@ -354,6 +354,63 @@ void run_forward(const AttentionParams& p) {
   }
 }
 
+// Few queries of any type over quantised keys and values, as float32: the queries and their results are few.
+template <class Source, template <class> class Rows>
+void run_quantised(const AttentionParams& p) {
+  void (*run)(const AttentionParams&) = p.kv_dtype == DType::int8            ? run_forward<Rows<Int8>>
+                                        : p.kv_dtype == DType::float8_e4m3fn ? run_forward<Rows<Float8E4M3>>
+                                                                             : run_forward<Rows<Float8E5M2>>;
+  if (p.dtype == DType::float32) {
+    run(p);
+    return;
+  }
+  const int64_t rows = p.batch * p.query_heads * p.seqlen_q;
+  const Workspace workspace(static_cast<size_t>(rows * (p.head_dim + p.value_dim)) * sizeof(float));
+  auto* query = reinterpret_cast<float*>(workspace.data());
+  float* out = query + rows * p.head_dim;
+  AttentionParams wide = p;
+  wide.dtype = DType::float32;
+  wide.query = query;
+  wide.out = out;
+  const auto each_row = [&](const int64_t* strides, auto visit) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t head = row / p.seqlen_q;
+      visit(row, head / p.query_heads * strides[0] + head % p.query_heads * strides[1] + row % p.seqlen_q * strides[2]);
+    }
+  };
+  const auto pack = [&](int64_t (&strides)[4], int64_t columns) {
+    strides[3] = 1;
+    strides[2] = columns;
+    strides[1] = columns * p.seqlen_q;
+    strides[0] = strides[1] * p.query_heads;
+  };
+  pack(wide.query_strides, p.head_dim);
+  pack(wide.out_strides, p.value_dim);
+  each_row(p.query_strides, [&](int64_t row, int64_t index) {
+    for (int64_t d = 0; d < p.head_dim; ++d) {
+      query[row * p.head_dim + d] = to_scalar(*at<Source>(p.query, index + d * p.query_strides[3]));
+    }
+  });
+  run(wide);
+  each_row(p.out_strides, [&](int64_t row, int64_t index) {
+    for (int64_t d = 0; d < p.value_dim; ++d) {
+      from_scalar(out[row * p.value_dim + d], static_cast<Source*>(p.out) + index + d * p.out_strides[3]);
+    }
+  });
+}
+
+// `Rows`: the engines of few queries by the type that quantised keys and values are stored in.
+template <class Few, class Many, template <class> class Rows>
+void forward(const AttentionParams& p) {
+  const bool few = p.seqlen_q <= few_queries(p.dtype);
+  if (few && is_quantised(p)) {
+    run_quantised<typename Few::Source, Rows>(p);
+  } else {
+    (few ? run_forward<Few> : run_forward<Many>)(p);
+  }
+}
+
+// Of a type that goes with no quantised keys.
 template <class Few, class Many>
 void forward(const AttentionParams& p) {
   (p.seqlen_q <= few_queries(p.dtype) ? run_forward<Few> : run_forward<Many>)(p);

@@ -175,6 +175,18 @@ void read_pages(const TensorView& table, const AttentionParams& p, int64_t num_p
   }
 }
 
+void check_quantised(const AttentionParams& p, const TensorArguments& tensors) {
+  if (p.dtype == DType::float64) {
+    fail("query", "float64 goes with no quantised keys");
+  }
+  if (p.key_strides[3] != 1 || p.value_strides[3] != 1) {
+    fail("key, value", "the elements of a quantised row must be adjacent");
+  }
+  if (!tensors.bias.is_none() || !tensors.weights.is_none()) {
+    fail("bias, weights", "there are none with quantised keys");
+  }
+}
+
 }  // namespace
 
 void check_view(const char* name, const TensorView& view) {
@@ -307,6 +319,9 @@ AttentionParams make_params(const TensorArguments& tensors, Pages& pages) {
   read_scales("value_scales", tensors.value_scales, value, p.value_scales, p.value_scale_strides);
   if ((p.kv_dtype != p.dtype) != (p.key_scales != nullptr) || (p.kv_dtype != p.dtype) != (p.value_scales != nullptr)) {
     fail("key_scales, value_scales", "expected both with quantised keys and values, and neither with others");
+  }
+  if (p.kv_dtype != p.dtype) {
+    check_quantised(p, tensors);
   }
   read_outputs(tensors, p);
   read_dense(tensors, p);
