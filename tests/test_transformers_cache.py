@@ -244,6 +244,79 @@ def test_padding_that_comes_later_is_masked_in_a_copy(reads):
     assert reads["copies"] > 0 and cache.usage().tokens == mask.sum() + sum(PADDING["left"])
 
 
+@torch.no_grad()
+def steps(model, caches, *parts: dict[str, Any]) -> list[torch.Tensor]:
+    """Logits of the last part's last tokens, from each cache."""
+    return [[model(**part, **{KEYWORD: cache}).logits[:, -1] for part in parts][-1] for cache in caches]
+
+
+def test_padding_that_was_stored_is_masked_in_a_copy(reads):
+    """Under eager attention the prompt is stored whole; what follows may be computed by either."""
+    model = use(build(llama), "eager")
+    ids, mask = tokens("left")
+    caches = [transformers.DynamicCache(), PagedCache(model.config, page_size=5)]
+    steps(model, caches, {"input_ids": ids, "attention_mask": mask})
+    longer = {"input_ids": ids[:, :1], "attention_mask": torch.nn.functional.pad(mask, (0, 1), value=1)}
+    reads["copies"] = 0
+    torch.testing.assert_close(*steps(use(model, "fastattn"), caches, longer), rtol=2e-5, atol=2e-5)
+    assert reads["copies"] > 0 and reads["pages"] == 0
+
+
+def test_layers_of_one_model_may_differ():
+    """One that looks at its keys stores them with their padding; the next does so, too."""
+    _, mask = tokens("left")
+    cache = PagedCache(llama().config, page_size=5)
+    rows = torch.randn(BATCH, 2, LENGTH, 16, generator=torch.Generator().manual_seed(3))
+    for part in (slice(0, LENGTH - 2), slice(LENGTH - 2, LENGTH)):
+        seen = mask[:, : part.stop].bool()
+        positions = torch.arange(part.start, part.stop)
+        where = (
+            {"q_length": len(positions), "q_offset": part.start} if FIVE else {"cache_position": positions}
+        )
+        rule = integration.make_mask(BATCH, kv_length=part.stop, attention_mask=seen, **where)
+        for layer in (0, 1):
+            keys, values = cache.update(rows[:, :, part], -rows[:, :, part], layer)
+            if layer == 0:
+                assert torch.equal(keys + 0, rows[:, :, : part.stop])
+                continue
+            call = (torch.nn.Module().eval(), rows[:, :, part])
+            out, _ = integration.attention_forward(*call, keys, values, rule)
+            whole = rows[:, :, : part.stop]
+            expected, _ = integration.attention_forward(*call, whole, -whole, rule)
+            torch.testing.assert_close(out, expected)
+    for layer in cache.layers:
+        assert torch.equal(layer.keys, rows) and torch.equal(layer.values, -rows)
+
+
+def test_padding_goes_with_its_sequence(reads):
+    model = use(build(llama), "fastattn")
+    ids, mask = tokens("left")
+    caches = [transformers.DynamicCache(), PagedCache(model.config, page_size=5)]
+    steps(model, caches, {"input_ids": ids, "attention_mask": mask})
+    order = torch.tensor([2, 2, 0])
+    for cache in caches:
+        cache.reorder_cache(order)
+    longer = torch.nn.functional.pad(mask[order], (0, 1), value=1)
+    torch.testing.assert_close(
+        *steps(model, caches, {"input_ids": ids[:, :1], "attention_mask": longer}), rtol=2e-5, atol=2e-5
+    )
+    assert reads["copies"] == 0 and caches[1].usage().shared_pages == 3
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_a_cropped_cache_begins_anew(padding, reads):
+    model = use(build(llama), "fastattn")
+    ids, mask = tokens("left")
+    cache, other = PagedCache(model.config, page_size=5), PagedCache(model.config, page_size=5)
+    steps(model, [cache], {"input_ids": ids, "attention_mask": mask})
+    cache.crop(-LENGTH)
+    prompt_again = prompt(padding)
+    longer = torch.nn.functional.pad(prompt_again["attention_mask"], (0, 1), value=1)
+    follow = {"input_ids": ids[:, :1], "attention_mask": longer}
+    assert torch.equal(*steps(model, [cache, other], prompt_again, follow))
+    assert reads["copies"] == 0
+
+
 def test_padding_that_was_left_out_stays_hidden():
     model = use(build(llama), "fastattn")
     ids, mask = tokens("left")

@@ -161,13 +161,14 @@ class _Pages:
     def __init__(self, layers: int, page_size: int, num_pages: int | None, dtype: torch.dtype | None) -> None:
         self.layers, self.page_size, self.num_pages, self.dtype = layers, page_size, num_pages, dtype
         self.pool: PagedKVCache | None = None
+        self.sequences: list[int] = []
         self.forget()
 
     def forget(self) -> None:
         """Have no sequences, and no positions."""
-        for sequence in getattr(self, "sequences", ()):
+        for sequence in self.sequences:
             self._pool.free(sequence)
-        self.sequences: list[int] = []
+        self.sequences = []
         self.starts: list[int] = []
         self.length = 0  # positions, of the layers that are ahead
         self.written = 0  # positions that some layer has written
