@@ -29,8 +29,8 @@ def twice(setting: Setting, rng: np.random.Generator) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("place", ["end", "start"])
 @pytest.mark.parametrize("page_size", [0, 7])
-@pytest.mark.parametrize("cache_dtype", ["", *LARGEST])
-@pytest.mark.parametrize("rotary", ["", "halves", "interleaved"])
+@pytest.mark.parametrize("cache_dtype", ["", "int8", "float8_e5m2"])
+@pytest.mark.parametrize("rotary", ["", "interleaved"])
 def test_between_fences(
     kernel: Kernel, place: Place, page_size: int, cache_dtype: str, rotary: str, rng: np.random.Generator
 ) -> None:

@@ -36,7 +36,7 @@ struct ForwardTask {
 // Method::rows: finds every row of the block, wherever it stands.
 template <class E>
 inline void list_block(const ForwardTask<E>& task, KeyValueView& view) {
-  constexpr int64_t kRows = E::kBlockKeys + kPrefetchRows;
+  constexpr int64_t kRows = E::kBlockKeys + kRowsAhead<E>;
   constexpr auto kSize = static_cast<int64_t>(sizeof(typename E::Stored));
   const AttentionParams& p = task.p;
   RowTable<E>& table = task.table();
@@ -257,6 +257,11 @@ inline BlockExtent<E> score_block(const ForwardTask<E>& task, TileContext<E>& co
       fns.exponentiate(context, block_key);
     } else {
       context.edge = sight == Sight::edge;
+      if (task.p.seqlen_q < kManyQueries && &context.panel == task.panel(0) && !task.plan.layout.pack_key) {
+        for (int64_t r = 0; r < E::kKeys; ++r) {
+          prefetch_row(view.key + (block_key + r + kPrefetchRows) * view.key_stride, task.plan.layout.key_row_bytes);
+        }
+      }
       (sight == Sight::all ? fns.plain : fns.masked)(context, tile_keys<E>(task, view, key), block_key);
     }
     extent.end = block_key + E::kKeys;

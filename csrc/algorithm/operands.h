@@ -34,6 +34,16 @@ struct OperandLayout {
   }
 };
 
+// Rows that are fetched into the second-level cache ahead of a product that waits for memory.
+constexpr int64_t kPrefetchRows = 32;
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
+FASTATTN_INLINE void prefetch_row(const char* row, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += kLine) {
+    __builtin_prefetch(row + b, 0, 2);
+  }
+}
+
 template <class E>
 inline int64_t padded_value_dim(const AttentionParams& p) {
   return round_up(p.value_dim, E::kWidth);
@@ -146,6 +156,18 @@ inline const typename E::Source* read_row(const AttentionParams& p, const Stored
   return rows.strides[3] == 1 ? row : gather_row(row, rows.strides[3], rows.columns, buffer);
 }
 
+// Asks for the row that is read kPrefetchRows later.
+template <class E>
+FASTATTN_INLINE void prefetch_later(const AttentionParams& p, const StoredRows& rows, int64_t batch, int64_t head,
+                                    int64_t key) {
+  const int64_t later = key + kPrefetchRows;
+  if (later < existing_keys(p, batch)) {
+    const int64_t size = is_quantised(p) ? 1 : static_cast<int64_t>(sizeof(typename E::Source));
+    prefetch_row(static_cast<const char*>(rows.data) + row_index(p, rows.strides, batch, head, later) * size,
+                 rows.columns * size);
+  }
+}
+
 // Method::rows: rows as they are stored, without their scales.
 template <class E>
 FASTATTN_NOINLINE void copy_rows(const AttentionParams& p, const StoredRows& rows, int64_t batch, int64_t head,
@@ -235,6 +257,7 @@ FASTATTN_NOINLINE void pack_values(const AttentionParams& p, int64_t batch, int6
     for (int i = 0; i < E::kDepth; ++i) {
       const bool there = key + i < stop && (skip == nullptr || !skip[key + i - begin]);
       rows[i] = there ? read_row<E>(p, values, batch, head, key + i, gathered[i]) : kZeros;
+      prefetch_later<E>(p, values, batch, head, key + i);
     }
     if constexpr (E::kMethod == Method::tiles) {
       pack_value_step<E>(rows, p.value_dim, reinterpret_cast<char*>(steps[filled]));

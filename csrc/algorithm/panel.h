@@ -22,7 +22,8 @@ struct Panel {
   Scalar block_first[kLanes];
   Scalar block_last[kLanes];
   Scalar block_position[kLanes];
-  Scalar slope[kLanes];   // ALiBi
+  Scalar slope[kLanes];        // ALiBi
+  Scalar query_scale[kLanes];  // of queries that became integers
   double beyond[kLanes];  // what ALiBi adds for the distance between a position outside of the keys and the nearest key
 
   int live;    // lanes in use; the others repeat the last of these, and their results are dropped
@@ -217,13 +218,19 @@ FASTATTN_NOINLINE void copy_query(Panel<E>& panel, const AttentionParams& p, int
   for (int lane = 0; lane < panel.live; ++lane) {
     const auto* row = query_row<E>(panel, p, batch, lane);
     auto* out = panel.query + lane * stride;
-    for (int64_t d = 0; d < p.head_dim; d += Dot::kElements, out += E::kWidth) {
-      const int count = static_cast<int>(min64(Dot::kElements, p.head_dim - d));
-      typename E::Source piece[Dot::kElements];
-      const bool adjacent = p.query_strides[3] == 1;
-      const auto* from =
-          adjacent ? row + d : gather_row(row + d * p.query_strides[3], p.query_strides[3], count, piece);
-      E::V::store(out, Dot::load_query(from, count, factor));
+    if constexpr (Dot::kWords) {
+      typename E::Source whole[kMaxHeadDim];
+      row = p.query_strides[3] == 1 ? row : gather_row(row, p.query_strides[3], p.head_dim, whole);
+      panel.query_scale[lane] = Dot::pack_query(row, p.head_dim, factor, out);
+    } else {
+      for (int64_t d = 0; d < p.head_dim; d += Dot::kElements, out += E::kWidth) {
+        const int count = static_cast<int>(min64(Dot::kElements, p.head_dim - d));
+        typename E::Source piece[Dot::kElements];
+        const bool adjacent = p.query_strides[3] == 1;
+        const auto* from =
+            adjacent ? row + d : gather_row(row + d * p.query_strides[3], p.query_strides[3], count, piece);
+        E::V::store(out, Dot::load_query(from, count, factor));
+      }
     }
   }
 }

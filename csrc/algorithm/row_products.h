@@ -9,15 +9,15 @@
 namespace fastattn {
 namespace {
 
-// Rows that are fetched into the second-level cache ahead of the product that reads them.
-constexpr int64_t kPrefetchRows = 32;
-constexpr int64_t kLine = 64;  // bytes of a cache line
+// Rows ahead of the one that is read: as many bytes of small ones.
+template <class E>
+constexpr int64_t kRowsAhead = sizeof(typename E::Stored) == 1 ? 2 * kPrefetchRows : kPrefetchRows;
 
 // Where the rows of a key block stand, and those after it that are fetched while it is read.
 template <class E>
 struct RowTable {
-  const char* keys[E::kBlockKeys + kPrefetchRows];
-  const char* values[E::kBlockKeys + kPrefetchRows];
+  const char* keys[E::kBlockKeys + kRowsAhead<E>];
+  const char* values[E::kBlockKeys + kRowsAhead<E>];
   // What multiplies rows that are quantised. A value's scale goes into its probability, where one that is not finite
   // stands as 1: such a row is added by itself.
   alignas(64) float key_scales[E::kBlockKeys];
@@ -55,22 +55,27 @@ inline void list_copied_rows(const char* row, int64_t step, int64_t existing, in
 template <class E>
 inline void list_scales(const AttentionParams& p, int64_t batch, int64_t head, int64_t begin, int64_t end,
                         RowTable<E>& table) {
+  const auto list = [&](const float* scales, const int64_t* strides, float* out) {
+    for (int64_t key = begin; key < end;) {
+      const int64_t run = p.block_table == nullptr ? end - key : min64(end - key, p.page_size - key % p.page_size);
+      const float* from = scales + row_index(p, strides, batch, head, key);
+      for (int64_t i = 0; i < run; ++i) {
+        out[key - begin + i] = from[i * strides[2]];
+      }
+      key += run;
+    }
+  };
+  list(p.key_scales, p.key_scale_strides, table.key_scales);
+  list(p.value_scales, p.value_scale_strides, table.value_scales);
   table.odd_scales = false;
-  for (int64_t key = begin; key < end; ++key) {
-    const float scale = p.value_scales[row_index(p, p.value_scale_strides, batch, head, key)];
+  for (int64_t i = 0; i < end - begin; ++i) {
+    const float scale = table.value_scales[i];
     const bool odd = !(scale - scale == 0);
     table.odd_scales |= odd;
-    table.value_scales[key - begin] = odd ? 1 : scale;
-    table.key_scales[key - begin] = p.key_scales[row_index(p, p.key_scale_strides, batch, head, key)];
+    table.value_scales[i] = odd ? 1 : scale;
   }
   for (int64_t i = end - begin; i < E::kBlockKeys; ++i) {
     table.key_scales[i] = table.value_scales[i] = 1;
-  }
-}
-
-FASTATTN_INLINE void prefetch_row(const char* row, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; b += kLine) {
-    __builtin_prefetch(row + b, 0, 2);
   }
 }
 
@@ -104,7 +109,7 @@ FASTATTN_INLINE void dot_rows(typename E::Scalar* raw, const char* const* keys, 
       }
       // One line for each that is read: in bursts they wait for each other, and so do the loads behind them.
       if (kFetch && d * int64_t{sizeof(Stored)} % kLine == 0) {
-        __builtin_prefetch(keys[kPrefetchRows + r] + d * int64_t{sizeof(Stored)}, 0, 2);
+        __builtin_prefetch(keys[kRowsAhead<E> + r] + d * int64_t{sizeof(Stored)}, 0, 2);
       }
     }
 #pragma GCC unroll 8
@@ -129,7 +134,7 @@ FASTATTN_INLINE void dot_rows(typename E::Scalar* raw, const char* const* keys, 
     typename E::Reg eight[8];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-      eight[i] = q * kKeyRows + i < kQueries * kKeyRows ? sum[q * kKeyRows + i] : V::zero();
+      eight[i] = q * kKeyRows + i < kQueries * kKeyRows ? Dot::total(sum[q * kKeyRows + i]) : V::zero();
     }
     alignas(64) typename E::Scalar totals[8];
     V::sum_lanes(eight, totals);
@@ -199,7 +204,7 @@ FASTATTN_NOINLINE void add_rows(const typename E::Scalar* probs, const char* con
   for (int64_t key = 0; key < keys; ++key) {
     const auto* row = reinterpret_cast<const Stored*>(values[key]) + at;
     if (fetch) {
-      prefetch_row(values[key + kPrefetchRows] + at * static_cast<int64_t>(sizeof(Stored)), kBytes);
+      prefetch_row(values[key + kRowsAhead<E>] + at * static_cast<int64_t>(sizeof(Stored)), kBytes);
     }
     typename E::Reg x[kVectors];
     if constexpr (kVectors % 2 == 0) {
@@ -259,6 +264,10 @@ inline void add_columns(const Panel<E>& panel, const typename E::Scalar* probs, 
 template <class E>
 inline void add_value_rows(const Panel<E>& panel, const typename E::Scalar* probs, const char* const* values,
                            int64_t begin, int64_t end, int64_t value_dim, int64_t output_stride) {
+  if constexpr (E::Dot::kWords) {
+    E::Dot::template add_values<E>(panel, probs, values, begin, end, value_dim, output_stride);
+    return;
+  }
   constexpr int64_t kColumns = 4 * E::kWidth;
   probs += begin;
   values += begin;

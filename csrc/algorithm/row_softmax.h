@@ -51,7 +51,6 @@ FASTATTN_NOINLINE void scan_rows(TileContext<E>& context, int64_t begin, int64_t
   using V = typename E::V;
   using Scalar = typename E::Scalar;
   const auto hidden = V::set1(-static_cast<Scalar>(__builtin_inf()));
-  const auto factor = V::set1(context.rules.factor);
   const Panel<E>& panel = context.panel;
   RowTerms<E> terms;
   for (int lane = 0; lane < panel.live; ++lane) {
@@ -59,6 +58,7 @@ FASTATTN_NOINLINE void scan_rows(TileContext<E>& context, int64_t begin, int64_t
     terms.gather(context.dense, lane, begin, end);
     const auto first = V::set1(panel.block_first[lane]);
     const auto last = V::set1(panel.block_last[lane]);
+    const auto factor = V::set1(E::Dot::kWords ? context.rules.factor * panel.query_scale[lane] : context.rules.factor);
     auto peak = hidden;
     for (int64_t key = begin; key < end; key += E::kWidth) {
       auto x = V::load(row + key);

@@ -372,7 +372,7 @@ void compute(CachedCall& c, char* scratch) {
   if (c.added != 0 || c.update.query != nullptr) {
     update_caches(c.update);
   }
-  kernels().forward[static_cast<int>(p.dtype)].run(p);
+  forward_kernel(p)(p);
 }
 
 }  // namespace

@@ -176,9 +176,6 @@ void read_pages(const TensorView& table, const AttentionParams& p, int64_t num_p
 }
 
 void check_quantised(const AttentionParams& p, const TensorArguments& tensors) {
-  if (p.dtype == DType::float64) {
-    fail("query", "float64 goes with no quantised keys");
-  }
   if (p.key_strides[3] != 1 || p.value_strides[3] != 1) {
     fail("key, value", "the elements of a quantised row must be adjacent");
   }

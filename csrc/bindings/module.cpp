@@ -61,7 +61,7 @@ void attention_forward(const py::object& query, const py::object& key, const py:
                   pages);
   set_rules(p, scale, softcap, make_dropout(dropout_p, dropout_seed, dropout_offset), window_left, window_right,
             num_threads);
-  const ForwardFn run = kernels().forward[static_cast<int>(p.dtype)].run;
+  const ForwardFn run = forward_kernel(p);
   without_gil([&] { run(p); });
 }
 

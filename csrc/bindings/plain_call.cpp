@@ -153,7 +153,7 @@ py::object attention_plain_numpy(py::handle query, py::handle key, py::handle va
   }
   py::object result = empty_numpy(query, out);
   set_plain_out(out, bshd, c.params);
-  const ForwardFn run = kernels().forward[static_cast<int>(c.params.dtype)].run;
+  const ForwardFn run = forward_kernel(c.params);
   return keeping(std::move(result), [&] { run(c.params); });
 }
 
@@ -176,7 +176,7 @@ py::object attention_plain_torch(py::handle query, py::handle key, py::handle va
     set_lse(lse, p);
     result = py::make_tuple(std::move(result), std::move(log_sums));
   }
-  const ForwardFn run = kernels().forward[static_cast<int>(p.dtype)].run;
+  const ForwardFn run = forward_kernel(p);
   return keeping(std::move(result), [&] { run(p); });
 }
 

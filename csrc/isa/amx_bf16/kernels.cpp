@@ -3,6 +3,7 @@
 #include "algorithm/row_engine.h"
 #include "dispatch.h"
 #include "isa/amx_bf16/engine.h"
+#include "isa/avx512_bf16/word_product.h"
 
 namespace fastattn {
 namespace {
@@ -10,7 +11,7 @@ namespace {
 using TilesBf16 = AmxEngine<AmxBf16Product>;
 using RowsBf16 = RowEngine<VecF32, Bfloat16, WideDot<VecF32, Bfloat16>, 256, 6, 6>;
 template <class Stored>
-using ByteRows = RowEngine<VecF32, float, WideDot<VecF32, Stored>, 256, 6, 6, Stored>;
+using ByteRows = RowEngine<VecF32, float, ByteDot<Stored>, 256, 5, 5, Stored>;
 
 // Four sums, as the kernels keep; operands are zero, which the unit multiplies no faster.
 double peak_dot_bf16(int64_t rounds) {

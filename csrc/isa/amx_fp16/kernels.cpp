@@ -3,6 +3,7 @@
 #include "algorithm/row_engine.h"
 #include "dispatch.h"
 #include "isa/amx_bf16/engine.h"
+#include "isa/avx512_bf16/word_product.h"
 
 namespace fastattn {
 namespace {
@@ -57,7 +58,7 @@ struct AmxFp16Product {
 using TilesF16 = AmxEngine<AmxFp16Product>;
 using RowsF16 = RowEngine<VecF32, Float16, WideDot<VecF32, Float16>, 256, 6, 6>;
 template <class Stored>
-using ByteRows = RowEngine<VecF32, float, WideDot<VecF32, Stored>, 256, 6, 6, Stored>;
+using ByteRows = RowEngine<VecF32, float, ByteDot<Stored>, 256, 5, 5, Stored>;
 
 }  // namespace
 

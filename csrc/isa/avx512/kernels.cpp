@@ -16,7 +16,7 @@ using EngineF32 = Engine<VecF32, Source, FmaProduct<VecF32>, 8, 2, 8, 256, true>
 template <class Source>
 using RowsF32 = RowEngine<VecF32, Source, WideDot<VecF32, Source>, 256, 6, 6>;
 template <class Stored>
-using ByteRows = RowEngine<VecF32, float, WideDot<VecF32, Stored>, 256, 6, 6, Stored>;
+using ByteRows = RowEngine<VecF32, float, WideDot<VecF32, Stored>, 256, 5, 5, Stored>;
 using EngineF64 = Engine<VecF64, double, FmaProduct<VecF64>, 8, 2, 8, 256, true>;
 // The backward keeps P and dS of a block for eight panels in cache: shorter blocks.
 template <class V, class Source>
