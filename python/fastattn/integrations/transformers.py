@@ -49,6 +49,7 @@ _HARMLESS = frozenset(
 )
 # Arguments of `fastattn.attention` that `fastattn.attention_with_kvcache` has, too.
 _OF_CACHES = frozenset({"scale", "softcap", "sinks", "causal", "window"})
+_PADDING = frozenset({"mask", "kv_starts", "kv_lengths"})  # how a rule says that keys are padding
 # Sequences packed into one row. A mask, where there is one, already keeps them apart.
 _PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
 
@@ -146,6 +147,7 @@ def attention_forward(
     _refuse_unknown(kwargs, attention_mask)
     if query.shape[0] == 1 != key.shape[0]:  # learned queries, shared by the batch
         query = query.expand(key.shape[0], -1, -1, -1)
+    query, key, value = as_autocast_would(query, key, value)  # rotary positions leave query and key float32
 
     arguments: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
     if attention_mask is None:
@@ -158,21 +160,20 @@ def attention_forward(
     if indices is not None:
         chosen = _chosen(indices, key.shape[2])
         arguments["mask"] = chosen & arguments["mask"] if "mask" in arguments else chosen
-    if dropout and module.training:
-        arguments["dropout_p"] = float(dropout)
 
     if output_attentions is None:
         output_attentions = getattr(getattr(module, "config", None), "output_attentions", None)
     if isinstance(key, PagedStates) and isinstance(value, PagedStates):
-        plain = position_bias is indices is head_mask is None and not output_attentions
+        drops = dropout and module.training
+        plain = position_bias is indices is head_mask is None and not (output_attentions or drops)
         out = _over_pages(query, key, attention_mask, arguments) if plain else None
         if out is not None:
             return out, None
         key, value = key.dense(), value.dense()
-    query, key, value = as_autocast_would(query, key, value)  # rotary positions leave query and key float32
     result = attention(
         *(rows.transpose(1, 2) for rows in (query, key, value)),
         layout="bshd",
+        dropout_p=float(dropout) if module.training else 0.0,
         return_weights=bool(output_attentions),
         **arguments,
     )
@@ -189,12 +190,11 @@ def _over_pages(
 ) -> torch.Tensor | None:
     """Attention to keys and values where they lie, or None where the call is more than pages know of."""
     rule = mask.rule if isinstance(mask, RuleMask) else None
-    if rule is not None and rule.kv_starts is not None:  # padding on the left, for which there are no pages
-        arguments = {name: given for name, given in arguments.items() if name not in ("mask", "kv_lengths")}
+    if rule is not None and rule.begins is not None:  # padding on the left, for which there are no pages
+        arguments = {name: given for name, given in arguments.items() if name not in _PADDING}
     if not arguments.keys() <= _OF_CACHES:
         return None
-    (query,) = as_autocast_would(query)
-    return key.appended.attend(query, None if rule is None else rule.kv_starts, arguments)
+    return key.appended.attend(query, None if rule is None else rule.begins, arguments)
 
 
 def _refuse_unknown(kwargs: dict[str, Any], mask: torch.Tensor | None) -> None:

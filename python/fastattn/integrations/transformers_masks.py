@@ -8,7 +8,7 @@ else (packed sequences, chunks, image blocks) becomes a dense bool mask.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Rule:
 
     Query i stands at key position ``i + query_offset``, or the last query at the last key if that is None.
     Keys count where `key_mask` (B, Lk) is True; where all the padding is on the right, `kv_lengths` (B,) says
-    the same, and where all that a query may see of it is on the left, `kv_starts` does.
+    the same.
     """
 
     causal: bool
@@ -37,7 +37,8 @@ class Rule:
     query_offset: int | None
     key_mask: torch.Tensor | None = None
     kv_lengths: torch.Tensor | None = None
-    kv_starts: tuple[int, ...] | None = None
+    # Where each sequence begins, if what queries may see of padding is on the left: for a cache without it.
+    begins: tuple[int, ...] | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Return the rule as arguments of `fastattn.attention`."""
@@ -187,9 +188,12 @@ def make_mask(
 
     causal, window = band
     offset = int(q_offset) - kv_offset
-    padding = _padding(attention_mask, kv_length, kv_offset, seen=offset + q_length if causal else kv_length)
+    seen = offset + q_length if causal else kv_length
+    padding = _padding(attention_mask, kv_length, kv_offset, seen=seen)
     window = _cutting(window, causal, offset, q_length, kv_length)
     rule = Rule(causal, window, None if offset + q_length == kv_length else offset, *padding)
+    if padding[0] is not None:
+        rule = replace(rule, begins=_begins(padding[0][:, :seen]))
     return RuleMask(rule, (batch_size, 1, q_length, kv_length), torch.device(device))
 
 
@@ -241,16 +245,21 @@ def _cutting(window: Window, causal: bool, offset: int, q_length: int, kv_length
 
 def _padding(
     mask: torch.Tensor | None, kv_length: int, kv_offset: int, seen: int
-) -> tuple[torch.Tensor | None, torch.Tensor | None, tuple[int, ...] | None]:
-    """(key_mask, kv_lengths, kv_starts) of a padding mask; None where the first `seen` keys are tokens."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(key_mask, kv_lengths) of a padding mask, both None where no key among the first `seen` is padding."""
     if mask is None:
-        return None, None, None
+        return None, None
     mask = mask[:, kv_offset : kv_offset + kv_length]
     if mask[:, :seen].all() and mask.shape[1] >= min(seen, kv_length):
-        return None, None, None
+        return None, None
     mask = torch.nn.functional.pad(mask, (0, kv_length - mask.shape[1]))
-    key = torch.arange(kv_length, device=mask.device)
-    lengths, begin = mask.sum(1), seen - mask[:, :seen].sum(1)
-    on_the_right = bool((mask == (key < lengths[:, None])).all())
-    on_the_left = bool((mask == (key >= begin[:, None]))[:, :seen].all())
-    return mask, lengths if on_the_right else None, tuple(begin.tolist()) if on_the_left else None
+    lengths = mask.sum(1)
+    on_the_right = bool((mask == (torch.arange(kv_length, device=mask.device) < lengths[:, None])).all())
+    return mask, lengths if on_the_right else None
+
+
+def _begins(mask: torch.Tensor) -> tuple[int, ...] | None:
+    """Where the tokens of each sequence begin in a padding mask; None where padding comes after them."""
+    begins = mask.shape[1] - mask.sum(1)
+    on_the_left = mask == (torch.arange(mask.shape[1], device=mask.device) >= begins[:, None])
+    return tuple(begins.tolist()) if on_the_left.all() else None
