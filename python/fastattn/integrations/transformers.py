@@ -47,11 +47,11 @@ _HARMLESS = frozenset(
         "use_cache",
     }
 )
+# Sequences packed into one row. A mask, where there is one, already keeps them apart.
+_PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
 # Arguments of `fastattn.attention` that `fastattn.attention_with_kvcache` has, too.
 _OF_CACHES = frozenset({"scale", "softcap", "sinks", "causal", "window"})
 _PADDING = frozenset({"mask", "kv_starts", "kv_lengths"})  # how a rule says that keys are padding
-# Sequences packed into one row. A mask, where there is one, already keeps them apart.
-_PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
 
 
 def register(name: str = "fastattn") -> None:
@@ -185,18 +185,6 @@ def attention_forward(
     return out, weights
 
 
-def _over_pages(
-    query: torch.Tensor, key: PagedStates, mask: torch.Tensor | None, arguments: dict[str, Any]
-) -> torch.Tensor | None:
-    """Attention to keys and values where they lie, or None where the call is more than pages know of."""
-    rule = mask.rule if isinstance(mask, RuleMask) else None
-    if rule is not None and rule.begins is not None:  # padding on the left, for which there are no pages
-        arguments = {name: given for name, given in arguments.items() if name not in _PADDING}
-    if not arguments.keys() <= _OF_CACHES:
-        return None
-    return key.appended.attend(query, None if rule is None else rule.begins, arguments)
-
-
 def _refuse_unknown(kwargs: dict[str, Any], mask: torch.Tensor | None) -> None:
     """Raise for every argument that would be ignored although it changes what is computed."""
     given = {name for name, argument in kwargs.items() if argument is not None} - _HARMLESS
@@ -237,6 +225,18 @@ def _mask_arguments(mask: torch.Tensor, query: torch.Tensor, seqlen_k: int) -> d
     if mask.dtype == torch.bool:
         return {"mask": mask}
     return {"bias": _as_bias(mask, query)}
+
+
+def _over_pages(
+    query: torch.Tensor, key: PagedStates, mask: torch.Tensor | None, arguments: dict[str, Any]
+) -> torch.Tensor | None:
+    """Attention to keys and values where they lie, or None where the call is more than pages know of."""
+    rule = mask.rule if isinstance(mask, RuleMask) else None
+    if rule is not None and rule.begins is not None:  # padding on the left, for which there are no pages
+        arguments = {name: given for name, given in arguments.items() if name not in _PADDING}
+    if not arguments.keys() <= _OF_CACHES:
+        return None
+    return key.appended.attend(query, None if rule is None else rule.begins, arguments)
 
 
 def _chosen(indices: torch.Tensor, seqlen_k: int) -> torch.Tensor:

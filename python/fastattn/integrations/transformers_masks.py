@@ -233,6 +233,13 @@ def _closure(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
         yield name, cell.cell_contents
 
 
+def _begins(mask: torch.Tensor) -> tuple[int, ...] | None:
+    """Where the tokens of each sequence begin in a padding mask; None where padding comes after them."""
+    begins = mask.shape[1] - mask.sum(1)
+    on_the_left = mask == (torch.arange(mask.shape[1], device=mask.device) >= begins[:, None])
+    return tuple(begins.tolist()) if on_the_left.all() else None
+
+
 def _cutting(window: Window, causal: bool, offset: int, q_length: int, kv_length: int) -> Window:
     """`window` without the bounds that no pair of these positions crosses."""
     left, right = window
@@ -256,10 +263,3 @@ def _padding(
     lengths = mask.sum(1)
     on_the_right = bool((mask == (torch.arange(kv_length, device=mask.device) < lengths[:, None])).all())
     return mask, lengths if on_the_right else None
-
-
-def _begins(mask: torch.Tensor) -> tuple[int, ...] | None:
-    """Where the tokens of each sequence begin in a padding mask; None where padding comes after them."""
-    begins = mask.shape[1] - mask.sum(1)
-    on_the_left = mask == (torch.arange(mask.shape[1], device=mask.device) >= begins[:, None])
-    return tuple(begins.tolist()) if on_the_left.all() else None
