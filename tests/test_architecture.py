@@ -18,15 +18,8 @@ PACKAGE = ROOT / "python" / "fastattn"
 # Python: room -> the rooms that it may import. A room is a module or a subpackage of fastattn.
 PYTHON_ARROWS: dict[str, set[str]] = {
     "__init__": {
-        "functional",
-        "kvcache",
-        "merge",
-        "explanation",
-        "ops",
-        "torch",
-        "integrations",
-        "_config",
-        "_threads",
+        *("functional", "kvcache", "merge", "paged_cache", "explanation", "ops", "torch", "integrations"),
+        *("_config", "_threads"),
     },
     "__main__": {"cli"},
     "_core": set(),
@@ -58,10 +51,13 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "kvcache": {"torch_ops", "dispatch", "cache_problem", "outputs", "arrays", "problem"},
     "ops": {"functional", "torch_ops", "gradients", "dispatch", "problem", "arrays"},
     "merge": {"problem", "arrays"},
+    "page_table": set(),
+    "page_pool": {"problem", "arrays", "float8"},
+    "paged_cache": {"page_pool", "page_table", "problem", "arrays"},
     "explanation": {"dispatch", "problem", "arrays"},
     "_config": {"_core", "_threads", "backends"},
     "nn": {"functional"},
-    "integrations": {"functional", "backends"},
+    "integrations": {"functional", "backends", "kvcache", "paged_cache"},
     "viz": set(),
     "cli": {"__init__"},
 }

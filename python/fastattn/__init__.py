@@ -13,6 +13,7 @@ from fastattn.explanation import Explanation, explain
 from fastattn.functional import attention
 from fastattn.kvcache import attention_with_kvcache
 from fastattn.merge import merge_states
+from fastattn.paged_cache import OutOfPagesError, PagedKVCache
 
 if TYPE_CHECKING:
     from fastattn.integrations.torch_sdpa import scaled_dot_product_attention as scaled_dot_product_attention
@@ -22,6 +23,8 @@ __version__ = version("fastattn")
 
 __all__ = [
     "Explanation",
+    "OutOfPagesError",
+    "PagedKVCache",
     "__version__",
     "attention",
     "attention_with_kvcache",
