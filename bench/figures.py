@@ -29,6 +29,11 @@ _HEADS = 8  # where a row does not say how many
 
 def table(runs: list[Run]) -> str:
     """What stands between the comments; of a row measured twice, the later figures."""
+    return decode_table(runs) if runs[-1].suite == "decode" else square_table(runs)
+
+
+def square_table(runs: list[Run]) -> str:
+    """Of as many queries as keys: a row a dtype and length, a column a head size and rule."""
     cells: dict[str, dict[tuple[int, bool], str]] = {}
     shares: dict[str, list[float]] = {}
     for run in runs:
@@ -44,23 +49,75 @@ def table(runs: list[Run]) -> str:
         for label, row in cells.items()
     )
     quoted = ", ".join(f"{dtype} {_range(values)}" for dtype, values in shares.items())
+    rates = "GFLOP/s, and in brackets times PyTorch:"
     return (
-        f"{_caption(runs[-1])}\n\n{header}{''.join(lines)}\n"
+        f"{_caption(runs[-1], f'batch 1, {_HEADS} heads unless said')} {rates}\n\n{header}{''.join(lines)}\n"
         f"Of the ceiling that was read beside each sample: {quoted}.\n"
     )
+
+
+def decode_table(runs: list[Run]) -> str:
+    """Of a few queries over caches: a row a cache, a column a dtype, the other libraries' times over ours."""
+    cells: dict[str, dict[str, str]] = {}
+    for run in runs:
+        for row in run.rows:
+            if label := _cache_label(row):
+                cells.setdefault(label, {})[row.dtype] = _cache_cell(run, row)
+    dtypes = [
+        dtype for dtype in ("float32", "bfloat16", "float16") if any(dtype in row for row in cells.values())
+    ]
+    lines = (
+        f"| {label} | {' | '.join(row.get(dtype, '') for dtype in dtypes)} |\n"
+        for label, row in cells.items()
+    )
+    vllm = next((run.versions["vllm"] for run in reversed(runs) if "vllm" in run.versions), "")
+    told = (
+        "Times, shares\nof the streaming read measured beside each sample, where reading is the limit, "
+        f"and in brackets times PyTorch{vllm and f' and times the CPU kernel of vLLM {vllm}'}:"
+    )
+    return (
+        f"{_caption(runs[-1], '32 query heads on 8, D128, unless said')} {told}\n\n"
+        f"| | {' | '.join(dtypes)} |\n|---|{'--:|' * len(dtypes)}\n{''.join(lines)}"
+    )
+
+
+def _cache_label(row: Row) -> str:
+    """What a row of the table is called; "" for one that the picture has."""
+    kept, case = row.case.get("kept"), row.case.get("case", row.case)
+    if kept is not None:
+        return f"1 query, 8192 keys in {kept}, against bfloat16"
+    queries, keys, batch = case["seqlen_q"], case["seqlen_k"], case["batch"]
+    if queries not in (1, 8):
+        return ""
+    label = f"{queries} quer{'y' if queries == 1 else 'ies'}, {keys} keys"
+    if batch > 1:
+        label = f"{batch} sequences of 100 to {keys} keys"
+    heads, kv_heads = case["query_heads"], case["kv_heads"]
+    return label if (heads, kv_heads) == (32, 8) else f"{label}, {heads}/{kv_heads} heads"
+
+
+def _cache_cell(run: Run, row: Row) -> str:
+    found = run.figures(row, "fastattn")
+    if found is None:
+        return ""
+    if "kept" in row.case:
+        return f"{report.time(found.seconds)} ({run.of_base(row, 'fastattn'):.2f}x)"
+    share = f", {found.share:.0%}" if row.limit.kind == "read" else ""
+    ratios = [report.best_peer(run, row, [peer])[1] for peer in ("torch", "vllm")]
+    told = ", ".join(f"{ratio:.1f}x" if ratio < 10 else f"{ratio:.0f}x" for ratio in ratios if ratio == ratio)
+    return f"{report.time(found.seconds)}{share}{told and f' ({told})'}"
 
 
 def _range(shares: list[float]) -> str:
     return f"{min(shares):.0%}" if len(shares) == 1 else f"{100 * min(shares):.0f} to {max(shares):.0%}"
 
 
-def _caption(run: Run) -> str:
+def _caption(run: Run, sizes: str) -> str:
     cpu = run.machine["cpu"].replace("(R)", "").replace(" Processor", "")
     torch = run.versions.get("torch", "").split("+")[0]
     return (
-        f"`python -m bench {run.suite}`: batch 1, {_HEADS} heads unless said, {run.threads} threads of an "
-        f"{cpu} ({run.machine['isa']}),\nbeside PyTorch {torch} in the same run, {run.when[:10]}. "
-        "GFLOP/s, and in brackets times PyTorch:"
+        f"`python -m bench {run.suite}`: {sizes}, {run.threads} threads of an "
+        f"{cpu} ({run.machine['isa']}),\nbeside PyTorch {torch} in the same run, {run.when[:10]}."
     )
 
 

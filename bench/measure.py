@@ -87,7 +87,7 @@ def _enter(
     except PeerError as error:
         return Contestant("absent", str(error))
     try:
-        status, answer = worker.ask("prepare", number, job.case, job.dtype, job.mode, job.library, job.reads)
+        status, answer = worker.ask("prepare", number, job.case, job.dtype, job.mode, job.library, job.cold)
     except PeerError as error:
         if worker.ended:
             workers.discard(worker)

@@ -37,6 +37,7 @@ def draw(run: Run, stem: Path) -> list[Path]:
         "bars": bars,
         "roofline": roofline,
         "lengths": lengths,
+        "queries": queries,
     }
     with plt.rc_context(
         {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
@@ -189,6 +190,58 @@ def _length_panel(ax: Axes, run: Run, rows: list[Row], names: list[str]) -> None
             )
     ax.set(xscale="log", yscale="log")
     ax.set_xticks([row.case["seqlen_q"] for row in rows])
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.minorticks_off()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.grid(True, color="#e8e6e1", linewidth=0.6)
+    ax.set_axisbelow(True)
+
+
+def queries(run: Run) -> Figure | None:
+    """Milliseconds of a few queries over one cache, a panel a dtype, and the time that reading it takes."""
+    names = ["fastattn", *(name for name in run.peers() if name != "fastattn")]
+    panels: dict[str, list[Row]] = {}
+    for row in run.rows:
+        if re.fullmatch(r"queries-\d+-s8192|decode-32x8-s8192", row.name) and run.figures(row, "fastattn"):
+            panels.setdefault(row.dtype, []).append(row)
+    panels = {dtype: rows for dtype, rows in panels.items() if len(rows) > 2}
+    if not panels:
+        return None
+    size = (4.4 * len(panels) + 0.6, 4.2)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=size, layout="constrained", squeeze=False, sharey=True
+    )
+    for ax, (dtype, rows) in zip(axes.flat, panels.items(), strict=True):
+        _query_panel(ax, run, sorted(rows, key=lambda row: int(row.case["seqlen_q"])), names)
+        ax.set_title(f"{dtype}, 32 heads on 8, 8192 keys, D 128", loc="left")
+        ax.set_xlabel("queries")
+    axes[0, 0].set_ylabel("milliseconds")
+    handles = [plt.Line2D([], [], color=_colour(name), marker="o", markersize=4) for name in names]
+    handles.append(plt.Line2D([], [], color=_GREY, linestyle="--", linewidth=1))
+    labels = [*names, "keys and values read once"]
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.suptitle(_title(run), x=0.01, ha="left", fontsize=10)
+    return figure
+
+
+def _query_panel(ax: Axes, run: Run, rows: list[Row], names: list[str]) -> None:
+    for name in reversed(names):
+        points = [
+            (row.case["seqlen_q"], 1e3 * found.seconds)
+            for row in rows
+            if (found := run.figures(row, name)) is not None
+        ]
+        if points:
+            width = 2.2 if name == "fastattn" else 1.2
+            ax.plot(
+                *zip(*points, strict=True), color=_colour(name), marker="o", markersize=4, linewidth=width
+            )
+    first = run.figures(rows[0], "fastattn")
+    if first is not None and rows[0].limit.kind == "read":
+        ax.axhline(1e3 * first.seconds * first.share, color=_GREY, linestyle="--", linewidth=1)
+    ax.set(xscale="log", yscale="log")
+    ax.set_xticks([row.case["seqlen_q"] for row in rows if row.case["seqlen_q"] != 63])
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.minorticks_off()

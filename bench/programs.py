@@ -1,4 +1,4 @@
-"""Programs: more than a call of attention, run whole by fastattn and by torch."""
+"""Programs: more than a call of attention, run whole."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ class Program:
     """Stands where a job may have a `Case`. A subclass adds sizes, and how the program is made from them."""
 
     unit: ClassVar[str]  # of work a second
+    peers: ClassVar[tuple[str, ...]] = ("fastattn", "torch")  # who can run it
     name: str
 
     def work(self, mode: str) -> float:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from bench import work
+from bench.caches import CacheCase
 from bench.models import CASES as MODELS
 from bench.modules import CASES as MODULES
 from bench.programs import Program
@@ -46,6 +47,13 @@ class Job:
         case = self.case
         one_query = isinstance(case, Case) and case.seqlen_q == 1 and case.seqlen_k >= 1024
         return one_query and self.mode == "forward"
+
+    @property
+    def cold(self) -> bool:
+        """Whether keys and values are to come from memory: a few queries, as in decoding, over many keys."""
+        case = self.case
+        few = isinstance(case, Case) and 8 * case.seqlen_q <= case.seqlen_k >= 1024
+        return few and self.mode == "forward"
 
     @property
     def unit(self) -> str:
@@ -98,6 +106,22 @@ def _small() -> list[Job]:
         Job(shapes.MICRO[0], "float32", library="numpy"),
         *_jobs((*shapes.DECODE_ROWS, *few), "float32", "bfloat16"),
         *_jobs(shapes.DECODE_ROWS[:2], "float16"),
+    ]
+
+
+def _decode() -> list[Job]:
+    """Half precision last, whose sweep over queries takes longest."""
+    one, ragged = shapes.DECODE_ROWS[:3], shapes.RAGGED
+    kept = CacheCase("cache-32x8-s8192", one[1])
+    quantised = (
+        replace(kept, name=f"cache-{name}-32x8-s8192", kept=name) for name in ("int8", "float8_e4m3fn")
+    )
+    return [
+        *_jobs(one, "float32", *HALVES),
+        Job(ragged, "bfloat16"),
+        *(Job(case, "bfloat16", base=Job(kept, "bfloat16")) for case in quantised),
+        *_jobs([shapes.SHORT_CACHE], "float32", "bfloat16"),
+        *_jobs(shapes.FEW_QUERIES, "bfloat16", "float32"),
     ]
 
 
@@ -155,6 +179,12 @@ def _modules() -> list[Job]:
 SUITES = {
     "prefill": Suite("as many queries as keys, from 512 to 8192, all head sizes", _prefill),
     "small": Suite("calls of microseconds, one query, and a few", _small),
+    "decode": Suite(
+        "one query to 128 over a cache: whole, ragged, quantised, short",
+        _decode,
+        ("fastattn", "torch", "vllm"),
+        "the cache in bfloat16",
+    ),
     "masks": Suite(
         "masks, biases, softcap, ALiBi, sinks, windows, beside the plain call", _masks, base="the plain call"
     ),

@@ -12,6 +12,8 @@ from tests.shapes import Case
 # Spelled out: the environment of the other peers, where this is imported too, has no fastattn.
 MODES = ("forward", "backward", "training")  # training: forward and backward
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+# Calls that read a cache get so many bytes of keys and values in turn; so does the streaming read.
+_COLD_BYTES = 256 << 20
 
 
 def useful_flops(case: Case, mode: str = "forward") -> int:
@@ -27,9 +29,15 @@ def useful_flops(case: Case, mode: str = "forward") -> int:
 
 
 def kv_bytes(case: Case, dtype: str) -> int:
-    """What one query of every head must read."""
-    rows = case.batch * case.kv_heads * case.seqlen_k
-    return rows * (case.head_dim + case.value_dim) * ITEM_BYTES[dtype]
+    """What one query of every head must read: of a cache, no more than the lengths of its sequences."""
+    lengths = case.options().get("kv_lengths")
+    tokens = case.batch * case.seqlen_k if lengths is None else int(lengths.sum())
+    return tokens * case.kv_heads * (case.head_dim + case.value_dim) * ITEM_BYTES[dtype]
+
+
+def copies_that_no_cache_holds(bytes_each: int) -> int:
+    """How many copies, used in turn, come from memory each time."""
+    return -(-_COLD_BYTES // bytes_each)
 
 
 def all_bytes(case: Case, dtype: str, mode: str = "forward") -> int:

@@ -25,8 +25,6 @@ from tests.shapes import Case
 # A turn is timed in batches long beside the clock's resolution.
 _BATCH_SECONDS = 2e-3
 _LONG = 0.1  # seconds of a call that needs no warming up
-# Calls that read get so many keys and values in turn that no cache holds them; so does the streaming read.
-_COLD_BYTES = 256 << 20
 
 
 class Worker:
@@ -41,23 +39,25 @@ class Worker:
         self, number: int, case: Any, dtype: str, mode: str, library: str = "torch", cold: bool = False
     ) -> tuple[str, Any]:
         """("refused", why), or ("ready", the outcome of a first call: an output, or arrays by name)."""
+        if reason := self.refuses(case, dtype, mode):
+            return "refused", reason
         if not isinstance(case, Case):
             run, read = case.prepare(self.peer.name, dtype, mode)
-        elif reason := self.refuses(case, dtype, mode):
-            return "refused", reason
         elif mode != "forward":
             run, read = gradients.prepare(self.peer, draw_to_differentiate(case, dtype), mode)
         else:
             kept = library if self.peer.name == "fastattn" else self.peer.library
-            copies = -(-_COLD_BYTES // work.kv_bytes(case, dtype)) if cold else 1
+            copies = work.copies_that_no_cache_holds(work.kv_bytes(case, dtype)) if cold else 1
             run = _rotate([self.peer.prepare(call) for call in draw(case, dtype, kept, copies)])
             read = partial(self.peer.read, case=case)
         outcome = read(run())  # the first copy's, which has the oracle's numbers
         self.runs[number] = run
         return "ready", outcome
 
-    def refuses(self, case: Case, dtype: str, mode: str) -> str:
+    def refuses(self, case: Any, dtype: str, mode: str) -> str:
         """Why the peer cannot do it; "" where it can."""
+        if not isinstance(case, Case):
+            return "" if self.peer.name in case.peers else f"done by {', '.join(case.peers)} alone"
         if mode != "forward" and not self.peer.differentiates:
             return "no backward"
         return self.peer.refuses(case, dtype)

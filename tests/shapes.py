@@ -12,8 +12,9 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 LIBRARIES = ("numpy", "torch")
 # Arguments that are arrays; a Case names those it wants and draws them itself.
 ARRAYS = ("mask", "padding", "bias", "kv_lengths", "query_offset", "alibi_slopes", "sinks")
-# Dense ones only benchmarks ask for: a mask with 1% holes, the causal rule as a mask, one bias for all heads.
-DENSE = {"holes": "mask", "triangle": "mask", "shared_bias": "bias"}
+# Only benchmarks ask for these: a mask with 1% holes, the causal rule as a mask, one bias for all heads, and
+# lengths from 100 to all keys.
+FIXED = {"holes": "mask", "triangle": "mask", "shared_bias": "bias", "ragged": "kv_lengths"}
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class Case:
     causal: bool | str = False
     window: tuple[int | None, int | None] | None = None
     softcap: float = 0.0
-    arrays: tuple[str, ...] = ()  # of ARRAYS and DENSE
+    arrays: tuple[str, ...] = ()  # of ARRAYS and FIXED
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "value_dim", self.value_dim or self.head_dim)
         object.__setattr__(self, "kv_heads", self.kv_heads or self.query_heads)
-        assert set(self.arrays) <= {*ARRAYS, *DENSE}, self.arrays
+        assert set(self.arrays) <= {*ARRAYS, *FIXED}, self.arrays
 
     @property
     def scores_shape(self) -> tuple[int, int, int, int]:
@@ -63,7 +64,7 @@ class Case:
         options: dict[str, Any] = {"causal": self.causal, "window": self.window, "softcap": self.softcap}
         for name in self.arrays:
             values, own_dtype = self._draw(name, self._rng(name, seed))
-            argument = "mask" if name == "padding" else DENSE.get(name, name)
+            argument = "mask" if name == "padding" else FIXED.get(name, name)
             options[argument] = convert(values, own_dtype or dtype, library)
         return options
 
@@ -80,6 +81,8 @@ class Case:
             return np.tri(seqlen_q, seqlen_k, seqlen_k - seqlen_q, dtype=bool)[None, None], "bool"
         if name == "shared_bias":
             return rng.standard_normal((1, 1, seqlen_q, seqlen_k)), ""
+        if name == "ragged":
+            return np.linspace(min(100, seqlen_k), seqlen_k, batch).astype(np.int64), "int64"
         if name == "padding":
             return np.arange(seqlen_k) < rng.integers(1, seqlen_k + 1, (batch, 1, 1, 1)), "bool"
         if name == "bias":
@@ -255,7 +258,7 @@ VARIATIONS = (
 WINDOW = Case("window-256-s8192", 8192, 8192, 64, query_heads=8, causal=True, window=(255, 0))
 
 FEW_QUERIES = tuple(
-    _decode(f"queries-{length}-s8192", 8192, 32, 8, length) for length in (2, 4, 8, 16, 32, 63)
+    _decode(f"queries-{length}-s8192", 8192, 32, 8, length) for length in (2, 4, 8, 16, 32, 63, 64, 128)
 )
 DECODE_ROWS = (
     _decode("decode-32x32-s8192", 8192, 32, 32),
@@ -263,6 +266,8 @@ DECODE_ROWS = (
     _decode("decode-28x4-s8192", 8192, 28, 4),
     _decode("decode-8-sequences-32x8-s2048", 2048, 32, 8, batch=8),
 )
+RAGGED = replace(_decode("decode-8-sequences-32x8-s100-to-s8000", 8000, 32, 8, batch=8), arrays=("ragged",))
+SHORT_CACHE = _decode("decode-32x8-s64", 64, 32, 8)
 MICRO = tuple(
     Case(f"micro-{b}x{h}x{s}x{d}", s, s, d, batch=b, query_heads=h)
     for b, h, s, d in (

@@ -12,6 +12,7 @@ pytest.importorskip("rich")
 
 from bench import models, work
 from bench.accuracy import PRECISION, Answers, checked_rows, gradients, truth
+from bench.caches import CacheCase
 from bench.ceilings import Limit, limit_of
 from bench.gradients import INPUTS
 from bench.modules import ModuleCase
@@ -20,7 +21,7 @@ from bench.suites import SUITES, Job, select
 from bench.worker import Worker, draw
 from bench.workers import PeerError, Workers
 from fastattn import reference
-from tests.shapes import ARRAYS, DECODE_ROWS, DENSE, FEW_QUERIES, OPTIONS, Case, convert
+from tests.shapes import ARRAYS, DECODE_ROWS, FEW_QUERIES, FIXED, OPTIONS, RAGGED, Case, convert
 
 
 def test_every_suite_has_rows_of_distinct_names() -> None:
@@ -43,7 +44,7 @@ def test_patterns_and_dtypes_choose() -> None:
 @pytest.mark.parametrize(
     ("arguments", "listed"),
     [
-        (("nope",), "prefill, small, masks, threads, tiers, backward, training, modules, models"),
+        (("nope",), "prefill, small, decode, masks, threads, tiers, backward, training, modules, models"),
         (("masks", ["nope"]), "causal-as-mask"),
         (("prefill", [], ["int8"]), "float32, bfloat16, float16, float64"),
         (("prefill", ["prefill-d64-dv128"], ["float64"]), "both a case and a dtype"),
@@ -77,6 +78,7 @@ def test_rows_of_the_speed_table_are_there() -> None:
         ):
             assert f"{case} {dtype}" in rows
         assert f"decode-32x8-s8192 {dtype}" in rows
+        assert {f"queries-{n}-s8192 {dtype}" for n in (2, 4, 8, 16, 32, 63, 64, 128)} <= rows
         assert f"prefill-d128-s2048-causal backward {dtype}" in rows
         assert f"prefill-d128-s2048-causal training {dtype}" in rows
         assert f"encoder-1x1024x768 training {dtype}" in rows
@@ -127,7 +129,7 @@ COUNTED = [
         ("top-left", "top_left", None, ()),
         ("window", False, (3, 1), ()),
         ("causal-window", True, (2, None), ()),
-        *((array, False, None, (array,)) for array in (*ARRAYS, *DENSE)),
+        *((array, False, None, (array,)) for array in (*ARRAYS, *FIXED)),
         ("all", True, (4, 0), ("mask", "bias", "kv_lengths", "query_offset")),
     )
 ] + [Case("count-more-queries", 11, 5, 4, causal=True)]
@@ -147,6 +149,9 @@ def test_useful_pairs_are_those_that_attend(case: Case) -> None:
 def test_work_is_in_the_unit_of_the_ceiling() -> None:
     decode = Job(DECODE_ROWS[0], "bfloat16")
     assert (decode.unit, decode.work) == ("GB/s", 32 * 8192 * 256 * 2 / 1e9)
+    lengths = RAGGED.options()["kv_lengths"]
+    assert (lengths[0], lengths[-1], len(lengths)) == (100, 8000, 8)
+    assert Job(RAGGED, "bfloat16").work == 8 * int(lengths.sum()) * 256 * 2 / 1e9  # useful bytes alone
     backward = Job(DECODE_ROWS[0], "bfloat16", "backward")
     assert (backward.unit, backward.work) == ("GFLOP/s", 10 * 32 * 8192 * 128 / 1e9)
     assert Job(models.CASES[0], "float32").unit == "ktoken/s"
@@ -177,6 +182,21 @@ def test_right_gradients_are_accepted(mode: str, name: str, dtype: str) -> None:
     assert status == "ready" and set(answer) == {*INPUTS, *(["out"] if mode == "training" else [])}
     assert expected.judge(answer, name).status == "right"
     assert worker.sample(0, 1e-4)[0] > 0  # the graph outlives a backward
+
+
+@pytest.mark.parametrize("kept", ["", "int8", "float8_e4m3fn"])
+def test_right_caches_are_accepted(kept: str) -> None:
+    """The call is that of the oracle on what was appended, and no other; other libraries are not asked."""
+    pytest.importorskip("torch")
+    small = Case("bench-cache", 1, 700, 64, batch=2, query_heads=4, kv_heads=2, causal=True)
+    case = CacheCase(f"cache-{kept}", small, kept)
+    right = Answers(case.truth("bfloat16", "forward"), "bfloat16", case.tolerance("bfloat16"))
+    status, answer = Worker(PEERS["fastattn"]).prepare(0, case, "bfloat16", "forward")
+    assert (status, right.judge(answer, "fastattn").status) == ("ready", "right")
+    other = dataclasses.replace(case, case=dataclasses.replace(small, window=(600, 0)))
+    wrong = Answers(other.truth("bfloat16", "forward"), "bfloat16", case.tolerance("bfloat16"))
+    assert wrong.judge(answer, "fastattn").status == "wrong"
+    assert Worker(PEERS["torch"]).prepare(0, case, "bfloat16", "forward")[0] == "refused"
 
 
 def test_wrong_gradients_are_found() -> None:

@@ -94,7 +94,8 @@ def test_slow_samples_are_dropped() -> None:
     ]
     assert keep(good + bad, best=100.0) == good
     assert keep([sample(before=Reading(97.0, 0.99))], best=100.0) != []
-    assert keep([sample(before=Reading(90.0, 1.0))], best=100.0, kind="read") != []
+    steady = sample(before=Reading(45.0, 1.0), after=Reading(50.0, 1.0))  # memory: by each other alone
+    assert keep([steady, sample(before=Reading(80.0, 1.0))], best=100.0, kind="read") == [steady]
     assert keep(good, best=110.0) == []  # the best of the run came later
     found = figures(Contestant("right", samples=good + bad), work=150.0, best=100.0)
     assert found is not None
@@ -223,6 +224,43 @@ def test_a_table_is_rewritten(tmp_path: Path) -> None:
     run.threads = 1
     with pytest.raises(ValueError, match="one suite, machine and number of threads"):
         figures_of_readme.rewrite(text, [str(path), str(run.save(tmp_path / "alone.json"))])
+
+
+def test_a_table_of_caches() -> None:
+    """A row a cache, a column a dtype; shares where reading is the limit."""
+    run = a_run()
+    run.suite, run.versions = "decode", {"vllm": "0.32.0", "torch": "2.13.0"}
+    (row,) = run.rows
+    row.limit, row.case = Limit("read", 2), {**row.case, "seqlen_q": 1, "query_heads": 28}
+    row.work = 50.0
+    row.contestants["vllm"] = Contestant("right", samples=[Sample(12.0, 2.0, QUIET, QUIET)] * 3)
+    other = Row(**{**vars(row), "dtype": "bfloat16", "limit": Limit("fma_f32", 2)})
+    other.case = {**row.case, "batch": 8, "query_heads": 32, "kv_heads": 8}
+    kept = Row(**{**vars(row), "case": {"kept": "int8", "case": row.case}, "base_work": 50.0})
+    hidden = Row(**{**vars(row), "case": {**row.case, "seqlen_q": 63}})
+    run.rows += [other, kept, hidden]
+    assert figures_of_readme.table([run]).split("\n\n")[1] == (
+        "| | float32 | bfloat16 |\n|---|--:|--:|\n"
+        "| 1 query, 64 keys, 28/2 heads | 1000.00 ms, 50% (2.0x, 12x) |  |\n"
+        "| 8 sequences of 100 to 64 keys |  | 1000.00 ms (2.0x, 12x) |\n"
+        "| 1 query, 8192 keys in int8, against bfloat16 | 1000.00 ms (0.50x) |  |\n"
+    )
+
+
+def test_few_queries_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from bench.plot import draw
+
+    run = a_run()
+    rows = [Row(**vars(run.rows[0])) for _ in range(3)]
+    for row, queries in zip(rows, (1, 2, 63), strict=True):
+        row.name = f"queries-{queries}-s8192" if queries > 1 else "decode-32x8-s8192"
+        row.limit = Limit("read" if queries == 1 else "fma_f32", 2)
+        row.case = {**row.case, "seqlen_q": queries}
+    run.rows = rows
+    assert "run-queries.png" in [path.name for path in draw(run, tmp_path / "run")]
+    run.rows = rows[:2]
+    assert "run-queries.png" not in [path.name for path in draw(run, tmp_path / "run")]
 
 
 @pytest.mark.parametrize("mode", ["", " backward"])

@@ -99,8 +99,8 @@ def features(case: Case) -> set[str]:
     """What a call asks for beyond plain attention of equal heads, in words."""
     names = {
         "padding": "masks", "mask": "masks", "holes": "masks", "triangle": "masks", "kv_lengths": "lengths",
-        "bias": "biases", "shared_bias": "biases", "query_offset": "offsets", "alibi_slopes": "ALiBi",
-        "sinks": "sinks",
+        "ragged": "lengths", "bias": "biases", "shared_bias": "biases", "query_offset": "offsets",
+        "alibi_slopes": "ALiBi", "sinks": "sinks",
     }  # fmt: skip
     found = {names[name] for name in case.arrays}
     if case.causal and case.seqlen_q > 1:

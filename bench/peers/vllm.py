@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.peers.base import OFFSET_CAUSAL, Call, Peer, Run, register
+from bench.peers.base import OFFSET_CAUSAL, Call, Peer, Run, features, register
 from tests.shapes import Case
 
 BLOCK = 128  # tokens in a page, as vLLM chooses on a CPU
@@ -22,7 +22,9 @@ HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 @register
 class Vllm(Peer):
     name = "vllm"
-    does = frozenset({"causal", OFFSET_CAUSAL, "windows", "softcap", "ALiBi", "sinks", "grouped heads"})
+    does = frozenset(
+        {"causal", OFFSET_CAUSAL, "windows", "softcap", "ALiBi", "sinks", "grouped heads", "lengths"}
+    )
 
     def load(self, threads: int) -> str:
         import torch
@@ -45,6 +47,8 @@ class Vllm(Peer):
             return f"no head_dim {case.head_dim}"
         if case.window is not None and not (case.causal and case.window[1] == 0):
             return "no windows but causal ones"
+        if "lengths" in features(case) and case.seqlen_q > 1:
+            return "no queries at one place over keys of several lengths"
         return super().refuses(case, dtype)
 
     def prepare(self, call: Call) -> Run:
@@ -53,6 +57,8 @@ class Vllm(Peer):
         case, dtype = call.case, call.query.dtype
         key_cache, value_cache, table = _cache(call)
         ends = torch.full((case.batch,), case.seqlen_k, dtype=torch.int32)
+        if (lengths := call.options.get("kv_lengths")) is not None:
+            ends = lengths.to(torch.int32)
         starts = torch.arange(case.batch + 1, dtype=torch.int32) * case.seqlen_q
         # The key at the query's own place counts, as in our windows plus one; -1: no window.
         window = -1 if case.window is None else (case.window[0] or 0) + 1
