@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import report
+from bench import generation, report
 from bench.results import Row, Run, find
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -137,16 +137,20 @@ def _cell(run: Run, row: Row) -> str:
 
 def rewrite(text: str, names: list[str]) -> str:
     """`text` with the table of these results; ValueError where they do not go together or have no place."""
-    runs = [Run.load(find(name)) for name in names]
-    suites = {(run.suite, run.threads, run.machine["cpu"]) for run in runs}
-    if len(suites) != 1:
-        raise ValueError(f"one table is of one suite, machine and number of threads, got {sorted(suites)}")
-    suite = runs[0].suite
+    if all(find(name).stem.startswith(f"{generation.SUITE}-") for name in names):
+        suite, new = generation.SUITE, generation.table(*generation.load(names))
+    else:
+        runs = [Run.load(find(name)) for name in names]
+        suites = {(run.suite, run.threads, run.machine["cpu"]) for run in runs}
+        if len(suites) != 1:
+            raise ValueError(
+                f"one table is of one suite, machine and number of threads, got {sorted(suites)}"
+            )
+        suite, new = runs[0].suite, table(runs)
     for place in _PLACE.finditer(text):
         if re.match(rf"{suite}\b", place["results"]):
-            made = (
-                f"<!-- table: {' '.join(find(name).stem for name in names)} -->\n{table(runs)}<!-- /table -->"
-            )
+            stems = " ".join(find(name).stem for name in names)
+            made = f"<!-- table: {stems} -->\n{new}<!-- /table -->"
             return text[: place.start()] + made + text[place.end() :]
     raise ValueError(f"no table of {suite!r} in {README.name}: it would be between <!-- table: {suite} --> "
                      "and <!-- /table -->")  # fmt: skip
@@ -160,6 +164,9 @@ def places(text: str) -> list[list[str]]:
 def main(arguments: list[str], console: Console) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench figures", description=__doc__)
     parser.add_argument("results", nargs="+", help="files, or their names in bench/results")
-    README.write_text(rewrite(README.read_text(), parser.parse_args(arguments).results))
+    names = parser.parse_args(arguments).results
+    README.write_text(rewrite(README.read_text(), names))
+    if find(names[0]).stem.startswith(generation.SUITE):
+        generation.draw(*generation.load(names))
     console.print(f"written to {os.path.relpath(README)}", style="dim")
     return 0

@@ -65,19 +65,25 @@ def _read(result: Any) -> dict[str, np.ndarray]:
     return {"states": result.last_hidden_state.double().numpy()}
 
 
-@cache
-def _load(name: str) -> tuple[Any, Any]:
-    """The model without the head that makes words of its states, and the tokenizer."""
+def start_transformers() -> None:
+    """Have it know fastattn and be still; to be called before anything else imports it."""
     # The models are on disk, and loaders' bars would break into ours.
     os.environ["HF_HUB_OFFLINE"] = os.environ["TQDM_DISABLE"] = "1"
     import transformers
 
-    from demo import models
     from fastattn.integrations.transformers import register
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     register()
+
+
+@cache
+def _load(name: str) -> tuple[Any, Any]:
+    """The model without the head that makes words of its states, and the tokenizer."""
+    start_transformers()
+    from demo import models
+
     try:
         if name == "smollm2":
             model, tokenizer = models.load_language_model()

@@ -24,7 +24,7 @@ def main() -> int:
         import transformers
 
         import fastattn
-        from demo import chat, models, picture, sentences, speed
+        from demo import chat, generation, models, picture, sentences, speed
         from fastattn.integrations.transformers import register
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -38,6 +38,8 @@ def main() -> int:
     if not chat.compare_all(model, tokenizer, console):
         failures.append("greedy tokens differ from eager's")
     speed.compare_speed(model, tokenizer, console)
+    if not generation.compare_generation(model, tokenizer, console):
+        failures.append("tokens generated with a cache differ from eager's")
 
     console.print(Rule("Sentence embeddings", align="left"))
     with console.status("loading all-MiniLM-L6-v2"):
