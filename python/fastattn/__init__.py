@@ -12,6 +12,7 @@ from fastattn._threads import get_num_threads, set_num_threads
 from fastattn.explanation import Explanation, explain
 from fastattn.functional import attention
 from fastattn.merge import merge_states
+from fastattn.varlen import attention_varlen
 
 if TYPE_CHECKING:
     from fastattn.integrations.torch_sdpa import scaled_dot_product_attention as scaled_dot_product_attention
@@ -23,6 +24,7 @@ __all__ = [
     "Explanation",
     "__version__",
     "attention",
+    "attention_varlen",
     "explain",
     "get_num_threads",
     "merge_states",

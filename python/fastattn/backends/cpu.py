@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastattn._threads import resolve_num_threads
 from fastattn.arrays import NUMPY, Strided
-from fastattn.backends.base import elsewhere
+from fastattn.backends.base import elsewhere, ragged_arguments
 from fastattn.outputs import Gradients, Outputs
 from fastattn.problem import AttentionProblem
 
@@ -36,7 +36,7 @@ class CpuBackend:
 
     def supports(self, problem: AttentionProblem) -> list[str]:
         """Name memory elsewhere, a missing extension, or a head dimension beyond the register tiles."""
-        reasons = elsewhere(problem)
+        reasons = elsewhere(problem) + ragged_arguments(problem)
         if _missing:
             reasons.append(_missing)
         if problem.query.shape[3] > MAX_HEAD_DIM:
