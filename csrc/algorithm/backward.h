@@ -223,7 +223,8 @@ void run_head(void* opaque, int64_t index, int thread) {
 }
 
 inline bool hides_pairs(const AttentionParams& p) {
-  return p.mask != nullptr || p.bias != nullptr || p.kv_lengths != nullptr || p.window_left < kUnbounded ||
+  return p.mask != nullptr || p.bias != nullptr || p.kv_lengths != nullptr || p.kv_starts != nullptr ||
+         p.query_lengths != nullptr || p.segment_ranges != nullptr || p.window_left < kUnbounded ||
          p.window_right < kUnbounded;
 }
 

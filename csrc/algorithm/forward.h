@@ -162,10 +162,12 @@ void run_task(void* opaque, int64_t index, int thread) {
     place_rows<E>(panel, task.p, task.rows, task.rows.begin + i * E::kLanes);
     panel.dense = dense_table<E>(call, batch, task.rows.kv_head * plan.spans + task.rows.begin / plan.span_rows,
                                  task.rows.begin % plan.span_rows / E::kLanes + i);
-    if constexpr (E::kMethod == Method::rows) {
-      copy_query<E>(panel, task.p, batch, plan.query_factor);
-    } else {
-      pack_query<E>(panel, task.p, batch, plan.query_factor);
+    if (panel.first_min < panel.last_max) {  // some row of it sees a key
+      if constexpr (E::kMethod == Method::rows) {
+        copy_query<E>(panel, task.p, batch, plan.query_factor);
+      } else {
+        pack_query<E>(panel, task.p, batch, plan.query_factor);
+      }
     }
     const int64_t rows = E::kMethod == Method::tiles ? E::kLanes : round_up(panel.live, E::kRows);
     memset(panel.output, 0, sizeof(Scalar) * static_cast<size_t>(rows * plan.rules.output_stride));
@@ -207,6 +209,10 @@ void pack_task(void* opaque, int64_t index, int /*thread*/) {
   const int64_t head = call.first_head + index / blocks;
   const int64_t begin = index % blocks * E::kBlockKeys;
   const int64_t end = min64(begin + E::kBlockKeys, p.seqlen_k);
+  const Interval seen = sequence_interval(p, head / p.kv_heads);
+  if (begin >= seen.last || end <= seen.first) {
+    return;
+  }
   char* out = call.packed + index / blocks * call.plan.head_bytes;
   if (layout.pack_key) {
     pack_keys<E>(p, head / p.kv_heads, head % p.kv_heads, begin, end, layout.key_row_bytes,

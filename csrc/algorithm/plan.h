@@ -187,7 +187,8 @@ inline ScoreRules<E> score_rules(const AttentionParams& p) {
 template <class E>
 inline void plan_dense(ForwardPlan<E>& plan, const AttentionParams& p) {
   const auto moves = [&](int axis) {
-    return (p.mask != nullptr && p.mask_strides[axis] != 0) || (p.bias != nullptr && p.bias_strides[axis] != 0);
+    return (p.mask != nullptr && p.mask_strides[axis] != 0) || (p.bias != nullptr && p.bias_strides[axis] != 0) ||
+           (p.scattered_segments && axis != 1);
   };
   const int64_t spans = p.kv_heads * plan.spans;
   plan.dense_batches = moves(0) ? p.batch : 1;

@@ -293,7 +293,7 @@ void set_out(const TensorView& out, AttentionParams& p) {
   copy_strides(out, p.out_strides);
 }
 
-AttentionParams make_params(const TensorArguments& tensors, Pages& pages) {
+AttentionParams make_params(const TensorArguments& tensors, Derived& derived) {
   AttentionParams p{};
   const TensorView query = read_tensor("query", tensors.query, 4);
   const TensorView key = read_tensor("key", tensors.key, 4);
@@ -301,7 +301,7 @@ AttentionParams make_params(const TensorArguments& tensors, Pages& pages) {
   if (tensors.block_table.is_none()) {
     set_inputs(query, key, value, p);
   } else {
-    set_paged_inputs(tensors, query, key, value, p, pages);
+    set_paged_inputs(tensors, query, key, value, p, derived.pages);
   }
   read_scales("key_scales", tensors.key_scales, key, p.key_scales, p.key_scale_strides);
   read_scales("value_scales", tensors.value_scales, value, p.value_scales, p.value_scale_strides);
@@ -311,13 +311,13 @@ AttentionParams make_params(const TensorArguments& tensors, Pages& pages) {
   read_outputs(tensors, p);
   read_dense(tensors, p);
   read_rules(tensors, p);
+  find_segments(p, derived.segments);
   return p;
 }
 
-BackwardParams make_backward_params(const GradientArguments& tensors) {
+BackwardParams make_backward_params(const GradientArguments& tensors, Derived& derived) {
   BackwardParams b{};
-  Pages none;
-  b.forward = make_params(tensors.forward, none);
+  b.forward = make_params(tensors.forward, derived);
   if (b.forward.block_table != nullptr || b.forward.key_scales != nullptr) {
     fail("key", "there is no backward through a cache");
   }

@@ -6,6 +6,7 @@
 
 #include <vector>
 
+#include "bindings/segments.h"
 #include "params.h"
 
 namespace fastattn {
@@ -44,9 +45,15 @@ void set_out(const TensorView& out, AttentionParams& p);
 // Page numbers that have been looked at, so that what a kernel reads through is what was checked.
 using Pages = std::vector<int64_t>;
 
+// What is made of arguments, and is read by kernels in their place.
+struct Derived {
+  Pages pages;
+  SegmentRanges segments;
+};
+
 // Throws std::invalid_argument (ValueError) naming the argument. Scalars are left to the caller. The parameters point
-// into `pages`.
-AttentionParams make_params(const TensorArguments& tensors, Pages& pages);
+// into `derived`.
+AttentionParams make_params(const TensorArguments& tensors, Derived& derived);
 
 // What a backward call has besides: the same, or None. `forward` holds out and lse.
 struct GradientArguments {
@@ -55,7 +62,7 @@ struct GradientArguments {
       grad_sinks;
 };
 
-BackwardParams make_backward_params(const GradientArguments& tensors);
+BackwardParams make_backward_params(const GradientArguments& tensors, Derived& derived);
 
 // The codes of Tensor tuples: DType's, and these.
 enum TensorCode { kCodeBool = 4, kCodeInt64 = 5, kCodeInt32 = 9 };

@@ -52,11 +52,11 @@ void attention_forward(const py::object& query, const py::object& key, const py:
                        const py::object& kv_starts, const py::object& query_lengths, const py::object& query_segments,
                        const py::object& key_segments, const py::object& block_table, const py::object& key_scales,
                        const py::object& value_scales) {
-  Pages pages;
+  Derived derived;
   AttentionParams p =
       make_params({query, key, value, out, lse, weights, mask, bias, kv_lengths, query_offset, alibi_slopes, sinks,
                    kv_starts, query_lengths, query_segments, key_segments, block_table, key_scales, value_scales},
-                  pages);
+                  derived);
   set_rules(p, scale, softcap, make_dropout(dropout_p, dropout_seed, dropout_offset), window_left, window_right,
             num_threads);
   const ForwardFn run = kernels().forward[static_cast<int>(p.dtype)].run;
@@ -73,6 +73,7 @@ void attention_backward(const py::object& query, const py::object& key, const py
                         uint64_t dropout_seed, uint32_t dropout_offset, int64_t window_left, int64_t window_right,
                         int num_threads, const py::object& kv_starts, const py::object& query_lengths,
                         const py::object& query_segments, const py::object& key_segments) {
+  Derived derived;
   BackwardParams b =
       make_backward_params({{query, key, value, out, lse, py::none(), mask, bias, kv_lengths, query_offset,
                              alibi_slopes, sinks, kv_starts, query_lengths, query_segments, key_segments},
@@ -84,7 +85,8 @@ void attention_backward(const py::object& query, const py::object& key, const py
                             grad_value,
                             grad_bias,
                             grad_slopes,
-                            grad_sinks});
+                            grad_sinks},
+                           derived);
   set_rules(b.forward, scale, softcap, make_dropout(dropout_p, dropout_seed, dropout_offset), window_left, window_right,
             num_threads);
   const BackwardFn run = kernels().backward[static_cast<int>(b.forward.dtype)];

@@ -54,6 +54,16 @@ bool visible(const AttentionParams& p, const Row& r, int64_t key) {
   if (p.kv_lengths != nullptr && key >= p.kv_lengths[r.batch]) {
     return false;
   }
+  if (p.kv_starts != nullptr && key < p.kv_starts[r.batch]) {
+    return false;
+  }
+  if (p.query_lengths != nullptr && r.row >= p.query_lengths[r.batch]) {
+    return false;
+  }
+  if (p.query_segments != nullptr && p.query_segments[r.batch * p.segment_strides[0] + r.row] !=
+                                         p.key_segments[r.batch * p.segment_strides[1] + key]) {
+    return false;
+  }
   if (p.window_right < kUnbounded && key > r.position + p.window_right) {
     return false;
   }

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastattn._threads import resolve_num_threads
 from fastattn.arrays import NUMPY, Strided
-from fastattn.backends.base import elsewhere, ragged_arguments
+from fastattn.backends.base import elsewhere
 from fastattn.outputs import Gradients, Outputs
 from fastattn.problem import AttentionProblem
 
@@ -36,7 +36,9 @@ class CpuBackend:
 
     def supports(self, problem: AttentionProblem) -> list[str]:
         """Name memory elsewhere, a missing extension, or a head dimension beyond the register tiles."""
-        reasons = elsewhere(problem) + ragged_arguments(problem)
+        reasons = elsewhere(problem)
+        if problem.cu_seqlens is not None:
+            reasons.append("no kernel takes cu_seqlens")
         if _missing:
             reasons.append(_missing)
         if problem.query.shape[3] > MAX_HEAD_DIM:
@@ -73,6 +75,7 @@ class CpuBackend:
             problem.window_left,
             problem.window_right,
             resolve_num_threads(),
+            *_visibility(problem),
         )
 
     def run_backward(
@@ -116,6 +119,7 @@ class CpuBackend:
             problem.window_left,
             problem.window_right,
             resolve_num_threads(),
+            *_visibility(problem),
         )
 
     def describe(self, problem: AttentionProblem) -> dict[str, str]:
@@ -140,6 +144,12 @@ def _optional(view: Strided | None) -> Tensor | None:
 
 def _vector(values: NDArray[Any]) -> Tensor:
     return _tensor(NUMPY.view("", values))
+
+
+def _visibility(problem: AttentionProblem) -> tuple[Tensor | None, ...]:
+    """Starts of keys, lengths of queries, segments of both."""
+    vectors = problem.kv_starts, problem.query_lengths, *(problem.segment_ids or (None, None))
+    return tuple(None if values is None else _vector(values) for values in vectors)
 
 
 def _offsets(problem: AttentionProblem) -> tuple[NDArray[np.int64], Tensor]:
