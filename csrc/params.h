@@ -39,6 +39,7 @@ struct Dropout {
   double scale;        // 1 / (1 - p)
   uint64_t seed;
   uint32_t offset;
+  int64_t first_head;  // heads are counted from here
 };
 
 // Where the keys of a query's segment lie: none outside of [first, last), and `whole` if all in it are of the segment.

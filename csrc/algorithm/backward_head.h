@@ -21,8 +21,9 @@ struct BackwardCall {
   const BackwardParams& b;
   const BackwardPlan<E>& plan;
   BadRows bad;
-  char* threads;       // [threads][thread_bytes]
-  char* heads;         // [wave][head_bytes]
+  char* threads;  // [threads][thread_bytes]
+  char* heads;    // [wave][head_bytes]; [threads][room_bytes] where threads go through whole heads
+  int64_t room_bytes;
   int64_t first_head;  // of the wave, counted over batch and key/value heads
   int64_t head_count;  // of the wave
 };

@@ -192,8 +192,8 @@ inline void read_dense(const Panel<E>& panel, const AttentionParams& p, int64_t 
            static_cast<size_t>((tiles_end - (end - block)) * E::kLanes) * sizeof(typename E::Scalar));
   }
   for (int64_t key = begin; panel.scattered && key < end; key += E::kKeys) {
-    hide_tile_segments<E>(panel, p.key_segments + panel.first_head / p.query_heads * p.segment_strides[1], key,
-                          min64(key + E::kKeys, end), room.visible + (key - block));
+    hide_tile_segments<E>(panel, p.key_segments + panel.batch * p.segment_strides[1], key, min64(key + E::kKeys, end),
+                          room.visible + (key - block));
   }
   for (int64_t key = end - block; key < tiles_end; ++key) {
     room.visible[key] = 0;

@@ -252,10 +252,5 @@ void run_forward(const AttentionParams& p) {
   }
 }
 
-template <class Few, class Many>
-void forward(const AttentionParams& p) {
-  (p.seqlen_q <= few_queries(p.dtype) ? run_forward<Few> : run_forward<Many>)(p);
-}
-
 }  // namespace
 }  // namespace fastattn

@@ -38,8 +38,9 @@ struct Panel {
   int64_t segment_min, segment_max;
   const uint8_t* mask_row[kLanes];
   const char* bias_row[kLanes];
-  int64_t block;       // first key of the running key block
-  int64_t first_head;  // of the batch, counted over batches
+  int64_t block;  // first key of the running key block
+  int64_t batch;
+  int64_t first_head;  // of the batch, as dropout counts them
   char* dense;         // null, or a DenseRoom that holds mask and bias for all keys
   bool scattered;      // some lane's interval holds keys of other segments
   bool mask_shared;    // every lane reads the same mask row
@@ -146,7 +147,8 @@ FASTATTN_NOINLINE void place_rows(Panel<E>& panel, const AttentionParams& p, con
   panel.segment_max = INT64_MIN;
   panel.scattered = false;
   panel.dense = nullptr;
-  panel.first_head = b * p.query_heads;
+  panel.first_head = p.dropout.first_head + b * p.query_heads;
+  panel.batch = b;
   panel.mask_shared = panel.bias_shared = true;
   int64_t head = range.kv_head * group + begin / p.seqlen_q;
   int64_t row = begin % p.seqlen_q;

@@ -116,8 +116,40 @@ const int64_t* read_batch_table(const char* name, const py::object& from, int64_
   return from.is_none() ? nullptr : read_table<int64_t>(name, from, kCodeInt64, batch);
 }
 
-void read_rules(const TensorArguments& tensors, AttentionParams& p) {
-  p.query_offset = read_table<int64_t>("query_offset", tensors.query_offset, kCodeInt64, p.batch);
+// Copies the rows at which sequences start.
+Starts read_starts(const char* name, const py::object& from, int64_t rows) {
+  const TensorView view = read_tensor(name, from, 1);
+  expect_code(name, view, kCodeInt64);
+  if (view.sizes[0] < 1) {
+    fail(name, "expected a start at least");
+  }
+  Starts starts(static_cast<size_t>(view.sizes[0]));
+  int64_t last = 0;
+  for (int64_t i = 0; i < view.sizes[0]; ++i) {
+    const int64_t start = static_cast<const int64_t*>(view.data)[i * view.strides[0]];
+    if (start < last || start > rows) {
+      fail(name, "must rise within 0.." + std::to_string(rows));
+    }
+    starts[static_cast<size_t>(i)] = last = start;
+  }
+  return starts;
+}
+
+void read_sequences(const TensorArguments& tensors, const AttentionParams& p, Derived& derived) {
+  if (tensors.cu_seqlens_q.is_none()) {
+    return;
+  }
+  derived.query_starts = read_starts("cu_seqlens_q", tensors.cu_seqlens_q, p.seqlen_q);
+  derived.key_starts = read_starts("cu_seqlens_k", tensors.cu_seqlens_k, p.seqlen_k);
+  const bool plain = p.batch == 1 && p.weights == nullptr && p.mask == nullptr && p.bias == nullptr;
+  if (!plain || derived.query_starts.size() != derived.key_starts.size() || p.block_table != nullptr) {
+    fail("cu_seqlens_q, cu_seqlens_k", "expected as many of both, a batch of 1, and neither mask, bias nor weights");
+  }
+}
+
+void read_rules(const TensorArguments& tensors, const Derived& derived, AttentionParams& p) {
+  const int64_t sequences = derived.sequences(p.batch);
+  p.query_offset = read_table<int64_t>("query_offset", tensors.query_offset, kCodeInt64, sequences);
   p.kv_lengths = read_batch_table("kv_lengths", tensors.kv_lengths, p.batch);
   p.kv_starts = read_batch_table("kv_starts", tensors.kv_starts, p.batch);
   p.query_lengths = read_batch_table("query_lengths", tensors.query_lengths, p.batch);
@@ -147,7 +179,7 @@ void read_rules(const TensorArguments& tensors, AttentionParams& p) {
   if (!tensors.alibi_slopes.is_none()) {
     const TensorView slopes = read_tensor("alibi_slopes", tensors.alibi_slopes, 2);
     expect_code("alibi_slopes", slopes, kFloat64);
-    expect_sizes("alibi_slopes", slopes, {p.batch, p.query_heads});
+    expect_sizes("alibi_slopes", slopes, {sequences, p.query_heads});
     p.alibi_slopes = static_cast<const double*>(slopes.data);
     copy_strides(slopes, p.alibi_strides);
   }
@@ -310,7 +342,8 @@ AttentionParams make_params(const TensorArguments& tensors, Derived& derived) {
   }
   read_outputs(tensors, p);
   read_dense(tensors, p);
-  read_rules(tensors, p);
+  read_sequences(tensors, p, derived);
+  read_rules(tensors, derived, p);
   find_segments(p, derived.segments);
   return p;
 }
@@ -357,13 +390,14 @@ BackwardParams make_backward_params(const GradientArguments& tensors, Derived& d
        b.grad_value_strides);
   read("grad_bias", tensors.grad_bias, wide, {p.batch, p.query_heads, rows, p.seqlen_k}, b.grad_bias,
        b.grad_bias_strides);
-  const auto table = [&p](const char* name, const py::object& from) -> double* {
+  const int64_t sequences = derived.sequences(p.batch);
+  const auto table = [&](const char* name, const py::object& from) -> double* {
     if (from.is_none()) {
       return nullptr;
     }
     const TensorView view = read_tensor(name, from, 2);
     expect_code(name, view, static_cast<int>(DType::float64));
-    expect_sizes(name, view, {p.batch, p.query_heads});
+    expect_sizes(name, view, {sequences, p.query_heads});
     if (view.strides[1] != 1 || view.strides[0] != p.query_heads) {
       fail(name, "must be contiguous");
     }

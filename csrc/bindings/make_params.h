@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bindings/segments.h"
+#include "bindings/sequences.h"
 #include "params.h"
 
 namespace fastattn {
@@ -21,6 +22,8 @@ struct TensorArguments {
   pybind11::object block_table = pybind11::none();
   pybind11::object key_scales = pybind11::none();
   pybind11::object value_scales = pybind11::none();
+  pybind11::object cu_seqlens_q = pybind11::none();
+  pybind11::object cu_seqlens_k = pybind11::none();
 };
 
 // One of them, read: canonical axes, strides in elements.
@@ -49,10 +52,16 @@ using Pages = std::vector<int64_t>;
 struct Derived {
   Pages pages;
   SegmentRanges segments;
+  Starts query_starts;  // of sequences behind one another, if they are
+  Starts key_starts;
+
+  int64_t sequences(int64_t batch) const {
+    return query_starts.empty() ? batch : static_cast<int64_t>(query_starts.size()) - 1;
+  }
 };
 
 // Throws std::invalid_argument (ValueError) naming the argument. Scalars are left to the caller. The parameters point
-// into `derived`.
+// into `derived`. Those of sequences behind one another are of all, and have yet to be taken apart.
 AttentionParams make_params(const TensorArguments& tensors, Derived& derived);
 
 // What a backward call has besides: the same, or None. `forward` holds out and lse.

@@ -83,7 +83,7 @@ inline double kept(const AttentionParams& p, const Row& r, int64_t key) {
   }
   uint32_t words[4][1] = {{static_cast<uint32_t>(r.row)},
                           {static_cast<uint32_t>(key / 4)},
-                          {static_cast<uint32_t>(r.batch * p.query_heads + r.head)},
+                          {static_cast<uint32_t>(p.dropout.first_head + r.batch * p.query_heads + r.head)},
                           {p.dropout.offset}};
   philox<1>(words, p.dropout.seed);
   return kept(p.dropout, words[key % 4][0]);

@@ -37,8 +37,6 @@ class CpuBackend:
     def supports(self, problem: AttentionProblem) -> list[str]:
         """Name memory elsewhere, a missing extension, or a head dimension beyond the register tiles."""
         reasons = elsewhere(problem)
-        if problem.cu_seqlens is not None:
-            reasons.append("no kernel takes cu_seqlens")
         if _missing:
             reasons.append(_missing)
         if problem.query.shape[3] > MAX_HEAD_DIM:
@@ -75,7 +73,7 @@ class CpuBackend:
             problem.window_left,
             problem.window_right,
             resolve_num_threads(),
-            *_visibility(problem),
+            **_visibility(problem),
         )
 
     def run_backward(
@@ -119,7 +117,7 @@ class CpuBackend:
             problem.window_left,
             problem.window_right,
             resolve_num_threads(),
-            *_visibility(problem),
+            **_visibility(problem),
         )
 
     def describe(self, problem: AttentionProblem) -> dict[str, str]:
@@ -146,16 +144,25 @@ def _vector(values: NDArray[Any]) -> Tensor:
     return _tensor(NUMPY.view("", values))
 
 
-def _visibility(problem: AttentionProblem) -> tuple[Tensor | None, ...]:
-    """Starts of keys, lengths of queries, segments of both."""
-    vectors = problem.kv_starts, problem.query_lengths, *(problem.segment_ids or (None, None))
-    return tuple(None if values is None else _vector(values) for values in vectors)
+def _visibility(problem: AttentionProblem) -> dict[str, Tensor]:
+    """Starts of keys, lengths of queries, segments of both, and sequences behind one another."""
+    query_segments, key_segments = problem.segment_ids or (None, None)
+    cu_seqlens_q, cu_seqlens_k = problem.cu_seqlens or (None, None)
+    vectors = {
+        "kv_starts": problem.kv_starts,
+        "query_lengths": problem.query_lengths,
+        "query_segments": query_segments,
+        "key_segments": key_segments,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+    }
+    return {name: _vector(values) for name, values in vectors.items() if values is not None}
 
 
 def _offsets(problem: AttentionProblem) -> tuple[NDArray[np.int64], Tensor]:
     offset = problem.query_offset
     if isinstance(offset, int):
-        return _same_for_all(offset, problem.query.shape[0])
+        return _same_for_all(offset, problem.sequence_count)
     return offset, _vector(offset)
 
 
