@@ -20,9 +20,10 @@ from shapes import Case
 ARRAYS = ("mask", "bias", "kv_lengths", "query_offset", "alibi_slopes", "sinks")
 MANY = Case("many", 70, 300, 40, 24, batch=3, query_heads=6, kv_heads=2, causal=True)
 FEW = Case("few", 5, 300, 40, 24, batch=3, query_heads=6, kv_heads=2, causal=True)
+CHUNKS = Case("chunks", 3, 2600, 40, 24, batch=2, query_heads=6, kv_heads=2, causal=True)
 ONE = Case("one", 1, 600, 64, batch=2, query_heads=4, kv_heads=1)
 RULES = Case("rules", 70, 300, 40, 24, batch=3, query_heads=6, kv_heads=2, softcap=3.0, arrays=ARRAYS)
-CASES = pytest.mark.parametrize("case", [MANY, FEW, ONE, RULES], ids=str)
+CASES = pytest.mark.parametrize("case", [MANY, FEW, CHUNKS, ONE, RULES], ids=str)
 
 
 @pytest.fixture

@@ -18,6 +18,9 @@ struct ForwardTask {
   char* scratch;
   KeyValueView whole;
   int panels;
+  int64_t keys;         // that exist
+  int64_t chunk_begin;  // the chunks that are this task's, [begin, end)
+  int64_t chunk_end;
 
   Panel<E>* panel(int i) const { return reinterpret_cast<Panel<E>*>(scratch) + i; }
   Scalar* probs() const { return reinterpret_cast<Scalar*>(scratch + plan.probs_at); }
@@ -25,20 +28,45 @@ struct ForwardTask {
   Scalar* raw() const { return reinterpret_cast<Scalar*>(scratch + plan.raw_at); }
   char* dense() const { return scratch + plan.dense_at; }
   FiniteValues<E>& finite() const { return *reinterpret_cast<FiniteValues<E>*>(scratch + plan.finite_at); }
-  int64_t block_end(int64_t block) const { return min64(block + E::kBlockKeys, p.seqlen_k); }
+  RowTable<E>& table() const { return *reinterpret_cast<RowTable<E>*>(scratch + plan.table_at); }
+  ChunkSums<E> sums(int i) const { return ChunkSums<E>::at(scratch + plan.sums_at + i * plan.sums_bytes); }
+  int64_t block_end(int64_t block) const { return min64(block + E::kBlockKeys, keys); }
 };
 
-// Keys and values of the block, which starts at the view's start.
+// Method::rows: finds every row of the block, wherever it stands.
 template <class E>
-inline KeyValueView block_view(const ForwardTask<E>& task, int64_t block) {
+inline void list_block(const ForwardTask<E>& task, KeyValueView& view) {
+  constexpr int64_t kRows = E::kBlockKeys + kPrefetchRows;
+  constexpr auto kSize = static_cast<int64_t>(sizeof(typename E::Stored));
+  const AttentionParams& p = task.p;
+  RowTable<E>& table = task.table();
+  const auto list = [&](bool copied, const char* row, int64_t step, const void* tensor, const int64_t* strides,
+                        const char** rows) {
+    if (copied) {
+      list_copied_rows(row, step, task.block_end(view.start) - view.start, kRows, rows);
+    } else {
+      list_rows(p, tensor, strides, kSize, task.rows.batch, task.rows.kv_head, view.start, task.keys, kRows, rows);
+    }
+  };
+  list(task.plan.layout.pack_key, view.key, view.key_stride, p.key, p.key_strides, table.keys);
+  list(task.plan.layout.pack_value, view.value, view.value_stride, p.value, p.value_strides, table.values);
+  view.key_rows = table.keys;
+  view.value_rows = table.values;
+}
+
+// Keys and values of the block, which starts at the view's start, as they lie or are packed.
+template <class E>
+inline KeyValueView packed_block(const ForwardTask<E>& task, int64_t block) {
   const OperandLayout& layout = task.plan.layout;
   KeyValueView view = task.whole;
   view.start = block;
-  view.key += block * view.key_stride;
-  view.value += block / E::kDepth * view.value_stride;
   if (!task.plan.pack_in_task) {
+    view.key += view.key == nullptr ? 0 : block * view.key_stride;  // null: in pages
+    view.value += view.value == nullptr ? 0 : block / E::kDepth * view.value_stride;
     return view;
   }
+  view.key += layout.pack_key || view.key == nullptr ? 0 : block * view.key_stride;
+  view.value += layout.pack_value || view.value == nullptr ? 0 : block / E::kDepth * view.value_stride;
   char* packed = task.scratch + task.plan.packed_at;
   const int64_t end = task.block_end(block);
   if (layout.pack_key) {
@@ -49,6 +77,15 @@ inline KeyValueView block_view(const ForwardTask<E>& task, int64_t block) {
   if (layout.pack_value) {
     view.value = packed;
     pack_values<E>(task.p, task.rows.batch, task.rows.kv_head, block, end, layout.value_row_bytes, nullptr, packed);
+  }
+  return view;
+}
+
+template <class E>
+inline KeyValueView block_view(const ForwardTask<E>& task, int64_t block) {
+  KeyValueView view = packed_block<E>(task, block);
+  if constexpr (E::kMethod == Method::rows) {
+    list_block<E>(task, view);
   }
   return view;
 }
@@ -120,7 +157,7 @@ inline void guard_tiles(const ForwardTask<E>& task, BlockExtent<E>& extent, int6
     if (finite.tiles[tile] == Tile::unknown) {
       const int64_t from = finite.block + key;
       const bool found = find_nonfinite<E>(task.p, task.rows.batch, task.rows.kv_head, from,
-                                           min64(from + E::kKeys, task.p.seqlen_k), finite.bad + key);
+                                           min64(from + E::kKeys, task.keys), finite.bad + key);
       finite.tiles[tile] = found ? Tile::nonfinite : Tile::finite;
     }
     extent.poisoned |= finite.tiles[tile] == Tile::nonfinite;
@@ -172,8 +209,7 @@ inline BlockExtent<E> score_rows(const ForwardTask<E>& task, TileContext<E>& con
       guard_tiles<E>(task, extent, key - block, key - block + E::kKeys);
     }
     if (sight != Sight::none) {
-      const TileRows rows = tile_keys<E>(task, view, key);
-      multiply_keys_to<E, 1>(context.probs + (key - block), rows.rows, rows.stride, context.panel, context.rules.steps);
+      multiply_rows<E>(context.probs + (key - block), context.panel, view.key_rows + (key - block), task.p.head_dim);
     }
   }
   row_softmax<E>(context, extent.begin, extent.end, hides);

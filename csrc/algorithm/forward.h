@@ -23,6 +23,8 @@ struct ForwardCall {
   char* scratch;       // [threads][thread_bytes]
   char* packed;        // [wave][head_bytes]
   char* dense;         // [dense_batches][dense_spans][span_panels][dense_bytes]
+  char* sums;          // [wave][head_tasks][panels][sums_bytes], where chunks are tasks
+  int32_t* arrived;    // [wave][head_tasks / task_chunks]: chunks that are done
   int64_t first_head;  // of the wave, counted over batch and key/value heads
 };
 
@@ -75,6 +77,9 @@ FASTATTN_NOINLINE void write_weights(const ForwardTask<E>& task, TileContext<E>&
   using Scalar = typename E::Scalar;
   Panel<E>& panel = context.panel;
   Scalar scale[E::kLanes] = {};
+  for (int lane = 0; lane < E::kLanes; ++lane) {
+    panel.limit[lane] = static_cast<Scalar>(__builtin_inf());  // the shift is the one that the sums are under
+  }
   for (int lane = 0; lane < panel.live; ++lane) {
     scale[lane] = static_cast<Scalar>(normalisers[lane].inverse);
   }
@@ -85,7 +90,8 @@ FASTATTN_NOINLINE void write_weights(const ForwardTask<E>& task, TileContext<E>&
     if (prepare_block<E>(task, context, block, &begin, &end)) {
       score_block<E>(task, context, block_view<E>(task, block), begin, end);
     }
-    store_weights<E>(panel, task.p, task.rows.batch, context.probs, scale, block, block, task.block_end(block));
+    store_weights<E>(panel, task.p, task.rows.batch, context.probs, scale, block, block,
+                     min64(block + E::kBlockKeys, task.p.seqlen_k));
   }
 }
 
@@ -95,7 +101,8 @@ inline ForwardTask<E> make_task(const ForwardCall<E>& call, int64_t index, int t
   const AttentionParams& p = call.p;
   const int64_t local_head = index / plan.head_tasks;
   const int64_t head = call.first_head + local_head;
-  const int64_t within = index % plan.head_tasks;
+  const int64_t chunk = index % plan.task_chunks;
+  const int64_t within = index % plan.head_tasks / plan.task_chunks;
   const int64_t span = within / plan.span_tasks;
   // The last rows first: under the causal rule they see most, and short tasks at the end even the threads out.
   const int64_t part = plan.span_tasks - 1 - within % plan.span_tasks;
@@ -103,13 +110,17 @@ inline ForwardTask<E> make_task(const ForwardCall<E>& call, int64_t index, int t
   const int64_t begin = span * plan.span_rows + part * task_rows;
   const int64_t end = min64(begin + task_rows, (span + 1) * plan.span_rows);
   const RowRange rows{head / p.kv_heads, head % p.kv_heads, begin, end};
-  const int panels = static_cast<int>((end - begin + E::kLanes - 1) / E::kLanes);
+  const bool all = plan.task_chunks == 1;
   return {p,
           plan,
           rows,
           call.scratch + thread * plan.thread_bytes,
-          whole_view<E>(p, plan.layout, rows.batch, rows.kv_head, call.packed + local_head * plan.head_bytes),
-          panels};
+          whole_view<E>(p, plan.layout, rows.batch, rows.kv_head, call.packed + local_head * plan.head_bytes,
+                        plan.packed_keys()),
+          static_cast<int>((end - begin + E::kLanes - 1) / E::kLanes),
+          existing_keys(p, rows.batch),
+          all ? 0 : chunk,
+          all ? plan.chunks : chunk + 1};
 }
 
 // Where mask and bias of a panel of a span stand transposed; null where each task reads them for itself.
@@ -144,17 +155,16 @@ void dense_task(void* opaque, int64_t index, int /*thread*/) {
 }
 
 template <class E>
-void run_task(void* opaque, int64_t index, int thread) {
+inline TileContext<E> tile_context(const ForwardTask<E>& task, int panel) {
+  return {*task.panel(panel), task.plan.rules, {}, task.probs(), task.kept(), task.raw(), true, 0, {}};
+}
+
+// Places the rows of the task's panels and packs their queries.
+template <class E>
+inline void place_panels(const ForwardCall<E>& call, const ForwardTask<E>& task) {
   using Scalar = typename E::Scalar;
-  const auto& call = *static_cast<const ForwardCall<E>*>(opaque);
   const ForwardPlan<E>& plan = call.plan;
-  const ForwardTask<E> task = make_task<E>(call, index, thread);
-  E::enter();
-  const typename E::V::FlushDenormals flush;
-  task.finite().block = -1;
   const int64_t batch = task.rows.batch;
-  int64_t first = INT64_MAX;
-  int64_t last = 0;
   for (int i = 0; i < task.panels; ++i) {
     Panel<E>& panel = *task.panel(i);
     panel.query = reinterpret_cast<Scalar*>(task.scratch + plan.query_at + i * plan.query_bytes);
@@ -169,31 +179,118 @@ void run_task(void* opaque, int64_t index, int thread) {
         pack_query<E>(panel, task.p, batch, plan.query_factor);
       }
     }
+  }
+}
+
+// Attends to keys [begin, end), starting anew.
+template <class E>
+inline void attend(const ForwardTask<E>& task, int64_t begin, int64_t end) {
+  int64_t first = INT64_MAX;
+  int64_t last = 0;
+  for (int i = 0; i < task.panels; ++i) {
+    Panel<E>& panel = *task.panel(i);
+    start_softmax<E>(panel);
     const int64_t rows = E::kMethod == Method::tiles ? E::kLanes : round_up(panel.live, E::kRows);
-    memset(panel.output, 0, sizeof(Scalar) * static_cast<size_t>(rows * plan.rules.output_stride));
+    memset(panel.output, 0, sizeof(typename E::Scalar) * static_cast<size_t>(rows * task.plan.rules.output_stride));
     if constexpr (E::kMethod == Method::broadcast) {  // the others know a block's maximum before they need it
-      if (plan.rules.alibi) {
-        TileContext<E> context{panel, plan.rules, {}, task.probs(), task.kept(), task.raw(), true, 0, {}};
+      if (task.plan.rules.alibi) {
+        TileContext<E> context = tile_context<E>(task, i);
         seed_panel<E>(task, context);
       }
     }
     first = min64(first, panel.first_min);
     last = max64(last, panel.last_max);
   }
+  first = max64(first, begin);
+  last = min64(last, end);
   for (int64_t block = round_down(first, E::kBlockKeys); block < last; block += E::kBlockKeys) {
     const KeyValueView view = block_view<E>(task, block);
     for (int i = 0; i < task.panels; ++i) {
-      TileContext<E> context{*task.panel(i), plan.rules, {}, task.probs(), task.kept(), task.raw(), true, 0, {}};
+      TileContext<E> context = tile_context<E>(task, i);
       run_block<E>(task, context, view);
     }
   }
+}
+
+// Attends to the chunks of the task; afterwards the panels have the sums of all.
+template <class E>
+inline void attend_chunks(const ForwardTask<E>& task) {
+  const ForwardPlan<E>& plan = task.plan;
+  if (task.chunk_end - task.chunk_begin == 1) {
+    attend<E>(task, task.chunk_begin * kChunkKeys<E>, plan.chunks == 1 ? INT64_MAX : task.chunk_end * kChunkKeys<E>);
+    return;
+  }
   for (int i = 0; i < task.panels; ++i) {
-    Normaliser normalisers[E::kLanes];
+    const ChunkSums<E> sums = task.sums(i);
+    sums.clear();
+    memset(sums.output, 0, sizeof(typename E::Scalar) * static_cast<size_t>(E::kLanes * plan.rules.output_stride));
+  }
+  for (int64_t chunk = task.chunk_begin; chunk < task.chunk_end; ++chunk) {
+    attend<E>(task, chunk * kChunkKeys<E>, (chunk + 1) * kChunkKeys<E>);
+    for (int i = 0; i < task.panels; ++i) {
+      Panel<E>& panel = *task.panel(i);
+      add_chunk<E>(task.sums(i), ChunkSums<E>::of(panel), panel.live, plan.rules.output_stride, plan.rules.to_log2());
+    }
+  }
+  for (int i = 0; i < task.panels; ++i) {
     Panel<E>& panel = *task.panel(i);
-    finish_rows<E>(panel, task.p, plan.rules, batch, normalisers);
-    if (task.p.weights != nullptr) {
-      TileContext<E> context{panel, plan.rules, {}, task.probs(), task.kept(), task.raw(), true, 0, {}};
-      write_weights<E>(task, context, normalisers);
+    const ChunkSums<E> sums = task.sums(i);
+    memcpy(panel.shift, sums.shift, sizeof panel.shift);
+    memcpy(panel.sum, sums.sum, sizeof panel.sum);
+    panel.output = sums.output;
+  }
+}
+
+// Puts the sums of the task's chunk where those of the other tasks of its rows are. The last of these to come adds all
+// of them up in order, and has the panels with the result; the others are done.
+template <class E>
+inline bool gather_chunks(const ForwardCall<E>& call, const ForwardTask<E>& task, int64_t index) {
+  const ForwardPlan<E>& plan = call.plan;
+  const int64_t stride = plan.rules.output_stride;
+  const int64_t first = index - index % plan.task_chunks;
+  const auto sums = [&](int64_t chunk, int panel) {
+    return ChunkSums<E>::at(call.sums + ((first + chunk) * plan.panels + panel) * plan.sums_bytes);
+  };
+  for (int i = 0; i < task.panels; ++i) {
+    const ChunkSums<E> own = sums(index - first, i);
+    own.clear();
+    add_chunk<E>(own, ChunkSums<E>::of(*task.panel(i)), task.panel(i)->live, stride, 1);
+  }
+  if (__atomic_add_fetch(call.arrived + first / plan.task_chunks, 1, __ATOMIC_ACQ_REL) != plan.task_chunks) {
+    return false;
+  }
+  for (int i = 0; i < task.panels; ++i) {
+    Panel<E>& panel = *task.panel(i);
+    const ChunkSums<E> whole = ChunkSums<E>::of(panel);
+    const int64_t rows = E::kMethod == Method::tiles ? E::kLanes : panel.live;
+    memset(panel.output, 0, sizeof(typename E::Scalar) * static_cast<size_t>(rows * stride));
+    memset(panel.shift, 0, sizeof panel.shift);
+    whole.clear();
+    for (int64_t chunk = 0; chunk < plan.task_chunks; ++chunk) {
+      add_chunk<E>(whole, sums(chunk, i), panel.live, stride, plan.rules.to_log2());
+    }
+  }
+  return true;
+}
+
+template <class E>
+void run_task(void* opaque, int64_t index, int thread) {
+  const auto& call = *static_cast<const ForwardCall<E>*>(opaque);
+  const ForwardPlan<E>& plan = call.plan;
+  const ForwardTask<E> task = make_task<E>(call, index, thread);
+  E::enter();
+  const typename E::V::FlushDenormals flush;
+  task.finite().block = -1;
+  place_panels<E>(call, task);
+  attend_chunks<E>(task);
+  if (plan.task_chunks == 1 || gather_chunks<E>(call, task, index)) {
+    for (int i = 0; i < task.panels; ++i) {
+      Normaliser normalisers[E::kLanes];
+      finish_rows<E>(*task.panel(i), task.p, plan.rules, task.rows.batch, normalisers);
+      if (task.p.weights != nullptr) {
+        TileContext<E> context = tile_context<E>(task, i);
+        write_weights<E>(task, context, normalisers);
+      }
     }
   }
   E::leave();
@@ -205,10 +302,10 @@ void pack_task(void* opaque, int64_t index, int /*thread*/) {
   const auto& call = *static_cast<const ForwardCall<E>*>(opaque);
   const AttentionParams& p = call.p;
   const OperandLayout& layout = call.plan.layout;
-  const int64_t blocks = (p.seqlen_k + E::kBlockKeys - 1) / E::kBlockKeys;
+  const int64_t blocks = (call.plan.keys + E::kBlockKeys - 1) / E::kBlockKeys;
   const int64_t head = call.first_head + index / blocks;
   const int64_t begin = index % blocks * E::kBlockKeys;
-  const int64_t end = min64(begin + E::kBlockKeys, p.seqlen_k);
+  const int64_t end = min64(begin + E::kBlockKeys, existing_keys(p, head / p.kv_heads));
   const Interval seen = sequence_interval(p, head / p.kv_heads);
   if (begin >= seen.last || end <= seen.first) {
     return;
@@ -217,7 +314,7 @@ void pack_task(void* opaque, int64_t index, int /*thread*/) {
   if (layout.pack_key) {
     pack_keys<E>(p, head / p.kv_heads, head % p.kv_heads, begin, end, layout.key_row_bytes,
                  out + begin * layout.key_row_bytes);
-    out += round_up(p.seqlen_k, E::kHeadMultiple) * layout.key_row_bytes;
+    out += call.plan.packed_keys() * layout.key_row_bytes;
   }
   if (layout.pack_value) {
     pack_values<E>(p, head / p.kv_heads, head % p.kv_heads, begin, end, layout.value_row_bytes, nullptr,
@@ -235,17 +332,25 @@ void run_forward(const AttentionParams& p) {
   const int64_t thread_bytes = plan.threads * plan.thread_bytes;
   const int64_t packed_bytes = plan.wave * plan.head_bytes;
   const int64_t tables = plan.dense_batches * plan.dense_spans * plan.span_panels;
-  const Workspace workspace(static_cast<size_t>(thread_bytes + packed_bytes + tables * plan.dense_bytes));
+  const int64_t dense_bytes = round_up(tables * plan.dense_bytes, kScratchAlign);
+  const int64_t sums_bytes = plan.wave * plan.all_sums_bytes();
+  const int64_t counters = plan.task_chunks > 1 ? plan.wave * plan.head_tasks / plan.task_chunks : 0;
+  const auto counters_bytes = static_cast<size_t>(counters) * sizeof(int32_t);
+  const Workspace workspace(static_cast<size_t>(thread_bytes + packed_bytes + dense_bytes + sums_bytes) +
+                            counters_bytes);
   char* packed = workspace.data() + thread_bytes;
-  ForwardCall<E> call{p, plan, workspace.data(), packed, packed + packed_bytes, 0};
+  char* dense = packed + packed_bytes;
+  char* sums = dense + dense_bytes;
+  ForwardCall<E> call{p, plan, workspace.data(), packed, dense, sums, reinterpret_cast<int32_t*>(sums + sums_bytes), 0};
   if (plan.dense_bytes > 0) {
     parallel_for(tables, plan.threads, dense_task<E>, &call, p.num_threads);
   }
   for (int64_t head = 0; head < heads; head += plan.wave) {
     const int64_t wave = min64(plan.wave, heads - head);
     call.first_head = head;
+    memset(call.arrived, 0, counters_bytes);
     if (plan.head_bytes > 0) {
-      const int64_t blocks = (p.seqlen_k + E::kBlockKeys - 1) / E::kBlockKeys;
+      const int64_t blocks = (plan.keys + E::kBlockKeys - 1) / E::kBlockKeys;
       parallel_for(wave * blocks, plan.threads, pack_task<E>, &call, p.num_threads);
     }
     parallel_for(wave * plan.head_tasks, plan.threads, run_task<E>, &call, p.num_threads);

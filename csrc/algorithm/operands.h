@@ -17,6 +17,9 @@ struct KeyValueView {
   const char* value;
   int64_t value_stride;  // a step of `depth` keys
   int64_t start;
+  // Method::rows: where each row of the running block stands, see RowTable.
+  const char* const* key_rows;
+  const char* const* value_rows;
 };
 
 struct OperandLayout {
@@ -40,24 +43,38 @@ template <class E>
 inline OperandLayout operand_layout(const AttentionParams& p, bool copy_strided) {
   OperandLayout layout{};
   const bool copies = copy_strided && E::kMethod == Method::broadcast;
+  const bool pages = p.block_table != nullptr && E::kMethod != Method::rows;
   const bool key_scattered = copies && p.key_strides[2] > p.head_dim;
   const bool value_scattered = copies && p.value_strides[2] > p.value_dim;
-  layout.pack_key = E::kConvert || p.key_strides[3] != 1 || p.head_dim % E::kDimMultiple != 0 || key_scattered;
-  layout.pack_value = E::kPacksValue || p.value_strides[3] != 1 || value_scattered;
+  layout.pack_key = pages || E::kConvert || p.key_strides[3] != 1 || p.head_dim % E::kDimMultiple != 0 || key_scattered;
+  layout.pack_value = pages || E::kPacksValue || p.value_strides[3] != 1 || value_scattered;
   layout.key_row_bytes = round_up(p.head_dim, E::kDimMultiple) * static_cast<int64_t>(sizeof(typename E::Element));
   layout.value_row_bytes = padded_value_dim<E>(p) * E::kDepth * static_cast<int64_t>(sizeof(typename E::Element));
   return layout;
 }
 
+// Keys of a sequence that exist: those past its length are never read.
+inline int64_t existing_keys(const AttentionParams& p, int64_t batch) {
+  return p.kv_lengths == nullptr ? p.seqlen_k : min64(p.kv_lengths[batch], p.seqlen_k);
+}
+
+// Where a row of keys or values stands, in elements from the start of its tensor.
+inline int64_t row_index(const AttentionParams& p, const int64_t* strides, int64_t batch, int64_t head, int64_t key) {
+  if (p.block_table == nullptr) {
+    return batch * strides[0] + head * strides[1] + key * strides[2];
+  }
+  const int64_t page = p.block_table[batch * p.block_table_stride + key / p.page_size];
+  return page * strides[0] + head * strides[1] + key % p.page_size * strides[2];
+}
+
 template <class E>
 inline const typename E::Source* key_row(const AttentionParams& p, int64_t batch, int64_t head, int64_t key) {
-  return at<typename E::Source>(p.key, batch * p.key_strides[0] + head * p.key_strides[1] + key * p.key_strides[2]);
+  return at<typename E::Source>(p.key, row_index(p, p.key_strides, batch, head, key));
 }
 
 template <class E>
 inline const typename E::Source* value_row(const AttentionParams& p, int64_t batch, int64_t head, int64_t key) {
-  return at<typename E::Source>(p.value,
-                                batch * p.value_strides[0] + head * p.value_strides[1] + key * p.value_strides[2]);
+  return at<typename E::Source>(p.value, row_index(p, p.value_strides, batch, head, key));
 }
 
 // Elements [0, count) of a strided row, copied next to each other.
@@ -163,20 +180,23 @@ FASTATTN_NOINLINE void pack_values(const AttentionParams& p, int64_t batch, int6
   }
 }
 
-// The view of one head where it lies, or where it has been packed as a whole at `packed`.
+// The view of one head where it lies, or where `keys` keys of it have been packed at `packed`. Rows in pages are found
+// through a table, or packed.
 template <class E>
 inline KeyValueView whole_view(const AttentionParams& p, const OperandLayout& layout, int64_t batch, int64_t head,
-                               const char* packed) {
+                               const char* packed, int64_t keys) {
   KeyValueView view{};
-  const int64_t keys = round_up(p.seqlen_k, E::kHeadMultiple);
   view.start = 0;
   view.key_stride =
       layout.pack_key ? layout.key_row_bytes : p.key_strides[2] * static_cast<int64_t>(sizeof(typename E::Source));
   view.value_stride = layout.pack_value ? layout.value_row_bytes
                                         : p.value_strides[2] * static_cast<int64_t>(sizeof(typename E::Source));
-  view.key = layout.pack_key ? packed : reinterpret_cast<const char*>(key_row<E>(p, batch, head, 0));
+  const bool lies = existing_keys(p, batch) > 0 && p.block_table == nullptr;
+  const auto* first_key = lies ? reinterpret_cast<const char*>(key_row<E>(p, batch, head, 0)) : nullptr;
+  const auto* first_value = lies ? reinterpret_cast<const char*>(value_row<E>(p, batch, head, 0)) : nullptr;
+  view.key = layout.pack_key ? packed : first_key;
   const char* packed_value = packed + (layout.pack_key ? keys * layout.key_row_bytes : 0);
-  view.value = layout.pack_value ? packed_value : reinterpret_cast<const char*>(value_row<E>(p, batch, head, 0));
+  view.value = layout.pack_value ? packed_value : first_value;
   return view;
 }
 

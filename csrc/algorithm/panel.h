@@ -2,7 +2,7 @@
 // softmax has come. Rows may belong to different heads of one key/value head.
 #pragma once
 
-#include "algorithm/engine.h"
+#include "algorithm/operands.h"
 
 namespace fastattn {
 namespace {
@@ -52,7 +52,7 @@ struct Panel {
     return distance < 0 ? -distance : distance;
   }
 
-  Scalar* query;   // operands: [padded D / depth][kLanes], or [kLanes][padded D] for Method::rows
+  Scalar* query;   // operands: [padded D / depth][kLanes], or see query_row_lanes for Method::rows
   Scalar* output;  // sums of p * v, see output_index
 };
 
@@ -73,7 +73,7 @@ struct Interval {
 // The keys that a row sees by the window, the start and the length. Neither end falls from row to row.
 inline Interval rule_interval(const AttentionParams& p, int64_t batch, int64_t row) {
   const int64_t position = row + p.query_offset[batch];
-  const int64_t length = p.kv_lengths != nullptr ? min64(p.kv_lengths[batch], p.seqlen_k) : p.seqlen_k;
+  const int64_t length = existing_keys(p, batch);
   const int64_t start = p.kv_starts != nullptr ? max64(p.kv_starts[batch], 0) : 0;
   return {p.window_left >= kUnbounded ? start : clamp64(position - p.window_left, start, length),
           p.window_right >= kUnbounded ? length : clamp64(position + p.window_right + 1, 0, length)};
@@ -131,10 +131,21 @@ FASTATTN_NOINLINE void place_extras(Panel<E>& panel, const AttentionParams& p, i
   }
 }
 
+// The softmax before its first key.
+template <class E>
+inline void start_softmax(Panel<E>& panel) {
+  using Scalar = typename E::Scalar;
+  for (int lane = 0; lane < E::kLanes; ++lane) {
+    panel.shift[lane] = 0;
+    panel.limit[lane] = -static_cast<Scalar>(__builtin_inf());
+    panel.sum[lane] = 0;
+    panel.block_sum[lane] = 0;
+  }
+}
+
 // Fills lanes with rows [begin, begin + live) of the range's key/value head.
 template <class E>
 FASTATTN_NOINLINE void place_rows(Panel<E>& panel, const AttentionParams& p, const RowRange& range, int64_t begin) {
-  using Scalar = typename E::Scalar;
   const int64_t group = p.query_heads / p.kv_heads;
   const int64_t b = range.batch;
   panel.live = static_cast<int>(min64(E::kLanes, range.end - begin));
@@ -171,13 +182,10 @@ FASTATTN_NOINLINE void place_rows(Panel<E>& panel, const AttentionParams& p, con
     panel.last_max = max64(panel.last_max, seen.last);
   }
   for (int lane = 0; lane < E::kLanes; ++lane) {
-    panel.shift[lane] = 0;
-    panel.limit[lane] = -static_cast<Scalar>(__builtin_inf());
-    panel.sum[lane] = 0;
-    panel.block_sum[lane] = 0;
     panel.slope[lane] = 0;
     panel.beyond[lane] = 0;
   }
+  start_softmax<E>(panel);
   if (extras) {
     place_extras<E>(panel, p, b);
   }
@@ -222,31 +230,37 @@ FASTATTN_INLINE const typename E::Source* query_row(const Panel<E>& panel, const
                                              panel.row[lane] * p.query_strides[2]);
 }
 
-// Elements of a query row, packed: kDimMultiple pads with zeros.
+// Lanes of a query row for Method::rows: whole vectors.
 template <class E>
-constexpr int64_t padded_head_dim(const AttentionParams& p) {
-  return round_up(p.head_dim, E::kMethod == Method::rows ? E::kWidth : E::kDimMultiple);
+constexpr int64_t query_lanes(int64_t head_dim) {
+  return (head_dim + E::Dot::kElements - 1) / E::Dot::kElements * E::kWidth;
 }
 
-// Packs the panel's queries for rows dotted with rows: [lane][padded D].
+// Lanes of operands that a query row takes; kDimMultiple pads with zeros.
+template <class E>
+constexpr int64_t query_row_lanes(const AttentionParams& p) {
+  if constexpr (E::kMethod == Method::rows) {
+    return query_lanes<E>(p.head_dim);
+  } else {
+    return round_up(p.head_dim, E::kDimMultiple) / E::kDepth;
+  }
+}
+
+// Packs the panel's queries for rows dotted with rows: [lane][query_row_lanes].
 template <class E>
 FASTATTN_NOINLINE void copy_query(Panel<E>& panel, const AttentionParams& p, int64_t batch, double factor) {
-  using V = typename E::V;
-  using Scalar = typename E::Scalar;
-  const int64_t stride = padded_head_dim<E>(p);
+  using Dot = typename E::Dot;
+  const int64_t stride = query_row_lanes<E>(p);
   for (int lane = 0; lane < panel.live; ++lane) {
     const auto* row = query_row<E>(panel, p, batch, lane);
-    Scalar* out = panel.query + lane * stride;
-    if (p.query_strides[3] == 1) {
-      const auto scale = V::set1(static_cast<Scalar>(factor));
-      for (int64_t d = 0; d < stride; d += E::kWidth) {
-        const int count = static_cast<int>(min64(E::kWidth, p.head_dim - d));
-        V::store(out + d, V::mul(count == E::kWidth ? V::load(row + d) : V::load_partial(row + d, count), scale));
-      }
-      continue;
-    }
-    for (int64_t d = 0; d < stride; ++d) {
-      out[d] = d < p.head_dim ? to_scalar(row[d * p.query_strides[3]]) * static_cast<Scalar>(factor) : Scalar{0};
+    auto* out = panel.query + lane * stride;
+    for (int64_t d = 0; d < p.head_dim; d += Dot::kElements, out += E::kWidth) {
+      const int count = static_cast<int>(min64(Dot::kElements, p.head_dim - d));
+      typename E::Source piece[Dot::kElements];
+      const bool adjacent = p.query_strides[3] == 1;
+      const auto* from =
+          adjacent ? row + d : gather_row(row + d * p.query_strides[3], p.query_strides[3], count, piece);
+      E::V::store(out, Dot::load_query(from, count, factor));
     }
   }
 }
@@ -256,7 +270,7 @@ template <class E>
 FASTATTN_NOINLINE void pack_query(Panel<E>& panel, const AttentionParams& p, int64_t batch, double factor) {
   using Scalar = typename E::Scalar;
   using Source = typename E::Source;
-  const int64_t columns = padded_head_dim<E>(p) / E::kDepth;
+  const int64_t columns = query_row_lanes<E>(p);
   const bool direct = p.query_strides[3] == 1 && p.head_dim % E::kDimMultiple == 0;
   for (int vector = 0; vector * E::kWidth < panel.live; ++vector) {
     const Source* rows[E::kWidth];

@@ -1,9 +1,10 @@
 // How one call is cut: tasks of a few panels, what they pack and when, and the scratch of a thread.
 #pragma once
 
+#include "algorithm/chunk_sums.h"
 #include "algorithm/dense_block.h"
 #include "algorithm/operands.h"
-#include "algorithm/panel.h"
+#include "algorithm/row_products.h"
 #include "algorithm/score_tile.h"
 #include "algorithm/tile_softmax.h"
 #include "parallel.h"
@@ -79,6 +80,16 @@ struct TileFns {
   PassFn<E> exponentiate;
 };
 
+// Queries from which the keys of a row are no longer cut into chunks: rows are tasks enough, and each pass over a chunk
+// ends with its sums.
+constexpr int64_t kManyQueries = 64;
+// Keys of a chunk, whole blocks of every engine: half a megabyte of bfloat16 keys and values of 128 columns, 30
+// microseconds of reading, beside which its sums are nothing.
+template <class E>
+constexpr int64_t kChunkKeys = (1024 + E::kBlockKeys - 1) / E::kBlockKeys * E::kBlockKeys;
+// Tasks of whole rows for each thread from which their chunks are not tasks of their own: threads then end together.
+constexpr int64_t kTasksOfThread = 64;
+
 // How one call is cut.
 template <class E>
 struct ForwardPlan {
@@ -92,6 +103,10 @@ struct ForwardPlan {
   int64_t span_panels;  // panels of a span
   int64_t span_tasks;   // tasks of a span
   int64_t head_tasks;   // tasks of a key/value head
+  int64_t keys;         // of the longest sequence
+  int64_t chunks;       // that its keys are attended to by, each for itself
+  int64_t task_chunks;  // tasks that these are dealt to: all to one, or one to each
+  int64_t sums_bytes;   // of what a panel sums over a chunk
   // Each task packs block by block into its own scratch: where a key/value head has one task, or is too long to be
   // packed as a whole.
   bool pack_in_task;
@@ -104,8 +119,13 @@ struct ForwardPlan {
   int threads;
   // byte offsets of a thread's scratch
   int64_t query_bytes;  // of a panel
-  int64_t query_at, output_at, probs_at, kept_at, raw_at, dense_at, finite_at, tail_at, clean_at, packed_at,
-      thread_bytes;
+  int64_t query_at, output_at, probs_at, kept_at, raw_at, dense_at, finite_at, tail_at, table_at, sums_at, clean_at,
+      packed_at, thread_bytes;
+
+  // A task goes through several chunks, and adds each up before the next.
+  bool folds() const { return chunks > 1 && task_chunks == 1; }
+  int64_t packed_keys() const { return round_up(keys, E::kHeadMultiple); }
+  int64_t all_sums_bytes() const { return task_chunks > 1 ? head_tasks * panels * sums_bytes : 0; }  // of a head
 };
 
 template <class E>
@@ -119,7 +139,7 @@ inline void plan_scratch(ForwardPlan<E>& plan, const AttentionParams& p) {
     return start;
   };
   take(plan.panels * static_cast<int64_t>(sizeof(Panel<E>)));
-  plan.query_bytes = padded_head_dim<E>(p) / E::kDepth * E::kLanes * kScalar;
+  plan.query_bytes = query_row_lanes<E>(p) * E::kLanes * kScalar;
   plan.query_at = take(plan.panels * plan.query_bytes);
   plan.output_at = take(plan.panels * E::kLanes * plan.rules.output_stride * kScalar);
   plan.probs_at = take(E::kPlanes * kPlaneSize<E> * kScalar);
@@ -128,6 +148,8 @@ inline void plan_scratch(ForwardPlan<E>& plan, const AttentionParams& p) {
   plan.dense_at = take(plan.dense_bytes == 0 ? DenseRoom<E>::bytes(p, E::kBlockKeys) : 0);
   plan.finite_at = take(sizeof(FiniteValues<E>));
   plan.tail_at = take(E::kKeys * plan.layout.key_row_bytes);
+  plan.table_at = take(E::kMethod == Method::rows ? sizeof(RowTable<E>) : 0);
+  plan.sums_at = take(plan.folds() ? plan.panels * plan.sums_bytes : 0);
   plan.clean_at = take(E::kBlockKeys / E::kDepth * plan.layout.value_row_bytes);
   plan.packed_at = take(plan.pack_in_task ? plan.layout.head_bytes(E::kBlockKeys, E::kDepth) : 0);
   // A page between threads keeps their lines apart.
@@ -185,7 +207,7 @@ inline ScoreRules<E> score_rules(const AttentionParams& p) {
   // At least the smallest normal number: 0 would turn a hidden score, -inf, into NaN.
   const double magnitude = factor < -0x1p-126 ? -factor : factor > 0x1p-126 ? factor : 0x1p-126;
   rules.factor = static_cast<Scalar>(E::Product::kScaleQuery ? 1.0 : magnitude);
-  rules.steps = E::kMethod == Method::rows ? p.head_dim : padded_head_dim<E>(p) / E::kDepth;
+  rules.steps = query_row_lanes<E>(p);
   rules.softcap = finite_softcap<Scalar>(p.softcap);
   rules.alibi = p.alibi_slopes != nullptr;
   rules.dropout = p.dropout;
@@ -214,9 +236,31 @@ inline void plan_dense(ForwardPlan<E>& plan, const AttentionParams& p) {
   }
 }
 
+inline int64_t longest_sequence(const AttentionParams& p) {
+  int64_t longest = p.kv_lengths == nullptr ? p.seqlen_k : 0;
+  for (int64_t b = 0; p.kv_lengths != nullptr && b < p.batch; ++b) {
+    longest = max64(longest, existing_keys(p, b));
+  }
+  return longest;
+}
+
+// Few queries: their keys are cut into chunks at fixed places, by the length alone, so that bits depend on nothing
+// else; every chunk has a softmax of its own and the sums of all are added in order. Where there are few tasks each
+// chunk is one.
+template <class E>
+inline void plan_chunks(ForwardPlan<E>& plan, const AttentionParams& p) {
+  plan.chunks = p.seqlen_q < kManyQueries ? max64((plan.keys + kChunkKeys<E> - 1) / kChunkKeys<E>, 1) : 1;
+  plan.sums_bytes = ChunkSums<E>::bytes(plan.rules.output_stride);
+  const int64_t tasks = p.batch * p.kv_heads * plan.spans * plan.span_tasks;
+  const bool few = tasks < kTasksOfThread * p.num_threads &&
+                   tasks * plan.chunks * plan.panels * plan.sums_bytes <= kPackedBudget && p.weights == nullptr;
+  plan.task_chunks = few ? plan.chunks : 1;
+}
+
 template <class E>
 inline ForwardPlan<E> plan_forward(const AttentionParams& p) {
   ForwardPlan<E> plan{};
+  plan.keys = longest_sequence(p);
   const int64_t group = p.query_heads / p.kv_heads;
   plan.layout = operand_layout<E>(p, group * p.seqlen_q >= kCopyStridedRows);
   plan.rules = score_rules<E>(p);
@@ -236,15 +280,17 @@ inline ForwardPlan<E> plan_forward(const AttentionParams& p) {
     plan.panels /= 2;
   }
   plan.span_tasks = (plan.span_panels + plan.panels - 1) / plan.panels;
-  plan.head_tasks = plan.spans * plan.span_tasks;
+  plan_chunks<E>(plan, p);
+  plan.head_tasks = plan.spans * plan.span_tasks * plan.task_chunks;
   const bool packs = plan.layout.pack_key || plan.layout.pack_value;
   // Lengths past the budget are not multiplied: with strides of 0 the product may exceed 64 bits.
-  const bool fits = p.seqlen_k <= kPackedBudget;
-  const int64_t packed = packs && fits ? plan.layout.head_bytes(round_up(p.seqlen_k, E::kHeadMultiple), E::kDepth) : 0;
-  plan.pack_in_task = packs && (plan.head_tasks == 1 || !fits || packed > kPackedBudget);
+  const bool fits = plan.keys <= kPackedBudget;
+  const int64_t packed = packs && fits ? plan.layout.head_bytes(plan.packed_keys(), E::kDepth) : 0;
+  plan.pack_in_task = packs && (plan.spans * plan.span_tasks == 1 || !fits || packed > kPackedBudget);
   plan.head_bytes = plan.pack_in_task ? 0 : round_up(packed, kScratchAlign);
   const int64_t all_heads = p.batch * p.kv_heads;
-  plan.wave = plan.head_bytes == 0 ? all_heads : clamp64(kPackedBudget / plan.head_bytes, 1, all_heads);
+  const int64_t head_bytes = plan.head_bytes + plan.all_sums_bytes();
+  plan.wave = head_bytes == 0 ? all_heads : clamp64(kPackedBudget / head_bytes, 1, all_heads);
   plan.threads = effective_threads(plan.wave * plan.head_tasks, worthwhile_threads(p, all_heads * plan.head_tasks));
   plan_dense<E>(plan, p);
   plan_scratch<E>(plan, p);

@@ -15,21 +15,30 @@ struct RaggedForward {
   char* call;
   int64_t heads;
   int64_t taken;       // of these by earlier waves
-  int64_t head_bytes;  // packed operands
+  int64_t head_bytes;  // of a wave: packed operands, and what chunks add up to
   int64_t head_tasks;
   int64_t head_packs;  // tasks that pack a head
   int64_t thread_bytes;
   TaskFn pack;
   TaskFn run;
-  // Writes the call for the heads from `first` on.
-  void (*place)(RaggedForward& one, char* scratch, int64_t thread_bytes, char* packed);
+  // Writes the call for so many heads from the first that is not taken, whose room in the wave is given.
+  void (*place)(RaggedForward& one, int64_t heads, char* scratch, int64_t thread_bytes, char* room);
 };
 
 template <class E>
-void place_ragged(RaggedForward& one, char* scratch, int64_t thread_bytes, char* packed) {
+inline int64_t counter_bytes(const ForwardPlan<E>& plan) {  // of a head
+  return plan.task_chunks > 1 ? plan.head_tasks / plan.task_chunks * static_cast<int64_t>(sizeof(int32_t)) : 0;
+}
+
+template <class E>
+void place_ragged(RaggedForward& one, int64_t heads, char* scratch, int64_t thread_bytes, char* room) {
   auto* plan = reinterpret_cast<ForwardPlan<E>*>(one.plan);
   plan->thread_bytes = thread_bytes;
-  const ForwardCall<E> call{*one.p, *plan, scratch, packed, nullptr, one.taken};
+  char* sums = room + heads * plan->head_bytes;
+  char* counters = sums + heads * plan->all_sums_bytes();
+  memset(counters, 0, static_cast<size_t>(heads * counter_bytes(*plan)));
+  const ForwardCall<E> call{*one.p,   *plan, scratch, room, nullptr, sums, reinterpret_cast<int32_t*>(counters),
+                            one.taken};
   memcpy(one.call, &call, sizeof call);
 }
 
@@ -41,28 +50,28 @@ inline void plan_ragged(RaggedForward& one, int share) {
   auto* plan = reinterpret_cast<ForwardPlan<E>*>(one.plan);
   *plan = plan_forward<E>(p);
   one.heads = p.batch * p.kv_heads;
-  one.head_bytes = plan->head_bytes;
+  one.head_bytes = plan->head_bytes + plan->all_sums_bytes() + round_up(counter_bytes(*plan), kScratchAlign);
   one.head_tasks = plan->head_tasks;
-  one.head_packs = plan->head_bytes > 0 ? (p.seqlen_k + E::kBlockKeys - 1) / E::kBlockKeys : 0;
+  one.head_packs = plan->head_bytes > 0 ? (plan->keys + E::kBlockKeys - 1) / E::kBlockKeys : 0;
   one.thread_bytes = plan->thread_bytes;
   one.pack = pack_task<E>;
   one.run = run_task<E>;
   one.place = place_ragged<E>;
 }
 
-// Runs the calls' tasks on so many threads, in waves of heads whose packed operands fit into `packed_bytes`.
+// Runs the calls' tasks on so many threads, in waves of heads that fit into `wave_bytes`, which each does by itself.
 inline void run_ragged_waves(RaggedForward* calls, int64_t count, LoopPart* parts, int threads, int allowed,
-                             char* scratch, int64_t thread_bytes, int64_t packed_bytes) {
+                             char* scratch, int64_t thread_bytes, int64_t wave_bytes) {
   MergedLoop packing{parts, 0, 0};
   MergedLoop running{parts + count, 0, 0};
-  char* packed = scratch + threads * thread_bytes;
+  char* rooms = scratch + threads * thread_bytes;
   for (int64_t at = 0; at < count;) {
     for (int64_t bytes = 0; at < count;) {
       RaggedForward& one = calls[at];
       const int64_t left = one.heads - one.taken;
-      const int64_t heads = one.head_bytes == 0 ? left : min64(left, (packed_bytes - bytes) / one.head_bytes);
+      const int64_t heads = one.head_bytes == 0 ? left : min64(left, (wave_bytes - bytes) / one.head_bytes);
       if (heads > 0) {
-        one.place(one, scratch, thread_bytes, packed + bytes);
+        one.place(one, heads, scratch, thread_bytes, rooms + bytes);
       }
       packing.add(heads * one.head_packs, one.pack, one.call);
       running.add(heads * one.head_tasks, one.run, one.call);
@@ -94,7 +103,8 @@ void run_ragged_forward(const AttentionParams* calls, int64_t count) {
   const int allowed = calls[0].num_threads;
   const int threads = effective_threads(INT64_MAX, worthwhile_threads(time, allowed));
   int64_t thread_bytes = 0;
-  int64_t packed_bytes = 0;
+  int64_t wave_bytes = 0;
+  int64_t largest = 0;
   for (int64_t i = 0; i < count; ++i) {
     RaggedForward& one = records[i];
     one = {};
@@ -106,11 +116,12 @@ void run_ragged_forward(const AttentionParams* calls, int64_t count) {
       (takes_rows(calls[i]) ? plan_ragged<Few> : plan_ragged<Many>)(one, share);
     }
     thread_bytes = max64(thread_bytes, one.thread_bytes);
-    packed_bytes += one.heads * one.head_bytes;
+    wave_bytes += one.heads * one.head_bytes;
+    largest = max64(largest, one.head_bytes);
   }
-  packed_bytes = min64(packed_bytes, kPackedBudget);
-  const Workspace scratch(static_cast<size_t>(threads * thread_bytes + packed_bytes));
-  run_ragged_waves(records, count, parts, threads, allowed, scratch.data(), thread_bytes, packed_bytes);
+  wave_bytes = min64(wave_bytes, max64(kPackedBudget, largest));
+  const Workspace scratch(static_cast<size_t>(threads * thread_bytes + wave_bytes));
+  run_ragged_waves(records, count, parts, threads, allowed, scratch.data(), thread_bytes, wave_bytes);
 }
 
 template <class Few, class Many>

@@ -7,13 +7,38 @@
 namespace fastattn {
 namespace {
 
-template <class V_, class Source_, int kBlockKeys_, int kLanesAtOnce_>
+// How rows of keys are dotted with rows of queries: keys widened to the accumulator's type.
+template <class V, class Stored>
+struct WideDot {
+  using Reg = typename V::Reg;
+  static constexpr int kElements = V::kWidth;  // of a row, in a vector
+  static constexpr bool kScaleQuery = true;
+  static FASTATTN_INLINE Reg load(const Stored* row) { return V::load(row); }
+  static FASTATTN_INLINE Reg load_partial(const Stored* row, int count) { return V::load_partial(row, count); }
+  static FASTATTN_INLINE Reg run(Reg key, Reg query, Reg sum) { return V::fma(key, query, sum); }
+  // A vector of a row of queries.
+  template <class Source>
+  static FASTATTN_INLINE Reg load_query(const Source* row, int count, double factor) {
+    return FmaProduct<V>::load_query(row, count, factor);
+  }
+};
+
+// The softmax and the second product of rows are those of full-width numbers.
+template <class V, bool kScaleQuery_>
+struct RowProduct : FmaProduct<V> {
+  static constexpr bool kScaleQuery = kScaleQuery_;
+};
+
+// At once: kQueryRows rows of queries dotted with a tile of keys, kValueRows rows of probabilities with values.
+template <class V_, class Source_, class Dot_, int kBlockKeys_, int kQueryRows_, int kValueRows_>
 struct RowEngine {
   using V = V_;
   using Reg = typename V::Reg;
   using Scalar = typename V::Scalar;
   using Source = Source_;
-  using Product = FmaProduct<V>;
+  using Stored = Source_;  // element type of keys and values
+  using Dot = Dot_;
+  using Product = RowProduct<V, Dot::kScaleQuery>;
   using Element = Source;
   using Prob = Scalar;
 
@@ -31,7 +56,8 @@ struct RowEngine {
   static_assert(kBlockKeys % kWidth == 0 && kBlockKeys % kKeys == 0);
   static constexpr int kDimMultiple = 1;
   static constexpr int kHeadMultiple = kKeys;
-  static constexpr int kLanesAtOnce = kLanesAtOnce_;  // queries dotted with a key while it is in registers
+  static constexpr int kQueryRows = kQueryRows_;
+  static constexpr int kValueRows = kValueRows_;
   static constexpr bool kConvert = false;
   static constexpr bool kPacksValue = false;
 

@@ -50,6 +50,7 @@ FASTATTN_NOINLINE void scan_rows(TileContext<E>& context, int64_t begin, int64_t
   using V = typename E::V;
   using Scalar = typename E::Scalar;
   const auto hidden = V::set1(-static_cast<Scalar>(__builtin_inf()));
+  const auto factor = V::set1(context.rules.factor);
   const Panel<E>& panel = context.panel;
   RowTerms<E> terms;
   for (int lane = 0; lane < panel.live; ++lane) {
@@ -60,7 +61,10 @@ FASTATTN_NOINLINE void scan_rows(TileContext<E>& context, int64_t begin, int64_t
     auto peak = hidden;
     for (int64_t key = begin; key < end; key += E::kWidth) {
       auto x = V::load(row + key);
-      if (kGeneral || hides) {
+      if constexpr (!E::Product::kScaleQuery) {
+        x = V::mul(x, factor);
+      }
+      if (kGeneral || hides || !E::Product::kScaleQuery) {
         const auto keys = V::add(V::iota(), V::set1(static_cast<Scalar>(key)));
         if constexpr (kGeneral) {
           x = adjust_keys<E>(context, terms, lane, key, keys, x);

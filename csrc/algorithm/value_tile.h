@@ -2,8 +2,7 @@
 #pragma once
 
 #include "algorithm/key_product.h"
-#include "algorithm/operands.h"
-#include "algorithm/panel.h"
+#include "algorithm/row_products.h"
 
 namespace fastattn {
 namespace {
@@ -48,90 +47,6 @@ FASTATTN_NOINLINE void value_tile(const typename E::Scalar* probs, const char* v
       Scalar* to = output + r * output_stride + v * E::kWidth;
       V::store(to, V::add(V::load(to), sum[r][v]));
     }
-  }
-}
-
-// Method::rows: output[kRowCount][kVectors vectors] += sum over keys of probs[row][key] * value[key][column].
-template <class E, int kRowCount, int kVectors>
-FASTATTN_INLINE void row_values(const typename E::Scalar* probs, const char* value, int64_t value_stride, int64_t keys,
-                                typename E::Scalar* output, int64_t output_stride, int columns) {
-  using V = typename E::V;
-  using Source = typename E::Source;
-  typename E::Reg sum[kRowCount][kVectors];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRowCount; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      sum[r][v] = V::zero();
-    }
-  }
-  const bool partial = columns < kVectors * E::kWidth;
-  for (int64_t key = 0; key < keys; ++key) {
-    const char* at_key = value + key * value_stride;
-    const auto* row = reinterpret_cast<const Source*>(at_key);
-    typename E::Reg x[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      if (v % (64 / static_cast<int>(sizeof(Source)) / E::kWidth) == 0) {
-        __builtin_prefetch(at_key + kPrefetchRows * value_stride + v * E::kWidth * sizeof(Source), 0, 2);
-      }
-      x[v] = partial && v == kVectors - 1 ? V::load_partial(row + v * E::kWidth, columns - v * E::kWidth)
-                                          : V::load(row + v * E::kWidth);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < kRowCount; ++r) {
-      const auto prob = V::set1(probs[r * E::kBlockKeys + key]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        sum[r][v] = V::fma(prob, x[v], sum[r][v]);
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRowCount; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      typename E::Scalar* to = output + r * output_stride + v * E::kWidth;
-      V::store(to, V::add(V::load(to), sum[r][v]));
-    }
-  }
-}
-
-template <class E, int kVectors>
-FASTATTN_NOINLINE void row_values_panel(Panel<E>& panel, const typename E::Scalar* probs, const char* value,
-                                        int64_t value_stride, int64_t keys, typename E::Scalar* output,
-                                        int64_t output_stride, int columns) {
-  // Four rows by four vectors are sixteen sums, too many for sixteen registers.
-  constexpr int kMost = 2 * E::kLanesAtOnce;
-  int r = 0;
-  for (; r + kMost <= panel.live; r += kMost) {
-    row_values<E, kMost, kVectors>(probs + r * E::kBlockKeys, value, value_stride, keys, output + r * output_stride,
-                                   output_stride, columns);
-  }
-  for (; r + 2 <= panel.live; r += 2) {
-    row_values<E, 2, kVectors>(probs + r * E::kBlockKeys, value, value_stride, keys, output + r * output_stride,
-                               output_stride, columns);
-  }
-  for (; r < panel.live; ++r) {
-    row_values<E, 1, kVectors>(probs + r * E::kBlockKeys, value, value_stride, keys, output + r * output_stride,
-                               output_stride, columns);
-  }
-}
-
-template <class E>
-inline void accumulate_rows(Panel<E>& panel, const typename E::Scalar* probs, const KeyValueView& view, int64_t begin,
-                            int64_t end, int64_t value_dim, int64_t output_stride) {
-  constexpr int kTileColumns = 4 * E::kWidth;
-  const char* value = view.value + begin * view.value_stride;
-  for (int64_t d = 0; d < value_dim;) {
-    const int64_t rest = value_dim - d;
-    const bool wide = rest >= kTileColumns;
-    (wide ? row_values_panel<E, 4>
-          : row_values_panel<E, 1>)(panel, probs + begin * E::kRows,
-                                    value + d * static_cast<int64_t>(sizeof(typename E::Source)), view.value_stride,
-                                    end - begin, panel.output + d, output_stride,
-                                    static_cast<int>(wide ? kTileColumns : min64(rest, E::kWidth)));
-    d += wide ? kTileColumns : E::kWidth;
   }
 }
 
@@ -184,7 +99,7 @@ inline void accumulate_values(Panel<E>& panel, const typename E::Scalar* probs, 
   if constexpr (E::kMethod == Method::tiles) {
     E::accumulate_tiles(panel.output, probs, view.value, begin, end, output_stride, panel.live);
   } else if constexpr (E::kMethod == Method::rows) {
-    accumulate_rows<E>(panel, probs, view, begin, end, value_dim, output_stride);
+    add_value_rows<E>(panel, probs, view.value_rows, begin, end, value_dim, output_stride);
   } else {
     accumulate_strips<E>(panel, probs, view, begin, end, value_dim, output_stride, padded);
   }
@@ -229,6 +144,11 @@ FASTATTN_NOINLINE void accumulate_guarded(Panel<E>& panel, typename E::Scalar* p
   cleaned.value = clean;
   cleaned.value_stride = layout.value_row_bytes;
   pack_values<E>(p, batch, head, block, block + end, layout.value_row_bytes, bad, clean);
+  const char* rows[E::kMethod == Method::rows ? E::kBlockKeys + kPrefetchRows : 1];
+  if constexpr (E::kMethod == Method::rows) {
+    list_copied_rows(clean, layout.value_row_bytes, end, E::kBlockKeys + kPrefetchRows, rows);
+    cleaned.value_rows = rows;
+  }
   accumulate_values<E>(panel, probs, cleaned, begin, end, p.value_dim, output_stride, true);
   for (int64_t key = begin; key < end; ++key) {
     for (int lane = 0; bad[key] && lane < panel.live; ++lane) {

@@ -32,9 +32,8 @@ void add_key(const AttentionParams& p, const Row& r, int64_t key, Sums& sums) {
   const double prob = std::exp(s - (sums.peak == -kInfinity ? 0 : sums.peak));
   sums.total += prob;
   const double weight = prob * kept(p, r, key);
-  const int64_t v = r.batch * p.value_strides[0] + r.kv_head * p.value_strides[1] + key * p.value_strides[2];
   for (int64_t d = 0; d < p.value_dim; ++d) {
-    sums.output[d] += weight * load<T>(p.value, v + d * p.value_strides[3]);
+    sums.output[d] += weight * load<T>(p.value, stored_index(p, p.value_strides, r, key, d));
   }
 }
 

@@ -43,6 +43,15 @@ inline int64_t offset(const int64_t (&strides)[4], const Row& r, int64_t column)
   return r.batch * strides[0] + r.head * strides[1] + r.row * strides[2] + column * strides[3];
 }
 
+// Element (key, column) of the row's keys or values, wherever they lie.
+inline int64_t stored_index(const AttentionParams& p, const int64_t (&strides)[4], const Row& r, int64_t key,
+                            int64_t column) {
+  const bool paged = p.block_table != nullptr;
+  const int64_t place = paged ? p.block_table[r.batch * p.block_table_stride + key / p.page_size] : r.batch;
+  const int64_t row = paged ? key % p.page_size : key;
+  return place * strides[0] + r.kv_head * strides[1] + row * strides[2] + column * strides[3];
+}
+
 template <class T>
 double bias_at(const AttentionParams& p, const Row& r, int64_t key) {
   const int64_t index = offset(p.bias_strides, r, key);
@@ -94,8 +103,7 @@ template <class T>
 double product(const AttentionParams& p, const Row& r, int64_t key) {
   double dot = 0;
   for (int64_t d = 0; d < p.head_dim; ++d) {
-    const int64_t k = r.batch * p.key_strides[0] + r.kv_head * p.key_strides[1] + key * p.key_strides[2];
-    dot += load<T>(p.query, offset(p.query_strides, r, d)) * load<T>(p.key, k + d * p.key_strides[3]);
+    dot += load<T>(p.query, offset(p.query_strides, r, d)) * load<T>(p.key, stored_index(p, p.key_strides, r, key, d));
   }
   return dot * p.scale;
 }

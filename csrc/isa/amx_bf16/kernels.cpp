@@ -8,7 +8,7 @@ namespace fastattn {
 namespace {
 
 using TilesBf16 = AmxEngine<AmxBf16Product>;
-using RowsBf16 = RowEngine<VecF32, Bfloat16, 256, 2>;
+using RowsBf16 = RowEngine<VecF32, Bfloat16, WideDot<VecF32, Bfloat16>, 256, 6, 6>;
 
 // Four sums, as the kernels keep; operands are zero, which the unit multiplies no faster.
 double peak_dot_bf16(int64_t rounds) {

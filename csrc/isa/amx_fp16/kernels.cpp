@@ -55,7 +55,7 @@ struct AmxFp16Product {
 };
 
 using TilesF16 = AmxEngine<AmxFp16Product>;
-using RowsF16 = RowEngine<VecF32, Float16, 256, 2>;
+using RowsF16 = RowEngine<VecF32, Float16, WideDot<VecF32, Float16>, 256, 6, 6>;
 
 }  // namespace
 

@@ -14,12 +14,12 @@ namespace {
 template <class Source>
 using EngineF32 = Engine<VecF32, Source, FmaProduct<VecF32>, 6, 2, 4, 240, false>;
 template <class Source>
-using RowsF32 = RowEngine<VecF32, Source, 240, 1>;
+using RowsF32 = RowEngine<VecF32, Source, WideDot<VecF32, Source>, 240, 1, 2>;
 using EngineF64 = Engine<VecF64, double, FmaProduct<VecF64>, 6, 2, 4, 240, false>;
 // The backward keeps P and dS of a block for eight panels in cache: shorter blocks.
 template <class V, class Source>
 using GradientEngine = Engine<V, Source, FmaProduct<V>, 6, 2, 4, 96, false>;
-using RowsF64 = RowEngine<VecF64, double, 240, 1>;
+using RowsF64 = RowEngine<VecF64, double, WideDot<VecF64, double>, 240, 1, 2>;
 
 double peak_fma_f32(int64_t rounds) {
   return run_peak<VecF32>(rounds, 2, [](__m256& sum, __m256 x) FASTATTN_LAMBDA_INLINE {

@@ -30,6 +30,14 @@ struct VecF32 {
   static Reg load_partial(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
   static void store_partial(float* p, Reg x, int n) { _mm256_maskstore_ps(p, first(n), x); }
 
+  template <class T>
+  static void load_two(const T* p, Reg& a, Reg& b) {
+    a = load(p);
+    b = load(p + kWidth);
+  }
+  template <class T>
+  static void order_two(Reg& /*a*/, Reg& /*b*/) {}
+
   static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
@@ -165,6 +173,14 @@ struct VecF64 {
     const __m128i lanes = _mm_cmpgt_epi32(_mm_set1_epi32(n), _mm_setr_epi32(0, 1, 2, 3));
     return _mm256_cvtps_pd(_mm_maskload_ps(p, lanes));
   }
+
+  template <class T>
+  static void load_two(const T* p, Reg& a, Reg& b) {
+    a = load(p);
+    b = load(p + kWidth);
+  }
+  template <class T>
+  static void order_two(Reg& /*a*/, Reg& /*b*/) {}
 
   static Reg add(Reg a, Reg b) { return _mm256_add_pd(a, b); }
   static Reg sub(Reg a, Reg b) { return _mm256_sub_pd(a, b); }

@@ -13,6 +13,11 @@
 namespace fastattn {
 namespace {
 
+template <class T>
+constexpr bool kIsBfloat16 = false;
+template <>
+constexpr bool kIsBfloat16<Bfloat16> = true;
+
 struct VecF32 {
   using Scalar = float;
   using Reg = __m512;
@@ -67,6 +72,27 @@ struct VecF32 {
 
   static Reg load(const Bfloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static Reg load_partial(const Bfloat16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
+  // Two vectors of a row in whatever order is quickest, and how sums over them are put in order.
+  template <class T>
+  static void load_two(const T* p, Reg& a, Reg& b) {
+    a = load(p);
+    b = load(p + kWidth);
+  }
+  static void load_two(const Bfloat16* p, Reg& even, Reg& odd) {
+    const __m512i x = _mm512_loadu_si512(p);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000U))));
+  }
+  template <class T>
+  static void order_two(Reg& a, Reg& b) {
+    if constexpr (kIsBfloat16<T>) {
+      const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+      const Reg even = a;
+      a = _mm512_permutex2var_ps(even, low, b);
+      b = _mm512_permutex2var_ps(even, high, b);
+    }
+  }
   static void store(Bfloat16* p, Reg x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x)); }
   static void store_partial(Bfloat16* p, Reg x, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow(x)); }
 
@@ -173,6 +199,14 @@ struct VecF64 {
   static void store_partial(double* p, Reg x, int n) { _mm512_mask_storeu_pd(p, first(n), x); }
   static Reg load(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
   static Reg load_partial(const float* p, int n) { return _mm512_cvtps_pd(_mm256_maskz_loadu_ps(first(n), p)); }
+
+  template <class T>
+  static void load_two(const T* p, Reg& a, Reg& b) {
+    a = load(p);
+    b = load(p + kWidth);
+  }
+  template <class T>
+  static void order_two(Reg& /*a*/, Reg& /*b*/) {}
 
   static Reg add(Reg a, Reg b) { return _mm512_add_pd(a, b); }
   static Reg sub(Reg a, Reg b) { return _mm512_sub_pd(a, b); }

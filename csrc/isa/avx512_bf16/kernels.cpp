@@ -12,7 +12,7 @@ namespace {
 
 using EngineBf16 = Engine<VecF32, Bfloat16, Bf16PairProduct, 8, 2, 8, 256, true>;
 using GradientBf16 = Engine<VecF32, Bfloat16, Bf16PairProduct, 8, 2, 8, 128, true>;
-using RowsBf16 = RowEngine<VecF32, Bfloat16, 256, 2>;
+using RowsBf16 = RowEngine<VecF32, Bfloat16, PairDot, 256, 6, 6>;
 
 double peak_dot_bf16(int64_t rounds) {
   return run_peak<VecF32>(rounds, 4, [](__m512& sum, __m512 x) FASTATTN_LAMBDA_INLINE {

@@ -50,5 +50,22 @@ struct Bf16PairProduct {
   }
 };
 
+// Rows of bfloat16 keys dotted with rows of queries as they stand, two numbers a lane.
+struct PairDot {
+  using V = VecF32;
+  static constexpr int kElements = 2 * V::kWidth;
+  static constexpr bool kScaleQuery = false;
+  static FASTATTN_INLINE __m512 load(const Bfloat16* row) { return V::load(reinterpret_cast<const float*>(row)); }
+  static FASTATTN_INLINE __m512 load_partial(const Bfloat16* row, int count) {
+    return reinterpret_cast<__m512>(_mm512_maskz_loadu_epi16((1U << count) - 1U, row));
+  }
+  static FASTATTN_INLINE __m512 run(__m512 key, __m512 query, __m512 sum) {
+    return Bf16PairProduct::run(key, query, sum);
+  }
+  static FASTATTN_INLINE __m512 load_query(const Bfloat16* row, int count, double factor) {
+    return V::flip_bits(count == kElements ? load(row) : load_partial(row, count), factor < 0 ? 0x80008000U : 0);
+  }
+};
+
 }  // namespace
 }  // namespace fastattn

@@ -1,0 +1,255 @@
+// The products of Method::rows: rows of queries dotted with rows of keys, and probabilities by rows of values, each
+// row read once from wherever it lies. Rows are found through a table, so pages cost nothing; they are fetched far
+// ahead of their use, which decides the speed of a product that waits for memory.
+#pragma once
+
+#include "algorithm/operands.h"
+#include "algorithm/panel.h"
+
+namespace fastattn {
+namespace {
+
+// Rows that are fetched into the second-level cache ahead of the product that reads them.
+constexpr int64_t kPrefetchRows = 32;
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
+// Where the rows of a key block stand, and those after it that are fetched while it is read.
+template <class E>
+struct RowTable {
+  const char* keys[E::kBlockKeys + kPrefetchRows];
+  const char* values[E::kBlockKeys + kPrefetchRows];
+};
+
+// Lists rows [begin, begin + count) of a head; in place of those from `end` on, the last that exists.
+inline void list_rows(const AttentionParams& p, const void* base, const int64_t* strides, int64_t size, int64_t batch,
+                      int64_t head, int64_t begin, int64_t end, int64_t count, const char** rows) {
+  const int64_t stop = min64(begin + count, end);
+  const int64_t step = strides[2] * size;
+  const char* row = nullptr;
+  for (int64_t key = begin; key < stop;) {
+    const int64_t run = p.block_table == nullptr ? stop - key : min64(stop - key, p.page_size - key % p.page_size);
+    row = static_cast<const char*>(base) + row_index(p, strides, batch, head, key) * size;
+    for (int64_t i = 0; i < run; ++i, row += step) {
+      *rows++ = row;
+    }
+    key += run;
+  }
+  for (int64_t i = stop - begin; i < count; ++i) {
+    *rows++ = row - step;
+  }
+}
+
+// The same where they have been copied next to each other.
+inline void list_copied_rows(const char* row, int64_t step, int64_t existing, int64_t count, const char** rows) {
+  for (int64_t i = 0; i < count; ++i) {
+    rows[i] = row + min64(i, existing - 1) * step;
+  }
+}
+
+FASTATTN_INLINE void prefetch_row(const char* row, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += kLine) {
+    __builtin_prefetch(row + b, 0, 2);
+  }
+}
+
+// raw[query][key] for kQueries rows of queries, `query_stride` lanes apart, and kKeyRows keys; raw's rows are
+// kBlockKeys long. Each sum has lanes of its own, so it does not depend on who is computed beside it. kFetch: rows
+// ahead are asked for.
+template <class E, int kKeyRows, int kQueries, bool kFetch>
+FASTATTN_INLINE void dot_rows(typename E::Scalar* raw, const char* const* keys, const typename E::Scalar* query,
+                              int64_t head_dim, int64_t query_stride) {
+  using V = typename E::V;
+  using Dot = typename E::Dot;
+  using Stored = typename E::Stored;
+  typename E::Reg sum[kQueries * kKeyRows + 7];
+#pragma GCC unroll 32
+  for (int i = 0; i < kQueries * kKeyRows; ++i) {
+    sum[i] = V::zero();
+  }
+  const Stored* rows[kKeyRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kKeyRows; ++r) {
+    rows[r] = reinterpret_cast<const Stored*>(keys[r]);
+  }
+  int64_t d = 0;
+  const auto step = [&](const auto& load) FASTATTN_LAMBDA_INLINE {
+    typename E::Reg x[kKeyRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kKeyRows; ++r) {
+      x[r] = load(rows[r]);
+      if constexpr (kQueries == 1) {  // at once: sixteen registers hold no tile of keys beside its sums
+        sum[r] = Dot::run(x[r], V::load(query), sum[r]);
+      }
+      // One line for each that is read: in bursts they wait for each other, and so do the loads behind them.
+      if (kFetch && d * int64_t{sizeof(Stored)} % kLine == 0) {
+        __builtin_prefetch(keys[kPrefetchRows + r] + d * int64_t{sizeof(Stored)}, 0, 2);
+      }
+    }
+#pragma GCC unroll 8
+    for (int q = 0; kQueries > 1 && q < kQueries; ++q) {
+      const auto lanes = V::load(query + q * query_stride);
+#pragma GCC unroll 8
+      for (int r = 0; r < kKeyRows; ++r) {
+        sum[q * kKeyRows + r] = Dot::run(x[r], lanes, sum[q * kKeyRows + r]);
+      }
+    }
+  };
+  for (; d + Dot::kElements <= head_dim; d += Dot::kElements, query += E::kWidth) {
+    step([&](const Stored* row) FASTATTN_LAMBDA_INLINE { return Dot::load(row + d); });
+  }
+  if (d < head_dim) {
+    const int rest = static_cast<int>(head_dim - d);
+    step([&](const Stored* row) FASTATTN_LAMBDA_INLINE { return Dot::load_partial(row + d, rest); });
+  }
+  constexpr int kPerEight = 8 / kKeyRows;  // queries whose sums are totalled together
+#pragma GCC unroll 4
+  for (int q = 0; q < kQueries; q += kPerEight) {
+    typename E::Reg eight[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      eight[i] = q * kKeyRows + i < kQueries * kKeyRows ? sum[q * kKeyRows + i] : V::zero();
+    }
+    alignas(64) typename E::Scalar totals[8];
+    V::sum_lanes(eight, totals);
+    for (int i = 0; i < kPerEight && q + i < kQueries; ++i) {
+      memcpy(raw + (q + i) * E::kBlockKeys, totals + i * kKeyRows, kKeyRows * sizeof totals[0]);
+    }
+  }
+}
+
+// Scores of kQueries rows by a tile of kKeys keys.
+template <class E, int kQueries, bool kFetch>
+FASTATTN_NOINLINE void dot_tile(typename E::Scalar* raw, const char* const* keys, const typename E::Scalar* query,
+                                int64_t head_dim, int64_t query_stride) {
+  // One query has sums enough with eight keys; more share four, which they find in registers.
+  constexpr int kKeyRows = kQueries == 1 ? 8 : 4;
+  for (int key = 0; key < E::kKeys; key += kKeyRows) {
+    dot_rows<E, kKeyRows, kQueries, kFetch>(raw + key, keys + key, query, head_dim, query_stride);
+  }
+}
+
+// Splits `rows` into as few parts of at most `most` as there can be, sizes that differ by one.
+inline int part_of(int rows, int most) {
+  const int parts = (rows + most - 1) / most;
+  return (rows + parts - 1) / parts;
+}
+
+// dot_tile for `count` queries, one of kQueries and more.
+template <class E, bool kFetch, int kQueries = 1>
+inline void dot_queries(int count, typename E::Scalar* raw, const char* const* keys, const typename E::Scalar* query,
+                        int64_t head_dim, int64_t query_stride) {
+  if (kQueries == E::kQueryRows || count == kQueries) {
+    dot_tile<E, kQueries, kFetch>(raw, keys, query, head_dim, query_stride);
+  } else if constexpr (kQueries < E::kQueryRows) {
+    dot_queries<E, kFetch, kQueries + 1>(count, raw, keys, query, head_dim, query_stride);
+  }
+}
+
+// raw[lane][block_key ...] for all rows of the panel and one tile of keys.
+template <class E>
+inline void multiply_rows(typename E::Scalar* raw, const Panel<E>& panel, const char* const* keys, int64_t head_dim) {
+  static_assert(E::kKeys == 8);
+  const int64_t stride = query_lanes<E>(head_dim);
+  for (int lane = 0; lane < panel.live;) {
+    const int count = part_of(panel.live - lane, E::kQueryRows);
+    (lane == 0 ? dot_queries<E, true> : dot_queries<E, false>)(count, raw + lane * E::kBlockKeys, keys,
+                                                               panel.query + lane * stride, head_dim, stride);
+    lane += count;
+  }
+}
+
+// output[kRows][kVectors vectors] += sum over keys of probs[row][key] * value[key][column]; `at` is the first column's
+// place in a row.
+template <class E, int kRows, int kVectors, bool kPartial>
+FASTATTN_NOINLINE void add_rows(const typename E::Scalar* probs, const char* const* values, int64_t at, int64_t keys,
+                                typename E::Scalar* output, int64_t output_stride, int columns, bool fetch) {
+  using V = typename E::V;
+  using Stored = typename E::Stored;
+  constexpr int64_t kBytes = int64_t{kVectors} * E::kWidth * sizeof(Stored);
+  typename E::Reg sum[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = V::zero();
+    }
+  }
+  for (int64_t key = 0; key < keys; ++key) {
+    const auto* row = reinterpret_cast<const Stored*>(values[key]) + at;
+    if (fetch) {
+      prefetch_row(values[key + kPrefetchRows] + at * static_cast<int64_t>(sizeof(Stored)), kBytes);
+    }
+    typename E::Reg x[kVectors];
+    if constexpr (kVectors % 2 == 0) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; v += 2) {
+        V::load_two(row + v * E::kWidth, x[v], x[v + 1]);
+      }
+    } else {
+      x[0] = kPartial ? V::load_partial(row, columns) : V::load(row);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const auto prob = V::set1(probs[r * E::kBlockKeys + key]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        sum[r][v] = V::fma(prob, x[v], sum[r][v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v + 1 < kVectors; v += 2) {
+      V::template order_two<Stored>(sum[r][v], sum[r][v + 1]);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      typename E::Scalar* to = output + r * output_stride + v * E::kWidth;
+      V::store(to, V::add(V::load(to), sum[r][v]));
+    }
+  }
+}
+
+// add_rows for `count` rows, one of kRows and more.
+template <class E, int kVectors, bool kPartial, int kRows = 1, class... Args>
+FASTATTN_INLINE void add_some_rows(int count, Args... args) {
+  if (kRows == E::kValueRows || count == kRows) {
+    add_rows<E, kRows, kVectors, kPartial>(args...);
+  } else if constexpr (kRows < E::kValueRows) {
+    add_some_rows<E, kVectors, kPartial, kRows + 1>(count, args...);
+  }
+}
+
+// Columns [at, at + kVectors vectors) of all rows of the panel.
+template <class E, int kVectors, bool kPartial>
+inline void add_columns(const Panel<E>& panel, const typename E::Scalar* probs, const char* const* values, int64_t at,
+                        int64_t keys, int64_t output_stride, int columns) {
+  for (int lane = 0; lane < panel.live;) {
+    const int count = part_of(panel.live - lane, E::kValueRows);
+    add_some_rows<E, kVectors, kPartial>(count, probs + lane * E::kBlockKeys, values, at, keys,
+                                         panel.output + lane * output_stride + at, output_stride, columns, lane == 0);
+    lane += count;
+  }
+}
+
+// Adds values [begin, end), counted in the block, to the panel's output.
+template <class E>
+inline void add_value_rows(const Panel<E>& panel, const typename E::Scalar* probs, const char* const* values,
+                           int64_t begin, int64_t end, int64_t value_dim, int64_t output_stride) {
+  constexpr int64_t kColumns = 4 * E::kWidth;
+  probs += begin;
+  values += begin;
+  int64_t at = 0;
+  for (; at + kColumns <= value_dim; at += kColumns) {
+    add_columns<E, 4, false>(panel, probs, values, at, end - begin, output_stride, E::kWidth);
+  }
+  for (; at < value_dim; at += E::kWidth) {
+    const int rest = static_cast<int>(min64(E::kWidth, value_dim - at));
+    (rest == E::kWidth ? add_columns<E, 1, false> : add_columns<E, 1, true>)(panel, probs, values, at, end - begin,
+                                                                             output_stride, rest);
+  }
+}
+
+}  // namespace
+}  // namespace fastattn
