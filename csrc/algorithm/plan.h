@@ -227,7 +227,7 @@ inline void plan_dense(ForwardPlan<E>& plan, const AttentionParams& p) {
   plan.dense_batches = moves(0) ? p.batch : 1;
   plan.dense_spans = moves(1) ? spans : 1;
   const bool shared = p.batch * spans >= 2 * plan.dense_batches * plan.dense_spans;
-  if (E::kMethod == Method::rows || !shared || !moves(2) || p.seqlen_k > kDenseBudget) {
+  if (E::kMethod == Method::rows || !shared || !moves(2) || p.seqlen_k == 0 || p.seqlen_k > kDenseBudget) {
     return;
   }
   const int64_t bytes = DenseRoom<E>::bytes(p, round_up(p.seqlen_k, E::kBlockKeys));
