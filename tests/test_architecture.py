@@ -53,7 +53,7 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "explanation": {"dispatch", "problem", "arrays"},
     "_config": {"_core", "_threads", "backends"},
     "nn": {"functional"},
-    "integrations": {"functional", "backends"},
+    "integrations": {"functional", "varlen", "backends"},
     "viz": set(),
     "cli": {"__init__"},
 }
