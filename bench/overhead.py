@@ -51,6 +51,8 @@ def actions() -> dict[str, Action]:
     kept, wanted = (query, key, value, out, lse), (True, True, True)
     operands = (*[None] * 7, "", None, None, None, 0.0, None, 0.0, None, 0, "bhsd", None, False)
     mask = torch.ones(1, 1, dtype=torch.bool)
+    new, caches = (key, value), torch.zeros(2, 1, 4, 1, 64).unbind(0)
+    appended = {"new_key": key, "new_value": value, "cache_seqlens": 0}
 
     def there_and_back(function: Callable[..., Any]) -> Action:
         return lambda: torch.autograd.grad(function(*leaves), leaves, grad)
@@ -70,6 +72,10 @@ def actions() -> dict[str, Action]:
             query, key, value, False, None, False, False, 1
         ),
         "attention(mask=...), no gradients": lambda: fa.attention(query, key, value, mask=mask),
+        "attention_with_kvcache()": lambda: fa.attention_with_kvcache(query, *new),
+        "attention_with_kvcache(), a token appended": lambda: fa.attention_with_kvcache(
+            query, *caches, **appended
+        ),
         "torch.ops.fastattn.forward": lambda: torch.ops.fastattn.forward(query, key, value, *operands),
         "attention(), gradients recorded": lambda: fa.attention(*leaves),
         "  of which: read, allocate, compute, lse": lambda: _core.attention_plain_torch(

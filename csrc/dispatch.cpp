@@ -125,6 +125,12 @@ int selected_tier() {
 
 }  // namespace
 
+ForwardFn forward_kernel(const AttentionParams& params) {
+  const bool plain = params.dtype == DType::float64 && params.kv_dtype != DType::float64;
+  const KernelTable& table = plain ? tables().table[0] : kernels();
+  return table.forward[static_cast<int>(params.dtype)].run;
+}
+
 const KernelTable& kernels() { return tables().table[selected_tier()]; }
 
 const char* selected_isa() { return kTiers[selected_tier()].name; }

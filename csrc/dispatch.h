@@ -50,6 +50,9 @@ void register_avx512_bf16(KernelTable& table);
 void register_amx_bf16(KernelTable& table);
 void register_amx_fp16(KernelTable& table);
 
+// The kernel of a call in the table in force: float64 queries over quantised keys are left to plain loops.
+ForwardFn forward_kernel(const AttentionParams& params);
+
 // The table in force. Throws std::runtime_error when FASTATTN_ISA names a tier that is not there.
 const KernelTable& kernels();
 const char* selected_isa();

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ PAGE = mmap.PAGESIZE
 NONE, READ, WRITE = 0, 1, 2  # PROT_*
 OUTPUTS = range(3, 6)  # out, lse and weights among the arguments of `_core.attention_forward`
 TENSORS = range(12)
+WRITTEN = (2, 3, 4, 5, 11)  # caches, their scales and turned queries among those of `_core.update_caches`
 NAMES = {code: name for name, code in _core.DTYPE_CODES.items()}
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -70,32 +71,46 @@ def extent(tensor: Any) -> int:
 
 
 class _FencedCore:
-    """The extension, with another `attention_forward`."""
+    """The extension, with another `attention_forward` and `update_caches`."""
 
     def __init__(self, place: Place) -> None:
         self.place: Place = place
-        self.calls = 0
+        self.calls = self.updates = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(_core, name)
 
-    def attention_forward(self, *arguments: Any) -> None:
-        fences: dict[int, Fence] = {}
-        passed = list(arguments)
+    def attention_forward(self, *arguments: Any, **caches: Any) -> None:
+        tensors = dict(enumerate(arguments[: TENSORS.stop])) | caches
+        with self._fenced(tensors, OUTPUTS) as passed:
+            places = [passed[i] for i in TENSORS]
+            _core.attention_forward(
+                *places, *arguments[TENSORS.stop :], **{name: passed[name] for name in caches}
+            )
+        self.calls += 1
+
+    def update_caches(self, tensors: tuple[Any, ...], *rest: Any) -> None:
+        with self._fenced(dict(enumerate(tensors)), WRITTEN) as passed:
+            _core.update_caches(tuple(passed.values()), *rest)
+        self.updates += 1
+
+    @contextmanager
+    def _fenced(self, tensors: dict[Any, Any], outputs: Container[Any]) -> Iterator[dict[Any, Any]]:
+        """Copies of the tensors between fences, of which `outputs` are copied back."""
+        fences: dict[Any, Fence] = {}
+        passed = dict(tensors)
         try:
-            for i in TENSORS:
-                tensor = arguments[i]
+            for name, tensor in tensors.items():
                 if tensor is not None and (size := extent(tensor)):
-                    fences[i] = Fence(tensor[0], size, self.place, writable=i in OUTPUTS)
-                    passed[i] = (fences[i].address, *tensor[1:])
-            _core.attention_forward(*passed)
-            for i in OUTPUTS:
-                if i in fences:
-                    fences[i].copy_back()
+                    fences[name] = Fence(tensor[0], size, self.place, writable=name in outputs)
+                    passed[name] = (fences[name].address, *tensor[1:])
+            yield passed
+            for name, fence in fences.items():
+                if name in outputs:
+                    fence.copy_back()
         finally:
             for fence in fences.values():
                 fence.close()
-        self.calls += 1
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Print the tables of docs/accuracy.md: each kernel's errors against the float64 oracle, beside torch's.
 
-python tests/measure_accuracy.py [forward] [gradients] [saturated]      all of them by default
+python tests/measure_accuracy.py [forward] [gradients] [saturated] [caches]      all of them by default
+
+That of caches is in docs/quantised-caches.md.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import bounds
+import caches
 import fastattn as fa
 import gradients
 from bounds import Expected, as_float64
@@ -117,7 +120,24 @@ def print_saturated() -> None:
                 )
 
 
-TABLES = {"forward": print_forward, "gradients": print_gradients, "saturated": print_saturated}
+def print_caches() -> None:
+    """Of out and lse, over a cache of that dtype, against the float64 oracle on what was appended."""
+    print("| cache | bytes a number, D128 | keys | D64: out | D64: lse | D128: out | D128: lse |")
+    print("|---|--:|---|--:|--:|--:|--:|")
+    for dtype in ("bfloat16", *caches.LARGEST):
+        size = 2 if dtype == "bfloat16" else 1 + 4 / 128
+        for outliers in (1, 10):
+            cells = [cell for dim in (64, 128) for cell in caches.cost(dtype, dim, outliers)]
+            keys = "normal" if outliers == 1 else f"one column {outliers} times as large"
+            print(f"| {dtype} | {size:.2f} | {keys} | " + " | ".join(f"{cell:.1e}" for cell in cells) + " |")
+
+
+TABLES = {
+    "forward": print_forward,
+    "gradients": print_gradients,
+    "saturated": print_saturated,
+    "caches": print_caches,
+}
 
 
 def main(names: list[str]) -> None:

@@ -20,6 +20,7 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "__init__": {
         "functional",
         "varlen",
+        "kvcache",
         "merge",
         "explanation",
         "ops",
@@ -31,22 +32,32 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "__main__": {"cli"},
     "_core": set(),
     "_flags": set(),
-    "strided": set(),
+    "float8": set(),
+    "strided": {"float8"},
     "tensors": {"strided"},
     "arrays": {"strided", "tensors"},
     "_threads": {"_core", "arrays"},
     "vectors": {"arrays", "_flags"},
     "problem": {"vectors", "arrays"},
     "outputs": {"problem", "vectors", "arrays"},
+    "cache_tensors": {"problem", "outputs", "arrays", "float8"},
+    "cache_problem": {"cache_tensors", "problem", "vectors", "arrays", "_flags"},
     "philox": set(),
-    "reference": {"problem", "arrays", "philox"},
+    "reference": {"cache_problem", "problem", "arrays", "float8", "philox"},
     "gpu": {"problem", "outputs", "arrays", "_flags"},
-    "backends": {"problem", "outputs", "arrays", "reference", "philox", "gpu", "_core", "_flags", "_threads"},
+    "backends": {
+        *("problem", "outputs", "arrays", "cache_problem", "float8", "reference", "philox", "gpu"),
+        *("_core", "_flags", "_threads"),
+    },
     "dispatch": {"backends", "problem", "arrays"},
     "gradients": {"backends", "problem", "outputs", "arrays"},
-    "torch_ops": {"tensors", "gradients", "dispatch", "backends", "problem", "vectors", "outputs", "arrays"},
+    "torch_ops": {
+        *("tensors", "gradients", "dispatch", "backends", "problem", "vectors", "outputs", "arrays"),
+        *("cache_problem", "cache_tensors"),
+    },
     "torch": {"torch_ops"},
     "functional": {"torch_ops", "dispatch", "problem", "outputs", "arrays"},
+    "kvcache": {"torch_ops", "dispatch", "cache_problem", "outputs", "arrays", "problem"},
     "varlen": {"functional", "problem", "arrays"},
     "ops": {"functional", "torch_ops", "gradients", "dispatch", "problem", "arrays"},
     "merge": {"problem", "arrays"},
@@ -124,8 +135,8 @@ def test_import_does_not_bring_torch() -> None:
 
 
 # C++: dispatch.h is the table that tiers fill; dispatch.cpp chooses among them. The arrow from dispatch.cpp
-# to the tiers is a call of their register functions, not an include. algorithm/half.h, how 16-bit numbers are
-# stored, is all that the scalar oracle shares with the kernels it is an oracle of.
+# to the tiers is a call of their register functions, not an include. How 16-bit and 8-bit numbers are stored,
+# algorithm/half.h and bytes.h, is all that the scalar oracle shares with the kernels it is an oracle of.
 CPP_ARROWS: dict[str, set[str]] = {
     "params": set(),
     "cpu_features": set(),
@@ -140,7 +151,8 @@ CPP_ARROWS: dict[str, set[str]] = {
     "isa": {"algorithm", "params", "half", "table"},
     "dispatch": {"table", "cpu_features"},
     "peak": {"table", "parallel", "workspace"},
-    "bindings": {"table", "params", "peak", "cpu_features", "parallel", "workspace"},
+    "cache_update": {"params", "half", "parallel"},
+    "bindings": {"cache_update", "table", "params", "peak", "cpu_features", "parallel", "workspace"},
 }
 KERNEL_ROOMS = {"params", "half", "dropout", "algorithm", "isa", "scalar"}
 
@@ -151,8 +163,9 @@ def cpp_files() -> list[Path]:
 
 def cpp_room(path: Path) -> str:
     relative = path.relative_to(CSRC)
-    if relative.name in {"dispatch.h", "half.h"}:
-        return {"dispatch.h": "table", "half.h": "half"}[relative.name]
+    shared = {"dispatch.h": "table", "half.h": "half", "bytes.h": "half"}
+    if relative.name in shared:
+        return shared[relative.name]
     return relative.parts[0] if len(relative.parts) > 1 else relative.stem
 
 

@@ -50,6 +50,9 @@ inline void list_block(const ForwardTask<E>& task, KeyValueView& view) {
   };
   list(task.plan.layout.pack_key, view.key, view.key_stride, p.key, p.key_strides, table.keys);
   list(task.plan.layout.pack_value, view.value, view.value_stride, p.value, p.value_strides, table.values);
+  if constexpr (E::kQuantised) {
+    list_scales<E>(p, task.rows.batch, task.rows.kv_head, view.start, task.block_end(view.start), table);
+  }
   view.key_rows = table.keys;
   view.value_rows = table.values;
 }
@@ -204,15 +207,20 @@ inline BlockExtent<E> score_rows(const ForwardTask<E>& task, TileContext<E>& con
   bool hides = false;
   for (int64_t key = begin; key < end; key += E::kKeys) {
     const Sight sight = tile_sight<E>(context, block, key);
-    if (sight != Sight::all) {
-      hides = true;
+    hides |= sight != Sight::all;
+    if (sight != Sight::all || (E::kQuantised && task.table().odd_scales)) {
       guard_tiles<E>(task, extent, key - block, key - block + E::kKeys);
     }
     if (sight != Sight::none) {
       multiply_rows<E>(context.probs + (key - block), context.panel, view.key_rows + (key - block), task.p.head_dim);
     }
   }
-  row_softmax<E>(context, extent.begin, extent.end, hides);
+  const float* scales[2] = {};
+  if constexpr (E::kQuantised) {
+    scales[0] = task.table().key_scales;
+    scales[1] = task.table().value_scales;
+  }
+  row_softmax<E>(context, extent.begin, extent.end, hides, scales);
   return extent;
 }
 
@@ -249,6 +257,11 @@ inline BlockExtent<E> score_block(const ForwardTask<E>& task, TileContext<E>& co
       fns.exponentiate(context, block_key);
     } else {
       context.edge = sight == Sight::edge;
+      if (task.p.seqlen_q < kManyQueries && &context.panel == task.panel(0) && !task.plan.layout.pack_key) {
+        for (int64_t r = 0; r < E::kKeys; ++r) {
+          prefetch_row(view.key + (block_key + r + kPrefetchRows) * view.key_stride, task.plan.layout.key_row_bytes);
+        }
+      }
       (sight == Sight::all ? fns.plain : fns.masked)(context, tile_keys<E>(task, view, key), block_key);
     }
     extent.end = block_key + E::kKeys;

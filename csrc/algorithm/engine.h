@@ -63,6 +63,7 @@ struct Engine {
   using Reg = typename V::Reg;
   using Scalar = typename V::Scalar;
   using Source = Source_;  // element type in the caller's tensors
+  using Stored = Source_;  // and where rows of keys and values are read as they are
   using Product = Product_;
   using Element = typename Product::Element;
   using Prob = typename Product::Prob;

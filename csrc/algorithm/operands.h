@@ -5,6 +5,7 @@
 // operand elements, values as [key / depth][padded Dv] lanes (bfloat16 products pair two keys in a lane).
 #pragma once
 
+#include "algorithm/bytes.h"
 #include "algorithm/engine.h"
 
 namespace fastattn {
@@ -33,6 +34,16 @@ struct OperandLayout {
   }
 };
 
+// Rows that are fetched into the second-level cache ahead of a product that waits for memory.
+constexpr int64_t kPrefetchRows = 32;
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
+FASTATTN_INLINE void prefetch_row(const char* row, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += kLine) {
+    __builtin_prefetch(row + b, 0, 2);
+  }
+}
+
 template <class E>
 inline int64_t padded_value_dim(const AttentionParams& p) {
   return round_up(p.value_dim, E::kWidth);
@@ -43,11 +54,12 @@ template <class E>
 inline OperandLayout operand_layout(const AttentionParams& p, bool copy_strided) {
   OperandLayout layout{};
   const bool copies = copy_strided && E::kMethod == Method::broadcast;
-  const bool pages = p.block_table != nullptr && E::kMethod != Method::rows;
+  const bool gathers = E::kMethod != Method::rows && (p.block_table != nullptr || p.kv_dtype != p.dtype);
   const bool key_scattered = copies && p.key_strides[2] > p.head_dim;
   const bool value_scattered = copies && p.value_strides[2] > p.value_dim;
-  layout.pack_key = pages || E::kConvert || p.key_strides[3] != 1 || p.head_dim % E::kDimMultiple != 0 || key_scattered;
-  layout.pack_value = pages || E::kPacksValue || p.value_strides[3] != 1 || value_scattered;
+  layout.pack_key =
+      gathers || E::kConvert || p.key_strides[3] != 1 || p.head_dim % E::kDimMultiple != 0 || key_scattered;
+  layout.pack_value = gathers || E::kPacksValue || p.value_strides[3] != 1 || value_scattered;
   layout.key_row_bytes = round_up(p.head_dim, E::kDimMultiple) * static_cast<int64_t>(sizeof(typename E::Element));
   layout.value_row_bytes = padded_value_dim<E>(p) * E::kDepth * static_cast<int64_t>(sizeof(typename E::Element));
   return layout;
@@ -86,18 +98,108 @@ inline const T* gather_row(const T* row, int64_t stride, int64_t count, T* buffe
   return buffer;
 }
 
+// Keys or values as the caller has them.
+struct StoredRows {
+  const void* data;
+  const int64_t* strides;
+  const float* scales;  // null where they are not quantised
+  const int64_t* scale_strides;
+  int64_t columns;
+
+  static StoredRows keys(const AttentionParams& p) {
+    return {p.key, p.key_strides, p.key_scales, p.key_scale_strides, p.head_dim};
+  }
+  static StoredRows values(const AttentionParams& p) {
+    return {p.value, p.value_strides, p.value_scales, p.value_scale_strides, p.value_dim};
+  }
+};
+
+inline bool is_quantised(const AttentionParams& p) { return p.kv_dtype != p.dtype; }
+
+// The numbers of a quantised row, times its scale.
+template <class E, class Stored>
+FASTATTN_NOINLINE void dequantise(const Stored* row, float scale, int64_t count, typename E::Source* out) {
+  using V = typename E::V;
+  const auto factor = V::set1(scale);
+  int64_t d = 0;
+  for (; d + E::kWidth <= count; d += E::kWidth) {
+    V::store(out + d, V::mul(V::load(row + d), factor));
+  }
+  if (d < count) {
+    const int rest = static_cast<int>(count - d);
+    V::store_partial(out + d, V::mul(V::load_partial(row + d, rest), factor), rest);
+  }
+}
+
+// A row as numbers of the engine's type next to each other: where it lies, or in `buffer`.
+template <class E>
+inline const typename E::Source* read_row(const AttentionParams& p, const StoredRows& rows, int64_t batch, int64_t head,
+                                          int64_t key, typename E::Source* buffer) {
+  const int64_t index = row_index(p, rows.strides, batch, head, key);
+  if constexpr (sizeof(typename E::Scalar) == sizeof(float)) {
+    if (is_quantised(p)) {
+      const float scale = rows.scales[row_index(p, rows.scale_strides, batch, head, key)];
+      switch (p.kv_dtype) {
+        case DType::int8:
+          dequantise<E>(at<Int8>(rows.data, index), scale, rows.columns, buffer);
+          break;
+        case DType::float8_e4m3fn:
+          dequantise<E>(at<Float8E4M3>(rows.data, index), scale, rows.columns, buffer);
+          break;
+        default:
+          dequantise<E>(at<Float8E5M2>(rows.data, index), scale, rows.columns, buffer);
+      }
+      return buffer;
+    }
+  }
+  const auto* row = at<typename E::Source>(rows.data, index);
+  return rows.strides[3] == 1 ? row : gather_row(row, rows.strides[3], rows.columns, buffer);
+}
+
+// Asks for the row that is read kPrefetchRows later.
+template <class E>
+FASTATTN_INLINE void prefetch_later(const AttentionParams& p, const StoredRows& rows, int64_t batch, int64_t head,
+                                    int64_t key) {
+  const int64_t later = key + kPrefetchRows;
+  if (later < existing_keys(p, batch)) {
+    const int64_t size = is_quantised(p) ? 1 : static_cast<int64_t>(sizeof(typename E::Source));
+    prefetch_row(static_cast<const char*>(rows.data) + row_index(p, rows.strides, batch, head, later) * size,
+                 rows.columns * size);
+  }
+}
+
+// Method::rows: rows as they are stored, without their scales.
+template <class E>
+FASTATTN_NOINLINE void copy_rows(const AttentionParams& p, const StoredRows& rows, int64_t batch, int64_t head,
+                                 int64_t begin, int64_t end, int64_t row_bytes, const bool* skip, char* out) {
+  using Stored = typename E::Stored;
+  for (int64_t key = begin; key < min64(end, p.seqlen_k); ++key, out += row_bytes) {
+    if (skip != nullptr && skip[key - begin]) {
+      memset(out, 0, static_cast<size_t>(row_bytes));
+      continue;
+    }
+    gather_row(at<Stored>(rows.data, row_index(p, rows.strides, batch, head, key)), rows.strides[3], rows.columns,
+               reinterpret_cast<Stored*>(out));
+  }
+}
+
 // Packs keys [begin, end) of one head to `out`; `end` is padded with zero rows to a multiple of kKeys.
 template <class E>
 FASTATTN_NOINLINE void pack_keys(const AttentionParams& p, int64_t batch, int64_t head, int64_t begin, int64_t end,
                                  int64_t row_bytes, char* out) {
   using V = typename E::V;
   using Source = typename E::Source;
-  const int64_t stop = min64(end, p.seqlen_k);
-  for (int64_t key = begin; key < stop; ++key, out += row_bytes) {
-    const Source* row = key_row<E>(p, batch, head, key);
-    auto* to = reinterpret_cast<typename E::Element*>(out);
-    if constexpr (E::kConvert) {
-      if (p.key_strides[3] == 1) {
+  const StoredRows keys = StoredRows::keys(p);
+  if constexpr (E::kMethod == Method::rows) {
+    copy_rows<E>(p, keys, batch, head, begin, end, row_bytes, nullptr, out);
+    return;
+  } else {
+    Source buffer[kMaxHeadDim];
+    const int64_t stop = min64(end, p.seqlen_k);
+    for (int64_t key = begin; key < stop; ++key, out += row_bytes) {
+      const Source* row = read_row<E>(p, keys, batch, head, key, buffer);
+      auto* to = reinterpret_cast<typename E::Element*>(out);
+      if constexpr (E::kConvert) {
         int64_t d = 0;
         for (; d + E::kWidth <= p.head_dim; d += E::kWidth) {
           V::store(to + d, V::load(row + d));
@@ -106,34 +208,21 @@ FASTATTN_NOINLINE void pack_keys(const AttentionParams& p, int64_t batch, int64_
           const int rest = static_cast<int>(p.head_dim - d);
           V::store_partial(to + d, V::load_partial(row + d, rest), rest);
         }
-        continue;
-      }
-      for (int64_t d = 0; d < p.head_dim; ++d) {
-        to[d] = to_scalar(row[d * p.key_strides[3]]);
-      }
-    } else {
-      const Source* from = row;
-      if (p.key_strides[3] == 1) {
-        memcpy(to, from, p.head_dim * sizeof(Source));
       } else {
-        gather_row(from, p.key_strides[3], p.head_dim, to);
-      }
-      for (int64_t d = p.head_dim; d < round_up(p.head_dim, E::kDimMultiple); ++d) {
-        to[d] = Source{};
+        memcpy(to, row, p.head_dim * sizeof(Source));
+        for (int64_t d = p.head_dim; d < round_up(p.head_dim, E::kDimMultiple); ++d) {
+          to[d] = Source{};
+        }
       }
     }
+    memset(out, 0, static_cast<size_t>((round_up(end, E::kKeys) - max64(stop, begin)) * row_bytes));
   }
-  memset(out, 0, static_cast<size_t>((round_up(end, E::kKeys) - max64(stop, begin)) * row_bytes));
 }
 
 // Packs one step of values, `depth` rows, to `out`.
 template <class E>
 FASTATTN_INLINE void pack_value_step(const typename E::Source* const (&rows)[E::kDepth], int64_t value_dim, char* out) {
   using V = typename E::V;
-  if constexpr (E::kMethod == Method::rows) {
-    memcpy(out, rows[0], static_cast<size_t>(value_dim) * sizeof *rows[0]);
-    return;
-  }
   auto* to = reinterpret_cast<typename E::Scalar*>(out);
   for (int64_t d = 0; d < value_dim; d += E::kWidth) {
     const int count = static_cast<int>(min64(E::kWidth, value_dim - d));
@@ -150,6 +239,11 @@ template <class E>
 FASTATTN_NOINLINE void pack_values(const AttentionParams& p, int64_t batch, int64_t head, int64_t begin, int64_t end,
                                    int64_t row_bytes, const bool* skip, char* out) {
   using Source = typename E::Source;
+  if constexpr (E::kMethod == Method::rows) {
+    copy_rows<E>(p, StoredRows::values(p), batch, head, begin, end, row_bytes, skip, out);
+    return;
+  }
+  const StoredRows values = StoredRows::values(p);
   static const Source kZeros[kMaxValueDim] = {};
   Source gathered[E::kDepth][kMaxValueDim];
   const int64_t stop = min64(end, p.seqlen_k);
@@ -162,10 +256,8 @@ FASTATTN_NOINLINE void pack_values(const AttentionParams& p, int64_t batch, int6
     const Source* rows[E::kDepth];
     for (int i = 0; i < E::kDepth; ++i) {
       const bool there = key + i < stop && (skip == nullptr || !skip[key + i - begin]);
-      rows[i] = there ? value_row<E>(p, batch, head, key + i) : kZeros;
-      if (there && p.value_strides[3] != 1) {
-        rows[i] = gather_row(rows[i], p.value_strides[3], p.value_dim, gathered[i]);
-      }
+      rows[i] = there ? read_row<E>(p, values, batch, head, key + i, gathered[i]) : kZeros;
+      prefetch_later<E>(p, values, batch, head, key + i);
     }
     if constexpr (E::kMethod == Method::tiles) {
       pack_value_step<E>(rows, p.value_dim, reinterpret_cast<char*>(steps[filled]));
@@ -191,7 +283,7 @@ inline KeyValueView whole_view(const AttentionParams& p, const OperandLayout& la
       layout.pack_key ? layout.key_row_bytes : p.key_strides[2] * static_cast<int64_t>(sizeof(typename E::Source));
   view.value_stride = layout.pack_value ? layout.value_row_bytes
                                         : p.value_strides[2] * static_cast<int64_t>(sizeof(typename E::Source));
-  const bool lies = existing_keys(p, batch) > 0 && p.block_table == nullptr;
+  const bool lies = existing_keys(p, batch) > 0 && p.block_table == nullptr && p.kv_dtype == p.dtype;
   const auto* first_key = lies ? reinterpret_cast<const char*>(key_row<E>(p, batch, head, 0)) : nullptr;
   const auto* first_value = lies ? reinterpret_cast<const char*>(value_row<E>(p, batch, head, 0)) : nullptr;
   view.key = layout.pack_key ? packed : first_key;

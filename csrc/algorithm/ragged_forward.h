@@ -124,6 +124,7 @@ void run_ragged_forward(const AttentionParams* calls, int64_t count) {
   run_ragged_waves(records, count, parts, threads, allowed, scratch.data(), thread_bytes, wave_bytes);
 }
 
+// Of a type that goes with no quantised keys.
 template <class Few, class Many>
 void forward(const AttentionParams* calls, int64_t count) {
   if (count == 1) {
@@ -132,6 +133,16 @@ void forward(const AttentionParams* calls, int64_t count) {
   }
   for (int64_t first = 0; first < count; first += kCallsAtOnce) {
     run_ragged_forward<Few, Many>(calls + first, min64(count - first, kCallsAtOnce));
+  }
+}
+
+// `Rows`: the engines of few queries by the type that quantised keys and values are stored in; those are of one call.
+template <class Few, class Many, template <class> class Rows>
+void forward(const AttentionParams* calls, int64_t count) {
+  if (count == 1 && takes_rows(calls[0]) && is_quantised(calls[0])) {
+    run_quantised<typename Few::Source, Rows>(calls[0]);
+  } else {
+    forward<Few, Many>(calls, count);
   }
 }
 

@@ -29,17 +29,23 @@ struct RowProduct : FmaProduct<V> {
   static constexpr bool kScaleQuery = kScaleQuery_;
 };
 
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
 // At once: kQueryRows rows of queries dotted with a tile of keys, kValueRows rows of probabilities with values.
-template <class V_, class Source_, class Dot_, int kBlockKeys_, int kQueryRows_, int kValueRows_>
+template <class V_, class Source_, class Dot_, int kBlockKeys_, int kQueryRows_, int kValueRows_,
+          class Stored_ = Source_>
 struct RowEngine {
   using V = V_;
   using Reg = typename V::Reg;
   using Scalar = typename V::Scalar;
   using Source = Source_;
-  using Stored = Source_;  // element type of keys and values
+  using Stored = Stored_;  // element type of keys and values; another one is quantised
   using Dot = Dot_;
   using Product = RowProduct<V, Dot::kScaleQuery>;
-  using Element = Source;
+  using Element = Stored;
   using Prob = Scalar;
 
   static constexpr Method kMethod = Method::rows;
@@ -60,6 +66,7 @@ struct RowEngine {
   static constexpr int kValueRows = kValueRows_;
   static constexpr bool kConvert = false;
   static constexpr bool kPacksValue = false;
+  static constexpr bool kQuantised = !kSame<Source, Stored>;
 
   static void enter() {}
   static void leave() {}

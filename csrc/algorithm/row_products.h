@@ -9,15 +9,16 @@
 namespace fastattn {
 namespace {
 
-// Rows that are fetched into the second-level cache ahead of the product that reads them.
-constexpr int64_t kPrefetchRows = 32;
-constexpr int64_t kLine = 64;  // bytes of a cache line
-
 // Where the rows of a key block stand, and those after it that are fetched while it is read.
 template <class E>
 struct RowTable {
   const char* keys[E::kBlockKeys + kPrefetchRows];
   const char* values[E::kBlockKeys + kPrefetchRows];
+  // What multiplies rows that are quantised. A value's scale goes into its probability, where one that is not finite
+  // stands as 1: such a row is added by itself.
+  alignas(64) float key_scales[E::kBlockKeys];
+  alignas(64) float value_scales[E::kBlockKeys];
+  bool odd_scales;  // some of the values' are not finite
 };
 
 // Lists rows [begin, begin + count) of a head; in place of those from `end` on, the last that exists.
@@ -46,9 +47,20 @@ inline void list_copied_rows(const char* row, int64_t step, int64_t existing, in
   }
 }
 
-FASTATTN_INLINE void prefetch_row(const char* row, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; b += kLine) {
-    __builtin_prefetch(row + b, 0, 2);
+// Lists the scales of the block's existing rows, [begin, end) of a head.
+template <class E>
+inline void list_scales(const AttentionParams& p, int64_t batch, int64_t head, int64_t begin, int64_t end,
+                        RowTable<E>& table) {
+  table.odd_scales = false;
+  for (int64_t key = begin; key < end; ++key) {
+    const float scale = p.value_scales[row_index(p, p.value_scale_strides, batch, head, key)];
+    const bool odd = !(scale - scale == 0);
+    table.odd_scales |= odd;
+    table.value_scales[key - begin] = odd ? 1 : scale;
+    table.key_scales[key - begin] = p.key_scales[row_index(p, p.key_scale_strides, batch, head, key)];
+  }
+  for (int64_t i = end - begin; i < E::kBlockKeys; ++i) {
+    table.key_scales[i] = table.value_scales[i] = 1;
   }
 }
 

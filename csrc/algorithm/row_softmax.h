@@ -46,7 +46,8 @@ FASTATTN_INLINE typename E::Reg adjust_keys(const TileContext<E>& context, const
 // Final scores of every row over keys [begin, end) of the block, whole vectors, and their maxima in context.peaks.
 // `hides`: some key of these is hidden from some row.
 template <class E, bool kGeneral>
-FASTATTN_NOINLINE void scan_rows(TileContext<E>& context, int64_t begin, int64_t end, bool hides) {
+FASTATTN_NOINLINE void scan_rows(TileContext<E>& context, int64_t begin, int64_t end, bool hides,
+                                 const float* key_scales) {
   using V = typename E::V;
   using Scalar = typename E::Scalar;
   const auto hidden = V::set1(-static_cast<Scalar>(__builtin_inf()));
@@ -64,7 +65,10 @@ FASTATTN_NOINLINE void scan_rows(TileContext<E>& context, int64_t begin, int64_t
       if constexpr (!E::Product::kScaleQuery) {
         x = V::mul(x, factor);
       }
-      if (kGeneral || hides || !E::Product::kScaleQuery) {
+      if constexpr (E::kQuantised) {
+        x = V::mul(x, V::load(key_scales + key));
+      }
+      if (kGeneral || hides || E::kQuantised || !E::Product::kScaleQuery) {
         const auto keys = V::add(V::iota(), V::set1(static_cast<Scalar>(key)));
         if constexpr (kGeneral) {
           x = adjust_keys<E>(context, terms, lane, key, keys, x);
@@ -143,19 +147,35 @@ FASTATTN_NOINLINE void drop_rows(TileContext<E>& context, int64_t begin, int64_t
   }
 }
 
-// Scores to probabilities over keys [begin, end) of the block.
+// Multiplies every row's probabilities by what is a key's.
 template <class E>
-inline void row_softmax(TileContext<E>& context, int64_t begin, int64_t end, bool hides) {
+FASTATTN_NOINLINE void scale_rows(TileContext<E>& context, int64_t begin, int64_t end, const float* scales) {
+  using V = typename E::V;
+  for (int lane = 0; lane < context.panel.live; ++lane) {
+    auto* row = context.probs + lane * E::kBlockKeys;
+    for (int64_t key = begin; key < end; key += E::kWidth) {
+      V::store(row + key, V::mul(V::load(row + key), V::load(scales + key)));
+    }
+  }
+}
+
+// Scores to probabilities over keys [begin, end) of the block. `scales`: of quantised keys and values.
+template <class E>
+inline void row_softmax(TileContext<E>& context, int64_t begin, int64_t end, bool hides,
+                        const float* const (&scales)[2]) {
   const int64_t from = round_down(begin, E::kWidth);
   const int64_t to = round_up(end, E::kWidth);
   hides |= from != begin || to != end;
   const bool natural = context.rules.natural;
-  (natural ? scan_rows<E, true> : scan_rows<E, false>)(context, from, to, hides);
+  (natural ? scan_rows<E, true> : scan_rows<E, false>)(context, from, to, hides, scales[0]);
   context.written = begin;
   raise_shift<E>(context, context.peaks, begin);
   (natural ? exponentiate_rows<E, true> : exponentiate_rows<E, false>)(context, from, to);
   if (context.rules.dropout.threshold > 0) {
     drop_rows<E>(context, from, to);
+  }
+  if constexpr (E::kQuantised) {
+    scale_rows<E>(context, from, to, scales[1]);
   }
 }
 

@@ -112,18 +112,14 @@ FASTATTN_NOINLINE bool find_nonfinite(const AttentionParams& p, int64_t batch, i
                                       bool* bad) {
   using V = typename E::V;
   bool found = false;
+  const StoredRows values = StoredRows::values(p);
+  typename E::Source buffer[kMaxHeadDim];  // of keys too, for the backward
   for (int64_t key = begin; key < end; ++key) {
-    const auto* row = value_row<E>(p, batch, head, key);
+    const auto* row = read_row<E>(p, values, batch, head, key, buffer);
     auto sum = V::zero();
-    if (p.value_strides[3] == 1) {
-      for (int64_t d = 0; d < p.value_dim; d += E::kWidth) {
-        const int count = static_cast<int>(min64(E::kWidth, p.value_dim - d));
-        sum = V::fma(count == E::kWidth ? V::load(row + d) : V::load_partial(row + d, count), V::zero(), sum);
-      }
-    } else {
-      for (int64_t d = 0; d < p.value_dim; ++d) {
-        sum = V::fma(V::set1(to_scalar(row[d * p.value_strides[3]])), V::zero(), sum);
-      }
+    for (int64_t d = 0; d < p.value_dim; d += E::kWidth) {
+      const int count = static_cast<int>(min64(E::kWidth, p.value_dim - d));
+      sum = V::fma(count == E::kWidth ? V::load(row + d) : V::load_partial(row + d, count), V::zero(), sum);
     }
     bad[key - begin] = V::any(V::unordered(sum));
     found |= bad[key - begin];
@@ -150,16 +146,17 @@ FASTATTN_NOINLINE void accumulate_guarded(Panel<E>& panel, typename E::Scalar* p
     cleaned.value_rows = rows;
   }
   accumulate_values<E>(panel, probs, cleaned, begin, end, p.value_dim, output_stride, true);
+  const StoredRows values = StoredRows::values(p);
+  typename E::Source buffer[kMaxValueDim];
   for (int64_t key = begin; key < end; ++key) {
     for (int lane = 0; bad[key] && lane < panel.live; ++lane) {
       if (!sees(lane, key)) {
         continue;
       }
       const double prob = prob_value<E>(probs, lane, key);
-      const auto* row = value_row<E>(p, batch, head, block + key);
+      const auto* row = read_row<E>(p, values, batch, head, block + key, buffer);
       for (int64_t d = 0; d < p.value_dim; ++d) {
-        panel.output[output_index<E>(lane, d, output_stride)] +=
-            static_cast<Scalar>(prob * to_scalar(row[d * p.value_strides[3]]));
+        panel.output[output_index<E>(lane, d, output_stride)] += static_cast<Scalar>(prob * to_scalar(row[d]));
       }
     }
   }

@@ -8,7 +8,7 @@ namespace fastattn {
 
 constexpr uint32_t kDLPackMajor = 1;
 constexpr int32_t kDLCpu = 1;
-enum DLCode : uint8_t { kDLFloat = 2, kDLBfloat = 4 };
+enum DLCode : uint8_t { kDLInt = 0, kDLFloat = 2, kDLBfloat = 4, kDLFloat8E4M3 = 10, kDLFloat8E5M2 = 12 };
 
 struct DLTensor {
   void* data;

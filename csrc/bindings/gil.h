@@ -56,4 +56,18 @@ void without_gil(Work work) {
   }
 }
 
+// Runs `work` with the interpreter unlocked, and gives `result` back. A thread that ends with the interpreter is
+// unwound from within, without its lock: nothing may then let go of an array, so no destructor holds one.
+template <class Work>
+pybind11::object keeping(pybind11::object&& result, Work work) {
+  PyObject* const kept = result.release().ptr();
+  try {
+    without_gil(work);
+  } catch (const std::exception&) {
+    Py_DECREF(kept);
+    throw;
+  }
+  return pybind11::reinterpret_steal<pybind11::object>(kept);
+}
+
 }  // namespace fastattn

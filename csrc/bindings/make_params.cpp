@@ -6,11 +6,12 @@
 namespace py = pybind11;
 
 namespace fastattn {
-namespace {
 
 [[noreturn]] void fail(const char* name, const std::string& what) {
   throw std::invalid_argument(std::string(name) + ": " + what);
 }
+
+namespace {
 
 void read_numbers(const char* name, const py::handle& from, int64_t* to, int rank) {
   const auto numbers = py::reinterpret_borrow<py::tuple>(from);
@@ -22,7 +23,9 @@ void read_numbers(const char* name, const py::handle& from, int64_t* to, int ran
   }
 }
 
-TensorView read_tensor(const char* name, const py::object& from, int rank) {
+}  // namespace
+
+TensorView read_tuple(const char* name, const py::object& from, int rank) {
   TensorView view;
   if (!PyTuple_Check(from.ptr()) || PyTuple_GET_SIZE(from.ptr()) != 4) {
     fail(name, "expected a tuple (address, dtype code, sizes, strides)");
@@ -54,17 +57,12 @@ void expect_code(const char* name, const TensorView& view, int code) {
   }
 }
 
-template <int rank>
-void copy_strides(const TensorView& view, int64_t (&strides)[rank]) {
-  for (int i = 0; i < rank; ++i) {
-    strides[i] = view.strides[i];
-  }
-}
+namespace {
 
 void read_outputs(const TensorArguments& tensors, AttentionParams& p) {
-  set_out(read_tensor("out", tensors.out, 4), p);
+  set_out(read_tuple("out", tensors.out, 4), p);
   if (!tensors.lse.is_none()) {
-    const TensorView lse = read_tensor("lse", tensors.lse, 3);
+    const TensorView lse = read_tuple("lse", tensors.lse, 3);
     const DType expected = p.dtype == DType::float64 ? DType::float64 : DType::float32;
     expect_code("lse", lse, static_cast<int>(expected));
     expect_sizes("lse", lse, {p.batch, p.query_heads, p.seqlen_q});
@@ -72,7 +70,7 @@ void read_outputs(const TensorArguments& tensors, AttentionParams& p) {
     copy_strides(lse, p.lse_strides);
   }
   if (!tensors.weights.is_none()) {
-    const TensorView weights = read_tensor("weights", tensors.weights, 4);
+    const TensorView weights = read_tuple("weights", tensors.weights, 4);
     expect_code("weights", weights, static_cast<int>(p.dtype));
     expect_sizes("weights", weights, {p.batch, p.query_heads, p.seqlen_q, p.seqlen_k});
     p.weights = weights.data;
@@ -82,14 +80,14 @@ void read_outputs(const TensorArguments& tensors, AttentionParams& p) {
 
 void read_dense(const TensorArguments& tensors, AttentionParams& p) {
   if (!tensors.mask.is_none()) {
-    const TensorView mask = read_tensor("mask", tensors.mask, 4);
+    const TensorView mask = read_tuple("mask", tensors.mask, 4);
     expect_code("mask", mask, kCodeBool);
     expect_sizes("mask", mask, {p.batch, p.query_heads, p.seqlen_q, p.seqlen_k});
     p.mask = static_cast<const uint8_t*>(mask.data);
     copy_strides(mask, p.mask_strides);
   }
   if (!tensors.bias.is_none()) {
-    const TensorView bias = read_tensor("bias", tensors.bias, 4);
+    const TensorView bias = read_tuple("bias", tensors.bias, 4);
     if (bias.code != static_cast<int>(p.dtype) && bias.code != static_cast<int>(DType::float32)) {
       fail("bias", "dtype code " + std::to_string(bias.code) + ", expected the query's or float32");
     }
@@ -103,7 +101,7 @@ void read_dense(const TensorArguments& tensors, AttentionParams& p) {
 // Small tables that every tier reads as plain arrays.
 template <class T>
 const T* read_table(const char* name, const py::object& from, int code, int64_t size) {
-  const TensorView table = read_tensor(name, from, 1);
+  const TensorView table = read_tuple(name, from, 1);
   expect_code(name, table, code);
   expect_sizes(name, table, {size});
   if (size > 1 && table.strides[0] != 1) {
@@ -118,7 +116,7 @@ const int64_t* read_batch_table(const char* name, const py::object& from, int64_
 
 // Copies the rows at which sequences start.
 Starts read_starts(const char* name, const py::object& from, int64_t rows) {
-  const TensorView view = read_tensor(name, from, 1);
+  const TensorView view = read_tuple(name, from, 1);
   expect_code(name, view, kCodeInt64);
   if (view.sizes[0] < 1) {
     fail(name, "expected a start at least");
@@ -161,7 +159,7 @@ void read_rules(const TensorArguments& tensors, const Derived& derived, Attentio
     if (from.is_none()) {
       return;
     }
-    const TensorView view = read_tensor(name, from, 2);
+    const TensorView view = read_tuple(name, from, 2);
     expect_code(name, view, kCodeInt64);
     expect_sizes(name, view, {p.batch, rows});
     if (rows > 1 && view.strides[1] != 1) {
@@ -177,7 +175,7 @@ void read_rules(const TensorArguments& tensors, const Derived& derived, Attentio
     p.sinks = read_table<double>("sinks", tensors.sinks, kFloat64, p.query_heads);
   }
   if (!tensors.alibi_slopes.is_none()) {
-    const TensorView slopes = read_tensor("alibi_slopes", tensors.alibi_slopes, 2);
+    const TensorView slopes = read_tuple("alibi_slopes", tensors.alibi_slopes, 2);
     expect_code("alibi_slopes", slopes, kFloat64);
     expect_sizes("alibi_slopes", slopes, {sequences, p.query_heads});
     p.alibi_slopes = static_cast<const double*>(slopes.data);
@@ -187,14 +185,9 @@ void read_rules(const TensorArguments& tensors, const Derived& derived, Attentio
 
 void read_scales(const char* name, const py::object& from, const TensorView& of, const float*& to,
                  int64_t (&strides)[3]) {
-  if (from.is_none()) {
-    return;
+  if (!from.is_none()) {
+    set_scales(name, read_tuple(name, from, 3), of, to, strides);
   }
-  const TensorView view = read_tensor(name, from, 3);
-  expect_code(name, view, static_cast<int>(DType::float32));
-  expect_sizes(name, view, {of.sizes[0], of.sizes[1], of.sizes[2]});
-  to = static_cast<const float*>(view.data);
-  copy_strides(view, strides);
 }
 
 // Copies the page numbers of a sequence as far as its length goes; what stands beyond is nobody's.
@@ -214,43 +207,13 @@ void read_pages(const TensorView& table, const AttentionParams& p, int64_t num_p
   }
 }
 
-// Keys and values in pages: sizes (pages, Hkv, page_size, D).
-void set_paged_inputs(const TensorArguments& tensors, const TensorView& query, TensorView key, TensorView value,
-                      AttentionParams& p, Pages& pages) {
-  const TensorView table = read_tensor("block_table", tensors.block_table, 2);
-  if (table.code != kCodeInt32 && table.code != kCodeInt64) {
-    fail("block_table", "dtype code " + std::to_string(table.code) + ", expected int32 or int64");
+void check_quantised(const AttentionParams& p, const TensorArguments& tensors) {
+  if (p.key_strides[3] != 1 || p.value_strides[3] != 1) {
+    fail("key, value", "the elements of a quantised row must be adjacent");
   }
-  expect_sizes("block_table", table, {query.sizes[0], table.sizes[1]});
-  expect_sizes("value", value, {key.sizes[0], key.sizes[1], key.sizes[2], value.sizes[3]});
-  p.page_size = key.sizes[2];
-  int64_t keys = 0;
-  if (p.page_size < 1 || __builtin_mul_overflow(p.page_size, table.sizes[1], &keys) || keys > kMaxElements) {
-    fail("block_table", "pages must hold at least a key, and no more than 64-bit sizes in bytes can count");
+  if (!tensors.bias.is_none() || !tensors.weights.is_none()) {
+    fail("bias, weights", "there are none with quantised keys");
   }
-  const int64_t num_pages = key.sizes[0];
-  for (TensorView* view : {&key, &value}) {
-    view->sizes[0] = query.sizes[0];
-    view->sizes[2] = keys;
-  }
-  set_inputs(query, key, value, p);
-  p.kv_lengths = read_batch_table("kv_lengths", tensors.kv_lengths, p.batch);
-  if (p.kv_lengths == nullptr) {
-    fail("kv_lengths", "pages need lengths");
-  }
-  for (int64_t b = 0; b < p.batch; ++b) {
-    if (p.kv_lengths[b] < 0 || p.kv_lengths[b] > keys) {
-      fail("kv_lengths", "must be within what the pages of a sequence hold");
-    }
-  }
-  pages.assign(static_cast<size_t>(p.batch * table.sizes[1]), 0);
-  if (table.code == kCodeInt32) {
-    read_pages<int32_t>(table, p, num_pages, pages);
-  } else {
-    read_pages<int64_t>(table, p, num_pages, pages);
-  }
-  p.block_table = pages.data();
-  p.block_table_stride = table.sizes[1];
 }
 
 }  // namespace
@@ -325,20 +288,69 @@ void set_out(const TensorView& out, AttentionParams& p) {
   copy_strides(out, p.out_strides);
 }
 
+void set_paged_inputs(const TensorView& query, TensorView key, TensorView value, const TensorView& table,
+                      const int64_t* kv_lengths, AttentionParams& p, Pages& pages) {
+  if (table.code != kCodeInt32 && table.code != kCodeInt64) {
+    fail("block_table", "dtype code " + std::to_string(table.code) + ", expected int32 or int64");
+  }
+  expect_sizes("block_table", table, {query.sizes[0], table.sizes[1]});
+  expect_sizes("value", value, {key.sizes[0], key.sizes[1], key.sizes[2], value.sizes[3]});
+  p.page_size = key.sizes[2];
+  int64_t keys = 0;
+  if (p.page_size < 1 || __builtin_mul_overflow(p.page_size, table.sizes[1], &keys) || keys > kMaxElements) {
+    fail("block_table", "pages must hold at least a key, and no more than 64-bit sizes in bytes can count");
+  }
+  const int64_t num_pages = key.sizes[0];
+  for (TensorView* view : {&key, &value}) {
+    view->sizes[0] = query.sizes[0];
+    view->sizes[2] = keys;
+  }
+  set_inputs(query, key, value, p);
+  p.kv_lengths = kv_lengths;
+  if (p.kv_lengths == nullptr) {
+    fail("kv_lengths", "pages need lengths");
+  }
+  for (int64_t b = 0; b < p.batch; ++b) {
+    if (p.kv_lengths[b] < 0 || p.kv_lengths[b] > keys) {
+      fail("kv_lengths", "must be within what the pages of a sequence hold");
+    }
+  }
+  pages.assign(static_cast<size_t>(p.batch * table.sizes[1]), 0);
+  if (table.code == kCodeInt32) {
+    read_pages<int32_t>(table, p, num_pages, pages);
+  } else {
+    read_pages<int64_t>(table, p, num_pages, pages);
+  }
+  p.block_table = pages.data();
+  p.block_table_stride = table.sizes[1];
+}
+
+void set_scales(const char* name, const TensorView& view, const TensorView& of, const float*& to,
+                int64_t (&strides)[3]) {
+  expect_code(name, view, static_cast<int>(DType::float32));
+  expect_sizes(name, view, {of.sizes[0], of.sizes[1], of.sizes[2]});
+  to = static_cast<const float*>(view.data);
+  copy_strides(view, strides);
+}
+
 AttentionParams make_params(const TensorArguments& tensors, Derived& derived) {
   AttentionParams p{};
-  const TensorView query = read_tensor("query", tensors.query, 4);
-  const TensorView key = read_tensor("key", tensors.key, 4);
-  const TensorView value = read_tensor("value", tensors.value, 4);
+  const TensorView query = read_tuple("query", tensors.query, 4);
+  const TensorView key = read_tuple("key", tensors.key, 4);
+  const TensorView value = read_tuple("value", tensors.value, 4);
   if (tensors.block_table.is_none()) {
     set_inputs(query, key, value, p);
   } else {
-    set_paged_inputs(tensors, query, key, value, p, derived.pages);
+    set_paged_inputs(query, key, value, read_tuple("block_table", tensors.block_table, 2),
+                     read_batch_table("kv_lengths", tensors.kv_lengths, query.sizes[0]), p, derived.pages);
   }
   read_scales("key_scales", tensors.key_scales, key, p.key_scales, p.key_scale_strides);
   read_scales("value_scales", tensors.value_scales, value, p.value_scales, p.value_scale_strides);
   if ((p.kv_dtype != p.dtype) != (p.key_scales != nullptr) || (p.kv_dtype != p.dtype) != (p.value_scales != nullptr)) {
     fail("key_scales, value_scales", "expected both with quantised keys and values, and neither with others");
+  }
+  if (p.kv_dtype != p.dtype) {
+    check_quantised(p, tensors);
   }
   read_outputs(tensors, p);
   read_dense(tensors, p);
@@ -368,7 +380,7 @@ BackwardParams make_backward_params(const GradientArguments& tensors, Derived& d
     if (from.is_none()) {
       return;
     }
-    const TensorView view = read_tensor(name, from, static_cast<int>(sizes.size()));
+    const TensorView view = read_tuple(name, from, static_cast<int>(sizes.size()));
     expect_code(name, view, code);
     expect_sizes(name, view, sizes);
     pointer = view.data;
@@ -395,7 +407,7 @@ BackwardParams make_backward_params(const GradientArguments& tensors, Derived& d
     if (from.is_none()) {
       return nullptr;
     }
-    const TensorView view = read_tensor(name, from, 2);
+    const TensorView view = read_tuple(name, from, 2);
     expect_code(name, view, static_cast<int>(DType::float64));
     expect_sizes(name, view, {sequences, p.query_heads});
     if (view.strides[1] != 1 || view.strides[0] != p.query_heads) {

@@ -4,6 +4,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <initializer_list>
+#include <string>
 #include <vector>
 
 #include "bindings/segments.h"
@@ -36,10 +38,23 @@ struct TensorView {
   int64_t strides[kMaxRank] = {};
 };
 
+template <int rank>
+void copy_strides(const TensorView& view, int64_t (&strides)[rank]) {
+  for (int i = 0; i < rank; ++i) {
+    strides[i] = view.strides[i];
+  }
+}
+
 // So many elements of the widest type, eight bytes, are still counted in 64-bit sizes.
 constexpr int64_t kMaxElements = int64_t{1} << 59;
 
-// Throws std::invalid_argument where the view cannot be addressed.
+// Throws std::invalid_argument naming the argument, as all that follows does.
+[[noreturn]] void fail(const char* name, const std::string& what);
+// Reads a tuple (address, dtype code, sizes, strides), and checks that it can be addressed.
+TensorView read_tuple(const char* name, const pybind11::object& from, int rank);
+void expect_sizes(const char* name, const TensorView& view, std::initializer_list<int64_t> sizes);
+void expect_code(const char* name, const TensorView& view, int code);
+// Throws where the view cannot be addressed.
 void check_view(const char* name, const TensorView& view);
 // Sets dtype, sizes, and the three tensors; throws std::invalid_argument where they do not fit each other.
 void set_inputs(const TensorView& query, const TensorView& key, const TensorView& value, AttentionParams& p);
@@ -47,6 +62,13 @@ void set_out(const TensorView& out, AttentionParams& p);
 
 // Page numbers that have been looked at, so that what a kernel reads through is what was checked.
 using Pages = std::vector<int64_t>;
+// The same of keys and values in pages, (pages, Hkv, page_size, D); of `table`, (B, slots), what the lengths reach is
+// checked and copied. The parameters point into `pages` and to `kv_lengths`, (B,).
+void set_paged_inputs(const TensorView& query, TensorView key, TensorView value, const TensorView& table,
+                      const int64_t* kv_lengths, AttentionParams& p, Pages& pages);
+// What multiplies the rows `of` keys or values.
+void set_scales(const char* name, const TensorView& view, const TensorView& of, const float*& to,
+                int64_t (&strides)[3]);
 
 // What is made of arguments, and is read by kernels in their place.
 struct Derived {

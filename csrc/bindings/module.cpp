@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "bindings/cache_call.h"
+#include "bindings/cache_params.h"
 #include "bindings/gil.h"
 #include "bindings/make_params.h"
 #include "bindings/plain_call.h"
@@ -61,7 +63,7 @@ void attention_forward(const py::object& query, const py::object& key, const py:
                   derived);
   set_rules(p, scale, softcap, make_dropout(dropout_p, dropout_seed, dropout_offset), window_left, window_right,
             num_threads);
-  const ForwardFn run = kernels().forward[static_cast<int>(p.dtype)].run;
+  const ForwardFn run = forward_kernel(p);
   if (derived.query_starts.empty()) {
     without_gil([&] { run(&p, 1); });
     return;
@@ -105,6 +107,31 @@ void attention_backward(const py::object& query, const py::object& key, const py
   }
   const std::vector<BackwardParams> calls = split_backward(b, derived.query_starts, derived.key_starts);
   without_gil([&] { run(calls.data(), static_cast<int64_t>(calls.size())); });
+}
+
+// `tensors`: those of CacheViews, or None.
+void update(const py::tuple& tensors, int64_t capacity, int64_t query_step, bool interleaved, int num_threads) {
+  CacheViews views;
+  views.capacity = capacity;
+  views.query_step = query_step;
+  views.interleaved = interleaved;
+  read_cache_views(tensors, views);
+  Pages pages;
+  CacheUpdateParams p = make_cache_update(views, pages);
+  p.num_threads = num_threads < 1 ? 1 : num_threads;
+  without_gil([&] { update_caches(p); });
+}
+
+py::object cached(py::handle query, py::handle key_cache, py::handle value_cache, py::handle key_scale,
+                  py::handle value_scale, py::handle new_key, py::handle new_value, py::handle cache_seqlens,
+                  py::handle block_table, py::handle rotary_cos, py::handle rotary_sin, bool rotary_interleaved,
+                  bool causal, py::handle window, bool rolling, py::handle alibi_slopes, py::handle sinks,
+                  py::handle softcap, py::handle scale, bool bshd, bool return_lse, int num_threads) {
+  return attention_cached(
+      {query,         key_cache,   value_cache,        key_scale,  value_scale, new_key,      new_value,
+       cache_seqlens, block_table, rotary_cos,         rotary_sin, window,      alibi_slopes, sinks,
+       softcap,       scale,       rotary_interleaved, causal,     rolling,     bshd,         return_lse},
+      num_threads);
 }
 
 // `wanted`: whether the gradients of query, key and value are, a tuple that may go on.
@@ -191,7 +218,12 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         "softcap"_a, "dropout_p"_a, "dropout_seed"_a, "dropout_offset"_a, "window_left"_a, "window_right"_a,
         "num_threads"_a, "kv_starts"_a = py::none(), "query_lengths"_a = py::none(), "query_segments"_a = py::none(),
         "key_segments"_a = py::none(), "cu_seqlens_q"_a = py::none(), "cu_seqlens_k"_a = py::none());
+  m.def("update_caches", update, "tensors"_a, "capacity"_a, "query_step"_a, "interleaved"_a, "num_threads"_a);
   m.def("bind_torch", bind_torch, "tensor"_a, "parameter"_a, "strided"_a, "dtypes"_a, "empty_like"_a, "exchange"_a);
+  m.def("attention_cached", cached, "query"_a, "key_cache"_a, "value_cache"_a, "key_scale"_a, "value_scale"_a,
+        "new_key"_a, "new_value"_a, "cache_seqlens"_a, "block_table"_a, "rotary_cos"_a, "rotary_sin"_a,
+        "rotary_interleaved"_a, "causal"_a, "window"_a, "rolling"_a, "alibi_slopes"_a, "sinks"_a, "softcap"_a,
+        "scale"_a, "bshd"_a, "return_lse"_a, "num_threads"_a);
   m.def("attention_plain_numpy", attention_plain_numpy, "query"_a, "key"_a, "value"_a, "causal"_a, "scale"_a, "bshd"_a,
         "num_threads"_a);
   m.def("attention_plain_torch", attention_plain_torch, "query"_a, "key"_a, "value"_a, "causal"_a, "scale"_a, "bshd"_a,

@@ -1,9 +1,6 @@
 #include "bindings/plain_call.h"
 
-#include <pybind11/numpy.h>
-
 #include <algorithm>
-#include <cmath>
 #include <exception>
 #include <stdexcept>
 #include <utility>
@@ -11,6 +8,7 @@
 
 #include "bindings/gil.h"
 #include "bindings/make_params.h"
+#include "bindings/plain_arrays.h"
 #include "bindings/torch_tensors.h"
 #include "dispatch.h"
 
@@ -18,74 +16,6 @@ namespace py = pybind11;
 
 namespace fastattn {
 namespace {
-
-// Whether `array` is a plain array of a type that NumPy itself has, in the machine's byte order.
-bool read_numpy(py::handle object, TensorView& view) {
-  if (Py_TYPE(object.ptr()) != py::detail::npy_api::get().PyArray_Type_) {
-    return false;
-  }
-  const auto array = py::reinterpret_borrow<py::array>(object);
-  const py::dtype dtype = array.dtype();
-  const int number = dtype.num();
-  view.code = number == py::detail::npy_api::NPY_FLOAT_    ? static_cast<int>(DType::float32)
-              : number == py::detail::npy_api::NPY_DOUBLE_ ? static_cast<int>(DType::float64)
-              : number == 23 /* NPY_HALF */                ? static_cast<int>(DType::float16)
-                                                           : -1;
-  if (view.code < 0 || dtype.byteorder() != '=' || array.ndim() != TensorView::kMaxRank) {
-    return false;
-  }
-  view.rank = TensorView::kMaxRank;
-  view.data = const_cast<void*>(array.data());
-  const py::ssize_t itemsize = dtype.itemsize();
-  for (int i = 0; i < TensorView::kMaxRank; ++i) {
-    if (array.strides(i) % itemsize != 0) {
-      return false;
-    }
-    view.sizes[i] = array.shape(i);
-    view.strides[i] = array.strides(i) / itemsize;
-  }
-  return true;
-}
-
-void swap_heads_and_rows(TensorView& view) {
-  std::swap(view.sizes[1], view.sizes[2]);
-  std::swap(view.strides[1], view.strides[2]);
-}
-
-bool is_empty(const TensorView& view) {
-  return view.sizes[0] == 0 || view.sizes[1] == 0 || view.sizes[2] == 0 || view.sizes[3] == 0;
-}
-
-// The result, contiguous in the order of the query's axes: (B, H, L, Dv) or (B, L, H, Dv). It has no address yet.
-// False if its size in bytes may not be counted in 64 bits.
-bool shape_result(const TensorView& query, int64_t value_dim, TensorView& out) {
-  out = query;
-  out.sizes[3] = value_dim;
-  int64_t stride = 1;
-  for (int i = TensorView::kMaxRank - 1; i >= 0; --i) {
-    out.strides[i] = stride;
-    if (__builtin_mul_overflow(stride, out.sizes[i], &stride) || stride > kMaxElements) {
-      return false;
-    }
-  }
-  return true;
-}
-
-py::object empty_numpy(py::handle query, TensorView& out) {
-  const auto like = py::reinterpret_borrow<py::array>(query);
-  py::array array(like.dtype(), {out.sizes[0], out.sizes[1], out.sizes[2], out.sizes[3]});
-  out.data = array.mutable_data();
-  return std::move(array);
-}
-
-bool read_scale(py::handle scale, int64_t head_dim, double& value) {
-  if (scale.is_none()) {
-    value = 1 / std::sqrt(static_cast<double>(head_dim));
-    return true;
-  }
-  value = PyFloat_CheckExact(scale.ptr()) ? PyFloat_AS_DOUBLE(scale.ptr()) : NAN;
-  return std::isfinite(value);
-}
 
 // Everything but the result; false where something does not fit.
 bool read_call(TensorView query, TensorView key, TensorView value, bool causal, py::handle scale, AttentionParams& p) {
@@ -135,6 +65,10 @@ bool read_plain(py::handle query, py::handle key, py::handle value, bool causal,
   return true;
 }
 
+bool read_array(py::handle array, TensorView& view) {
+  return read_numpy(array, TensorView::kMaxRank, view) && view.code < kDTypes;
+}
+
 bool read_tensor(py::handle tensor, TensorView& view) { return read_torch(tensor, TensorView::kMaxRank, view); }
 
 void set_plain_out(TensorView out, bool bshd, AttentionParams& p) {
@@ -148,28 +82,6 @@ void set_plain_out(TensorView out, bool bshd, AttentionParams& p) {
 void set_lse(const TensorView& lse, AttentionParams& p) {
   p.lse = lse.data;
   std::copy_n(lse.strides, 3, p.lse_strides);
-}
-
-// Runs `work` with the interpreter unlocked, and gives `result` back. A thread that ends with the interpreter is
-// unwound from within, without its lock: nothing may then let go of an array, so no destructor holds one.
-template <class Work>
-py::object keeping(py::object&& result, Work work) {
-  PyObject* const kept = result.release().ptr();
-  try {
-    without_gil(work);
-  } catch (const std::exception&) {
-    Py_DECREF(kept);
-    throw;
-  }
-  return py::reinterpret_steal<py::object>(kept);
-}
-
-DType lse_dtype(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
-
-py::object empty_lse(py::handle query, const AttentionParams& p, TensorView& lse) {
-  const std::initializer_list<int64_t> sizes = {p.batch, p.query_heads, p.seqlen_q};
-  const DType dtype = lse_dtype(p.dtype);
-  return dtype == p.dtype ? empty_torch(query, sizes, lse) : empty_torch(query, dtype, sizes, lse);
 }
 
 // Memory for one gradient, with the sizes of `like`; the kernel's view of it has the axes (B, H, L, D).
@@ -235,13 +147,13 @@ py::object attention_plain_numpy(py::handle query, py::handle key, py::handle va
                                  bool bshd, int num_threads) {
   PlainCall c;
   TensorView out;
-  if (!read_plain(query, key, value, causal, scale, bshd, num_threads, read_numpy, c) ||
+  if (!read_plain(query, key, value, causal, scale, bshd, num_threads, read_array, c) ||
       !shape_result(c.own, c.value.sizes[3], out)) {
     return py::none();
   }
   py::object result = empty_numpy(query, out);
   set_plain_out(out, bshd, c.params);
-  const ForwardFn run = kernels().forward[static_cast<int>(c.params.dtype)].run;
+  const ForwardFn run = forward_kernel(c.params);
   return keeping(std::move(result), [&] { run(&c.params, 1); });
 }
 
@@ -264,7 +176,7 @@ py::object attention_plain_torch(py::handle query, py::handle key, py::handle va
     set_lse(lse, p);
     result = py::make_tuple(std::move(result), std::move(log_sums));
   }
-  const ForwardFn run = kernels().forward[static_cast<int>(p.dtype)].run;
+  const ForwardFn run = forward_kernel(p);
   return keeping(std::move(result), [&] { run(&p, 1); });
 }
 

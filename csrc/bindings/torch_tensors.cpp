@@ -60,19 +60,26 @@ bool read_address(PyObject* tensor, TensorView& view) {
 }
 
 int code_of(const DLTensor& view) {
-  if (view.dtype.lanes != 1) {
-    return -1;
+  struct Known {
+    DLCode kind;
+    int bits;
+    int code;
+  };
+  constexpr Known kKnown[] = {{kDLFloat, 32, static_cast<int>(DType::float32)},
+                              {kDLBfloat, 16, static_cast<int>(DType::bfloat16)},
+                              {kDLFloat, 16, static_cast<int>(DType::float16)},
+                              {kDLFloat, 64, static_cast<int>(DType::float64)},
+                              {kDLInt, 32, kCodeInt32},
+                              {kDLInt, 64, kCodeInt64},
+                              {kDLInt, 8, static_cast<int>(DType::int8)},
+                              {kDLFloat8E4M3, 8, static_cast<int>(DType::float8_e4m3fn)},
+                              {kDLFloat8E5M2, 8, static_cast<int>(DType::float8_e5m2)}};
+  for (const Known& known : kKnown) {
+    if (view.dtype.code == known.kind && view.dtype.bits == known.bits && view.dtype.lanes == 1) {
+      return known.code;
+    }
   }
-  if (view.dtype.code == kDLBfloat) {
-    return view.dtype.bits == 16 ? static_cast<int>(DType::bfloat16) : -1;
-  }
-  if (view.dtype.code != kDLFloat) {
-    return -1;
-  }
-  return view.dtype.bits == 32   ? static_cast<int>(DType::float32)
-         : view.dtype.bits == 64 ? static_cast<int>(DType::float64)
-         : view.dtype.bits == 16 ? static_cast<int>(DType::float16)
-                                 : -1;
+  return -1;
 }
 
 bool read_by_table(ViewOfObject view_of_object, PyObject* tensor, int rank, TensorView& view) {
@@ -139,12 +146,16 @@ void set_contiguous(std::initializer_list<int64_t> sizes, TensorView& view) {
 
 }  // namespace
 
-bool read_torch(py::handle tensor, int rank, TensorView& view) {
+bool read_torch_any(py::handle tensor, int rank, TensorView& view) {
   const bool plain = read(tensor.ptr(), rank, view);
   if (!plain) {
     PyErr_Clear();  // a tensor without a single block of memory has raised
   }
   return plain;
+}
+
+bool read_torch(py::handle tensor, int rank, TensorView& view) {
+  return read_torch_any(tensor, rank, view) && view.code < kDTypes;
 }
 
 bool is_contiguous(const TensorView& view) {

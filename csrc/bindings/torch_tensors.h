@@ -17,6 +17,8 @@ void bind_torch(const pybind11::object& tensor, const pybind11::object& paramete
 // Whether `tensor` is a plain dense tensor of floating-point numbers in this machine's memory, with `rank` axes.
 // Whether it requires grad is not asked. Never leaves an error behind.
 bool read_torch(pybind11::handle tensor, int rank, TensorView& view);
+// The same of any type that has a code.
+bool read_torch_any(pybind11::handle tensor, int rank, TensorView& view);
 
 // A new contiguous tensor of these sizes, of `like`'s dtype or of `code`'s; `view` is of the new tensor. Throws what
 // torch raises.

@@ -32,8 +32,9 @@ void add_key(const AttentionParams& p, const Row& r, int64_t key, Sums& sums) {
   const double prob = std::exp(s - (sums.peak == -kInfinity ? 0 : sums.peak));
   sums.total += prob;
   const double weight = prob * kept(p, r, key);
+  const CachedRow row = value_row(p, r, key);
   for (int64_t d = 0; d < p.value_dim; ++d) {
-    sums.output[d] += weight * load<T>(p.value, stored_index(p, p.value_strides, r, key, d));
+    sums.output[d] += weight * load_cached<T>(p, p.value, row, p.value_strides[3], d);
   }
 }
 

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "algorithm/half.h"
+#include "algorithm/bytes.h"
 #include "dropout.h"
 #include "params.h"
 
@@ -41,15 +41,6 @@ inline Row row_at(const AttentionParams& p, int64_t index) {
 
 inline int64_t offset(const int64_t (&strides)[4], const Row& r, int64_t column) {
   return r.batch * strides[0] + r.head * strides[1] + r.row * strides[2] + column * strides[3];
-}
-
-// Element (key, column) of the row's keys or values, wherever they lie.
-inline int64_t stored_index(const AttentionParams& p, const int64_t (&strides)[4], const Row& r, int64_t key,
-                            int64_t column) {
-  const bool paged = p.block_table != nullptr;
-  const int64_t place = paged ? p.block_table[r.batch * p.block_table_stride + key / p.page_size] : r.batch;
-  const int64_t row = paged ? key % p.page_size : key;
-  return place * strides[0] + r.kv_head * strides[1] + row * strides[2] + column * strides[3];
 }
 
 template <class T>
@@ -98,12 +89,55 @@ inline double kept(const AttentionParams& p, const Row& r, int64_t key) {
   return kept(p.dropout, words[key % 4][0]);
 }
 
+// A row of keys or values: where its columns start, and what multiplies them.
+struct CachedRow {
+  int64_t start;
+  double scale;
+};
+
+inline CachedRow cached_row(const AttentionParams& p, const int64_t (&strides)[4], const float* scales,
+                            const int64_t (&scale_strides)[3], const Row& r, int64_t key) {
+  int64_t outer = r.batch;
+  if (p.block_table != nullptr) {
+    outer = p.block_table[r.batch * p.block_table_stride + key / p.page_size];
+    key %= p.page_size;
+  }
+  const double scale =
+      scales == nullptr ? 1 : scales[outer * scale_strides[0] + r.kv_head * scale_strides[1] + key * scale_strides[2]];
+  return {outer * strides[0] + r.kv_head * strides[1] + key * strides[2], scale};
+}
+
+inline CachedRow key_row(const AttentionParams& p, const Row& r, int64_t key) {
+  return cached_row(p, p.key_strides, p.key_scales, p.key_scale_strides, r, key);
+}
+
+inline CachedRow value_row(const AttentionParams& p, const Row& r, int64_t key) {
+  return cached_row(p, p.value_strides, p.value_scales, p.value_scale_strides, r, key);
+}
+
+// An element of a key or a value, times the scale of its row.
+template <class T>
+double load_cached(const AttentionParams& p, const void* base, const CachedRow& row, int64_t stride, int64_t column) {
+  const int64_t index = row.start + column * stride;
+  switch (p.kv_dtype) {
+    case DType::int8:
+      return row.scale * load<Int8>(base, index);
+    case DType::float8_e4m3fn:
+      return row.scale * load<Float8E4M3>(base, index);
+    case DType::float8_e5m2:
+      return row.scale * load<Float8E5M2>(base, index);
+    default:
+      return load<T>(base, index);
+  }
+}
+
 // scale * <q, k>
 template <class T>
 double product(const AttentionParams& p, const Row& r, int64_t key) {
   double dot = 0;
+  const CachedRow row = key_row(p, r, key);
   for (int64_t d = 0; d < p.head_dim; ++d) {
-    dot += load<T>(p.query, offset(p.query_strides, r, d)) * load<T>(p.key, stored_index(p, p.key_strides, r, key, d));
+    dot += load<T>(p.query, offset(p.query_strides, r, d)) * load_cached<T>(p, p.key, row, p.key_strides[3], d);
   }
   return dot * p.scale;
 }

@@ -11,6 +11,7 @@ from fastattn._config import show_config
 from fastattn._threads import get_num_threads, set_num_threads
 from fastattn.explanation import Explanation, explain
 from fastattn.functional import attention
+from fastattn.kvcache import attention_with_kvcache
 from fastattn.merge import merge_states
 from fastattn.varlen import attention_varlen
 
@@ -25,6 +26,7 @@ __all__ = [
     "__version__",
     "attention",
     "attention_varlen",
+    "attention_with_kvcache",
     "explain",
     "get_num_threads",
     "merge_states",

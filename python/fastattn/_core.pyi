@@ -42,6 +42,11 @@ def attention_forward(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> None: ...
+def update_caches(
+    tensors: tuple[Tensor | None, ...], capacity: int, query_step: int, interleaved: bool, num_threads: int
+) -> None:
+    """Take those of CacheViews in csrc/bindings/cache_params.h, in that order."""
+
 def attention_backward(
     query: Tensor,
     key: Tensor,
@@ -86,6 +91,9 @@ def bind_torch(
     empty_like: Callable[..., Any],
     exchange: object,
 ) -> None: ...
+def attention_cached(*arguments: Any) -> Any:
+    """Take query, caches, scales, new rows, then the rest as `fastattn.kvcache` hands them on."""
+
 def attention_plain_numpy(
     query: Any, key: Any, value: Any, causal: bool, scale: float | None, bshd: bool, num_threads: int
 ) -> Any: ...

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 
 from fastattn.arrays import Array, type_name
 from fastattn.backends import plain
-from fastattn.backends.base import Backend, ComposingBackend, DifferentiableBackend
+from fastattn.backends.base import Backend, CachingBackend, ComposingBackend, DifferentiableBackend
 from fastattn.backends.cpu import CpuBackend
 from fastattn.backends.math import MathBackend
 from fastattn.backends.reference import ReferenceBackend
@@ -71,6 +71,13 @@ def run_plain(
     return plain.attend(query, key, value, causal, scale, bshd, return_lse)
 
 
+def run_cached(*arguments: Any) -> Any:
+    """Run a call over caches the short way, see `plain.attend_cached`; None where it has to go the long way."""
+    if _default_candidates() is not AUTOMATIC:
+        return None
+    return plain.attend_cached(*arguments)
+
+
 def choose(problem: AttentionProblem, names: tuple[str, ...]) -> Backend:
     """Return the first of the backends `names` that can run `problem`.
 
@@ -103,6 +110,20 @@ def choose_differentiable(problem: AttentionProblem, names: tuple[str, ...]) -> 
             "backend='cpu' or 'math'"
         )
     return cast("DifferentiableBackend", backend)
+
+
+def choose_caching(problem: AttentionProblem, names: tuple[str, ...]) -> CachingBackend:
+    """Return the first of the backends `names` that can run `problem`, and write into its caches.
+
+    Raises
+    ------
+    NotImplementedError
+        If none can, with every backend's reasons.
+    """
+    backend = choose(problem, names)
+    if not hasattr(backend, "update_cache"):
+        raise NotImplementedError(f"backend {backend.name!r} writes into no caches: see backend='math'")
+    return cast("CachingBackend", backend)
 
 
 def consider(problem: AttentionProblem, names: tuple[str, ...]) -> Choice:

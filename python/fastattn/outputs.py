@@ -107,16 +107,16 @@ def _check_out(problem: AttentionProblem, shape: Shape, out: Array) -> Strided:
     expected = shape if problem.layout == "bhsd" else _swapped(shape)
     if view.shape != expected:
         raise ValueError(f"out must have shape {expected}, got {view.shape}")
-    if _overlaps_itself(view):
+    if overlaps_itself(view):
         raise ValueError(f"out must not overlap itself, got shape {view.shape} with strides {view.strides}")
-    for name in ("query", "key", "value", "mask", "bias"):
+    for name in ("query", "key", "value", "mask", "bias", "key_scale", "value_scale"):
         other: Strided | None = getattr(problem, name)
-        if other is not None and _overlap(view, other):
+        if other is not None and overlap(view, other):
             raise ValueError(f"out must not overlap {name}: they share memory")
     return view if problem.layout == "bhsd" else view.swap_heads_and_rows()
 
 
-def _overlaps_itself(view: Strided) -> bool:
+def overlaps_itself(view: Strided) -> bool:
     """Whether some axis, taken from the finest on, does not step past all that the finer ones reach."""
     reach = 0
     for stride, size in sorted(zip(view.strides, view.shape, strict=True)):
@@ -127,7 +127,8 @@ def _overlaps_itself(view: Strided) -> bool:
     return False
 
 
-def _overlap(a: Strided, b: Strided) -> bool:
+def overlap(a: Strided, b: Strided) -> bool:
+    """Whether the two have an element in common, or one cannot tell."""
     if a.address >= _end(b) or b.address >= _end(a):
         return False
     try:

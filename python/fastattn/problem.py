@@ -58,6 +58,12 @@ class AttentionProblem(NamedTuple):
     cu_seqlens: tuple[Vector, Vector] | None = None  # (S + 1,) of queries and of keys, int64
     max_seqlens: tuple[int | None, int | None] = (None, None)  # bounds of their differences, where known
     first_sequence: int = 0  # dropout counts sequences from here
+    block_table: Strided | None = None  # (B, slots), integers: which page holds the keys of a slot
+    page_size: int = 0  # with a block table key and value are (pages, Hkv, page_size, D or Dv)
+    key_scale: Strided | None = (
+        None  # float32, key's shape but for D: key and value are 8-bit numbers, times this
+    )
+    value_scale: Strided | None = None
 
     @classmethod
     def from_arguments(
@@ -98,7 +104,7 @@ class AttentionProblem(NamedTuple):
         seqlen_k = k.shape[2]
         scores = (batch, heads, seqlen_q, seqlen_k)
         top_left = check_causal(causal)
-        left, right = (UNBOUNDED, UNBOUNDED) if window is None else _window(window)
+        left, right = (UNBOUNDED, UNBOUNDED) if window is None else check_window(window)
         sequences = batch
         if cu_seqlens is not None:
             cu_seqlens = vectors.cu_seqlens(library, cu_seqlens, seqlen_q, seqlen_k)
@@ -233,10 +239,15 @@ class AttentionProblem(NamedTuple):
         return "float64" if self.query.dtype == "float64" else "float32"
 
     @property
+    def seqlen_k(self) -> int:
+        """Lk: with pages, as many keys as the slots of a sequence hold."""
+        return self.key.shape[2] if self.block_table is None else self.block_table.shape[1] * self.page_size
+
+    @property
     def scores_shape(self) -> tuple[int, int, int, int]:
         """(B, Hq, Lq, Lk)."""
         batch, heads, seqlen_q, _ = self.query.shape
-        return batch, heads, seqlen_q, self.key.shape[2]
+        return batch, heads, seqlen_q, self.seqlen_k
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
@@ -305,7 +316,8 @@ def check_causal(causal: Any) -> bool:
     return causal == "top_left"
 
 
-def _window(window: Any) -> tuple[int, int]:
+def check_window(window: Any) -> tuple[int, int]:
+    """Return (left, right), `UNBOUNDED` for None; raise unless both are integers from 0 up, or None."""
     if not isinstance(window, (tuple, list)):
         raise TypeError(f"window must be a pair (left, right), got {type_name(window)}")
     if len(window) != 2:

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.arrays import Array
+from fastattn.arrays import Array, Strided
+from fastattn.cache_problem import CacheUpdate, Rotary
+from fastattn.float8 import LARGEST_CODE
 from fastattn.philox import multiplier
 from fastattn.problem import AttentionProblem
 
@@ -51,8 +53,8 @@ def each_head(problem: AttentionProblem) -> Iterator[tuple[tuple[int, int], Resu
     for b, h in np.ndindex(batch, heads):
         result = attend(
             problem.query.read((b, h)),
-            problem.key.read((b, h // group)),
-            problem.value.read((b, h // group)),
+            cached_rows(problem, problem.key, problem.key_scale, b, h // group),
+            cached_rows(problem, problem.value, problem.value_scale, b, h // group),
             visible=visible_keys(problem, b, h),
             bias=added_to_scores(problem, b, h),
             sink=-np.inf if problem.sinks is None else problem.sinks[h],
@@ -68,6 +70,22 @@ def positions(problem: AttentionProblem, b: int) -> tuple[NDArray[np.int64], NDA
     batch, _, seqlen_q, seqlen_k = problem.scores_shape
     offset = np.broadcast_to(problem.query_offset, batch)[b]
     return offset + np.arange(seqlen_q)[:, None], np.arange(seqlen_k)[None, :]
+
+
+def cached_rows(problem: AttentionProblem, rows: Strided, scale: Strided | None, b: int, h: int) -> Floats:
+    """Keys or values of one head, (Lk, D): gathered from their pages up to the length, and dequantised."""
+
+    def read(index: tuple[int, int]) -> Floats:
+        return rows.read(index) if scale is None else rows.read(index) * scale.read(index)[:, None]
+
+    if problem.block_table is None:
+        return read((b, h))
+    assert problem.kv_lengths is not None
+    gathered = np.zeros((problem.seqlen_k, rows.shape[3]))
+    for slot in range(-(-int(problem.kv_lengths[b]) // problem.page_size)):
+        start = slot * problem.page_size
+        gathered[start : start + problem.page_size] = read((int(problem.block_table.read((b, slot))), h))
+    return gathered
 
 
 def visible_keys(problem: AttentionProblem, b: int, h: int) -> NDArray[np.bool_]:
@@ -152,3 +170,62 @@ def weighted_sum(weights: Floats, visible: NDArray[np.bool_], value: Floats) -> 
         attending = visible[:, j]
         out[attending] += weights[attending, j, None] * value[j]
     return out
+
+
+def update_cache(problem: AttentionProblem, update: CacheUpdate) -> AttentionProblem:
+    """Write the new rows into the caches; return the problem, its query turned if there is an embedding."""
+    for b in range(len(update.start)):
+        for i in range(0 if update.new_key is None else update.new_key.shape[2]):
+            _write_row(problem, update, b, i)
+    rotary = update.rotary
+    if rotary is None:
+        return problem
+    query = problem.library.empty(problem.query.shape, problem.dtype, problem.query.array)
+    for b, h, i in np.ndindex(*query.shape[:3]):
+        at = int(rotary.query_start[b]) + i * rotary.query_step
+        query.write((b, h, i), turned(problem.query.read((b, h, i)), rotary, at))
+    return problem._replace(query=query)
+
+
+def _write_row(problem: AttentionProblem, update: CacheUpdate, b: int, i: int) -> None:
+    """Write row `i` of the new keys and values of a sequence, of every head."""
+    assert update.new_key is not None and update.new_value is not None
+    position = int(update.start[b]) + i
+    place, row = b, position % update.capacity
+    if problem.block_table is not None:
+        slot, row = divmod(row, problem.page_size)
+        place = int(problem.block_table.read((b, slot)))
+    for h in range(problem.key.shape[1]):
+        key = update.new_key.read((b, h, i))
+        if update.rotary is not None:
+            key = turned(key, update.rotary, position)
+        store_row(problem.key, problem.key_scale, (place, h, row), key)
+        store_row(problem.value, problem.value_scale, (place, h, row), update.new_value.read((b, h, i)))
+
+
+def turned(row: Floats, rotary: Rotary, position: int) -> Floats:
+    """Turn the pairs of columns of one row, (D,), by the angles of its position."""
+    cos, sin = rotary.cos.read(position), rotary.sin.read(position)
+    pairs, columns = cos.size, np.arange(2 * cos.size)
+    first = columns[0::2] if rotary.interleaved else columns[:pairs]
+    second = columns[1::2] if rotary.interleaved else columns[pairs:]
+    result: Floats = row.copy()
+    result[first] = row[first] * cos - row[second] * sin
+    result[second] = row[second] * cos + row[first] * sin
+    return result
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def store_row(cache: Strided, scale: Strided | None, index: tuple[int, int, int], row: Floats) -> None:
+    """Write one row, (D,): rounded, or quantised, by a scale that its largest magnitude fixes.
+
+    A row that is not finite has a scale of NaN, and codes of 0: what attends to it is NaN.
+    """
+    if scale is None:
+        cache.write(index, row)
+        return
+    largest = np.abs(row.astype(np.float32)).max()
+    step = np.float32(largest) / np.float32(LARGEST_CODE[cache.dtype]) if np.isfinite(largest) else np.nan
+    scale.write(index, np.float64(step))
+    codes = row / np.float64(step) if step > 0 else np.zeros_like(row)
+    cache.write(index, np.rint(codes) if cache.dtype == "int8" else codes)

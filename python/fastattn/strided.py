@@ -9,13 +9,16 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn.float8 import FLOAT8, decode, encode
+
 Array: TypeAlias = Any  # a numpy.ndarray or a torch.Tensor
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 
-# What NumPy's array protocol calls a dtype. It has no bfloat16, so those are seen as their bits.
+# What NumPy's array protocol calls a dtype. It has no bfloat16 and no float8: those are seen as their bits.
 _TYPESTR = {"float64": "<f8", "float32": "<f4", "bfloat16": "<u2", "float16": "<f2", "bool": "|b1"}
+_TYPESTR |= dict.fromkeys(FLOAT8, "|u1")
 _TYPESTR |= {name: np.dtype(name).str for name in INTEGERS}
 ITEMSIZE = {dtype: int(typestr[2:]) for dtype, typestr in _TYPESTR.items()}
 
@@ -46,7 +49,7 @@ class Strided(NamedTuple):
         return Strided(self.array, self.dtype, shape, strides, self.address)
 
     def numpy(self) -> NDArray[Any]:
-        """The same memory as a NumPy array, whichever library owns it (bfloat16 as its uint16 bits)."""
+        """The same memory as a NumPy array, whichever library owns it (bfloat16 and float8 as their bits)."""
         view: NDArray[Any] = np.asarray(_Exported(self))
         return view
 
@@ -55,11 +58,16 @@ class Strided(NamedTuple):
         values: NDArray[Any] = self.numpy()[index]
         if self.dtype == "bfloat16":
             values = (values.astype(np.uint32) << 16).view(np.float32)
+        if self.dtype in FLOAT8:
+            return decode(values, self.dtype).astype(np.float64)
         return values.astype(np.float64 if self.dtype in FLOATS else values.dtype)
 
     def write(self, index: Any, values: NDArray[np.float64]) -> None:
         """Store `values` at `index`, rounded to nearest."""
         with np.errstate(over="ignore"):
+            if self.dtype in FLOAT8:
+                self.numpy()[index] = encode(values, self.dtype)
+                return
             self.numpy()[index] = _bfloat16_bits(values) if self.dtype == "bfloat16" else values
 
 

@@ -3,8 +3,8 @@
     PYTHONPATH=tests python tests/gpu/aot.py TARGET[,TARGET] JOB ...
 
 prints a line of JSON for each job that it begins, for each kernel compiled, and at the end of each job. It is
-a process of its own, because a layout that cannot be compiled ends it. With --options it says what would be
-compiled, and compiles nothing.
+a process of its own, because a layout that cannot be compiled ends it. With --options VERSION it says what
+would be compiled by that version of Triton, and compiles nothing.
 
 Tensors are torch's fakes: they have a device, shapes and strides, but no memory.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
+from argparse import ArgumentParser
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from binaries import describe
+from fastattn.gpu import configs
 from fastattn.gpu.call import Call, Gradients
+from fastattn.gpu.config_tables import tables
 from interpreter import use_target
 from jobs import JOBS, TARGETS, Job, Target
 from portable import call_of
@@ -110,19 +112,26 @@ def memory_for(call: Call) -> Gradients:
     )
 
 
-def main(targets: str, *names: str, compiles: bool = True) -> None:
+def main() -> None:
+    parser = ArgumentParser()
+    parser.add_argument("targets")
+    parser.add_argument("jobs", nargs="*")
+    parser.add_argument("--options", metavar="VERSION")
+    given = parser.parse_args()
+
     def tell(**what: Any) -> None:
         print(json.dumps(what), flush=True)
 
-    compile_instead(lambda record: tell(**record), compiles)
-    for target in targets.split(","):
+    if given.options:
+        configs.TABLES = tables(given.options)
+    compile_instead(lambda record: tell(**record), compiles=not given.options)
+    for target in given.targets.split(","):
         pretend(TARGETS[target])
-        for name in names:
+        for name in given.jobs:
             tell(begin=name)
             launch(JOBS[name])
             tell(end=name, target=target)
 
 
 if __name__ == "__main__":
-    given = [argument for argument in sys.argv[1:] if argument != "--options"]
-    main(*given, compiles="--options" not in sys.argv)
+    main()

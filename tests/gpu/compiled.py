@@ -37,9 +37,9 @@ def compile_jobs(
         return {name: result for part in parts for name, result in part.items()}
 
 
-def shipped_options() -> dict[tuple[str, str], Records]:
-    """The launch options of each target and job, compiled or not."""
-    done = _run([",".join(TARGETS), *JOBS, "--options"], None)
+def shipped_options(version: str) -> dict[tuple[str, str], Records]:
+    """The launch options of each target and job by this version of Triton, installed or not."""
+    done = _run([",".join(TARGETS), *JOBS, "--options", version], None)
     assert done.returncode == 0, done.stderr
     return _read(done.stdout)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastattn.gpu.config_tables import is_since_39
 from jobs import Job, Target
 
 # Rows of a tile from which on Hopper uses its wide products.
@@ -19,12 +20,20 @@ SPILLED = {
     ("query_gradient_kernel", "float32", 128): 8,
     ("bias_gradient_kernel", "float32", 128): 32,
 }
+# Triton 3.9 needs a few registers more for three products of TF32 of 128 columns: of tiles from 16 x 16 to
+# 64 x 16, by 1 to 16 warps, none has enough. Most is spilled on sm90 and sm120 (keys) and sm100 (the others).
+SPILLED_39 = SPILLED | {
+    ("key_gradient_kernel", "float32", 128): 24,
+    ("query_gradient_kernel", "float32", 128): 32,
+    ("bias_gradient_kernel", "float32", 128): 88,
+}
 
 
-def faults(record: dict[str, Any], job: Job, target: Target) -> list[str]:
-    """What is wrong with a compiled kernel, in words."""
+def faults(record: dict[str, Any], job: Job, target: Target, version: str) -> list[str]:
+    """What is wrong with a kernel that this version of Triton compiled, in words."""
+    allowed = SPILLED_39 if is_since_39(version) else SPILLED
     instructions, found = record["instructions"], []
-    if record["spilled"] > SPILLED.get((record["kernel"], job.dtype, job.case.head_dim), 0):
+    if record["spilled"] > allowed.get((record["kernel"], job.dtype, job.case.head_dim), 0):
         registers = record.get("spilled registers", "some")
         found.append(f"{registers} registers are spilled to {record['spilled']} bytes of local memory")
     elif not record["spilled"] and (instructions.get("LDL") or instructions.get("STL")):

@@ -19,11 +19,12 @@ from jobs import JOBS, NEWEST, TARGETS
 from limits import faults
 
 RESULTS = ROOT / "bench" / "results"
+PREFIX = "gpu-resources-triton-"
 Table = dict[str, dict[str, Records]]  # target -> job -> kernels
 
 
 def path_of(version: str) -> Path:
-    return RESULTS / f"gpu-resources-triton-{version}.json"
+    return RESULTS / f"{PREFIX}{version}.json"
 
 
 def version_of(folder: Path | None) -> str:
@@ -32,7 +33,7 @@ def version_of(folder: Path | None) -> str:
     return next(found.version for found in distributions(path=path) if found.name == "triton")
 
 
-def fill(folder: Path | None) -> tuple[Table, list[str]]:
+def fill(folder: Path | None, version: str) -> tuple[Table, list[str]]:
     """Compile everything; what is wrong comes as lines of text."""
     table: Table = {}
     wrong: list[str] = []
@@ -44,7 +45,7 @@ def fill(folder: Path | None) -> tuple[Table, list[str]]:
                 continue
             table[target.name][name] = records
             for record in records:
-                found = faults(record, JOBS[name], target)
+                found = faults(record, JOBS[name], target, version)
                 wrong += [f"{target.name} {name} {record['kernel']}: {fault}" for fault in found]
         print(f"{target.name}: {len(table[target.name])} jobs", flush=True)
     return table, wrong
@@ -77,7 +78,7 @@ def row(target: str, name: str, record: dict[str, Any]) -> str:
 
 def main(folder: Path | None = None) -> int:
     version = version_of(folder)
-    table, wrong = fill(folder)
+    table, wrong = fill(folder, version)
     path_of(version).write_text(json.dumps(table, indent=1) + "\n")
     path_of(version).with_suffix(".md").write_text(markdown(table, version))
     print("\n".join(wrong) or "nothing is wrong")

@@ -13,13 +13,13 @@ import pytest
 from compiled import ROOT, Records, Refused, compile_jobs, shipped_options
 from jobs import JOBS, NEWEST, QUICK, QUICK_TARGETS, TARGETS
 from limits import faults
-from resources import RESULTS, Table, path_of, version_of
+from resources import PREFIX, RESULTS, Table, path_of, version_of
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 # A folder with another Triton, in which all is compiled as well.
 OTHER = os.environ.get("FASTATTN_TEST_TRITON")
-TABLES = sorted(RESULTS.glob("gpu-resources-triton-*.json"))
+TABLES = sorted(RESULTS.glob(f"{PREFIX}*.json"))
 
 
 @cache
@@ -32,9 +32,10 @@ def check(target: str, name: str, names: tuple[str, ...], folder: Path | None = 
     if isinstance(records, Refused):
         pytest.fail(records, pytrace=False)
     assert records
-    wrong = {record["kernel"]: faults(record, JOBS[name], TARGETS[target]) for record in records}
+    version = version_of(folder)
+    wrong = {record["kernel"]: faults(record, JOBS[name], TARGETS[target], version) for record in records}
     assert not any(wrong.values()), wrong
-    if (path := path_of(version_of(folder))).exists():
+    if (path := path_of(version)).exists():
         assert records == read(path)[target][name], f"{path.name} is out of date: make gpu-resources"
 
 
@@ -71,7 +72,8 @@ def test_tables_are_of_what_ships(path: Path) -> None:
     """Every kernel of every job has a row, with the options that it is launched with."""
     table = read(path)
     names = {name for jobs in table.values() for name in jobs}
-    shipped = {at: records for at, records in shipped_options().items() if at[1] in names}
+    options = shipped_options(path.stem.removeprefix(PREFIX))
+    shipped = {at: records for at, records in options.items() if at[1] in names}
     assert names in (set(JOBS), set(NEWEST)) and set(table) == set(TARGETS)
     for (target, name), records in shipped.items():
         rows = [(record["kernel"], record["options"]) for record in table[target][name]]

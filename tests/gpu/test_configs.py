@@ -15,7 +15,7 @@ from triton.runtime.errors import OutOfResources
 
 from fastattn.gpu import configs, tuning
 from fastattn.gpu.call import Call
-from fastattn.gpu.config_tables import BACKWARD, DECODE, FORWARD, Tiles
+from fastattn.gpu.config_tables import Tiles, tables
 from fastattn.problem import UNBOUNDED
 
 GPUS = ("sm80", "sm90", "sm100", "sm120", "gfx942")
@@ -57,17 +57,26 @@ def test_every_call_has_tiles(
         assert all(isinstance(tiles, Tiles) for tiles in [*chosen, configs.each_score(call)])
 
 
-def test_tables_cover_the_same_numbers() -> None:
-    assert set(FORWARD) == set(BACKWARD) == set(GPUS)
+@pytest.mark.parametrize("version", ["3.6.0", "3.9.0"])
+def test_tables_cover_the_same_numbers(version: str) -> None:
+    forward, backward, bias, decode = tables(version)
+    assert set(forward) == set(backward) == set(GPUS)
+    assert set(decode) == {16, 32, 64, 128}
+    assert all(rows == tiles.rows for rows, tiles in decode.items())
     for name in GPUS:
         kinds = ("half", "float32") if name == "gfx942" else ("half", "float32", "tf32")
         wanted = {(kind, columns) for kind in kinds for columns in (64, 128, 256)}
-        assert set(FORWARD[name]) == set(BACKWARD[name]) == wanted
+        assert set(forward[name]) == set(backward[name]) == wanted <= set(bias)
+
+
+def test_a_later_triton_has_other_tiles() -> None:
+    assert tables("3.6.0") == tables("3.8.1") != tables("3.9.0")
+    assert tables("3.9.0") == tables("3.10.0+git1234") == tables("4.0")
 
 
 def test_what_a_call_asks_for_decides(gpu: Callable[[str], None]) -> None:
     gpu("sm90")
-    uses = FORWARD["sm90"]["half", 128]
+    uses = configs.TABLES.forward["sm90"]["half", 128]
     assert len(set(uses)) == 4
     assert configs.forward(call_of()) == uses.plain
     assert configs.forward(call_of(window_left=127)) == uses.narrow
@@ -75,7 +84,7 @@ def test_what_a_call_asks_for_decides(gpu: Callable[[str], None]) -> None:
     assert configs.forward(call_of(dropout_p=0.1)) == uses.rich
     assert configs.forward(call_of(96, dropout_p=0.1)) == uses.ragged
     assert configs.forward(call_of(dropout_p=0.1, window_left=3)) == uses.rich
-    keys = BACKWARD["sm90"]["half", 128]
+    keys = configs.TABLES.backward["sm90"]["half", 128]
     assert configs.backward_keys(call_of(), False) == keys.keys
     assert configs.backward_keys(call_of(), True) == keys.rich_keys
     assert configs.backward_queries(call_of(window_left=3), False) == keys.rich_queries
@@ -84,7 +93,7 @@ def test_what_a_call_asks_for_decides(gpu: Callable[[str], None]) -> None:
 @pytest.mark.parametrize(("rows", "packed"), [(1, 16), (4, 16), (5, 32), (16, 64), (17, 128), (64, 128)])
 def test_decode_packs_the_queries_of_a_group(rows: int, packed: int, gpu: Callable[[str], None]) -> None:
     gpu("sm90")  # four query heads share their keys
-    assert configs.decode(call_of(rows=rows)) == DECODE[packed]
+    assert configs.decode(call_of(rows=rows)) == configs.TABLES.decode[packed]
     assert configs.decode(call_of(rows=rows)).rows == packed
 
 

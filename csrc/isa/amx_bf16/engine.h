@@ -39,6 +39,7 @@ struct AmxEngine {
   using Scalar = float;
   using Product = Product_;
   using Source = typename Product::Element;
+  using Stored = Source;
   using Element = typename Product::Element;
   using Prob = typename Product::Prob;
 

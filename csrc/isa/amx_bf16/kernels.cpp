@@ -9,6 +9,8 @@ namespace {
 
 using TilesBf16 = AmxEngine<AmxBf16Product>;
 using RowsBf16 = RowEngine<VecF32, Bfloat16, WideDot<VecF32, Bfloat16>, 256, 6, 6>;
+template <class Stored>
+using ByteRows = RowEngine<VecF32, float, WideDot<VecF32, Stored>, 256, 5, 5, Stored>;
 
 // Four sums, as the kernels keep; operands are zero, which the unit multiplies no faster.
 double peak_dot_bf16(int64_t rounds) {
@@ -32,7 +34,7 @@ double peak_dot_bf16(int64_t rounds) {
 }  // namespace
 
 void register_amx_bf16(KernelTable& table) {
-  table.set_forward(DType::bfloat16, forward<RowsBf16, TilesBf16>, "amx_bf16",
+  table.set_forward(DType::bfloat16, forward<RowsBf16, TilesBf16, ByteRows>, "amx_bf16",
                     "bfloat16 tiles, TDPBF16PS, 32x32 scores");
   table.peak_dot_bf16 = peak_dot_bf16;
 }

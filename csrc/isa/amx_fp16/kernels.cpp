@@ -56,11 +56,13 @@ struct AmxFp16Product {
 
 using TilesF16 = AmxEngine<AmxFp16Product>;
 using RowsF16 = RowEngine<VecF32, Float16, WideDot<VecF32, Float16>, 256, 6, 6>;
+template <class Stored>
+using ByteRows = RowEngine<VecF32, float, WideDot<VecF32, Stored>, 256, 5, 5, Stored>;
 
 }  // namespace
 
 void register_amx_fp16(KernelTable& table) {
-  table.set_forward(DType::float16, forward<RowsF16, TilesF16>, "amx_fp16",
+  table.set_forward(DType::float16, forward<RowsF16, TilesF16, ByteRows>, "amx_fp16",
                     "float16 tiles, TDPFP16PS, 32x32 scores, split probabilities");
 }
 

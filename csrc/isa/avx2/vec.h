@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "algorithm/half.h"
+#include "algorithm/bytes.h"
 #include "algorithm/mask_bits.h"
 #include "isa/denormals.h"
 
@@ -89,6 +89,13 @@ struct VecF32 {
     store_halves(p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT), n);
   }
 
+  static Reg load(const Int8* p) { return widen_bytes(load_bytes(p, kWidth), p); }
+  static Reg load(const Float8E4M3* p) { return widen_bytes(load_bytes(p, kWidth), p); }
+  static Reg load(const Float8E5M2* p) { return widen_bytes(load_bytes(p, kWidth), p); }
+  static Reg load_partial(const Int8* p, int n) { return widen_bytes(load_bytes(p, n), p); }
+  static Reg load_partial(const Float8E4M3* p, int n) { return widen_bytes(load_bytes(p, n), p); }
+  static Reg load_partial(const Float8E5M2* p, int n) { return widen_bytes(load_bytes(p, n), p); }
+
   // Stores lanes [part * n, part * n + n) of x, n = 4 or 8.
   template <int n>
   static void store_part(float* p, Reg x, int part) {
@@ -131,6 +138,23 @@ struct VecF32 {
   }
 
  private:
+  static __m128i load_bytes(const void* p, int n) {
+    int64_t bytes = 0;
+    memcpy(&bytes, p, static_cast<size_t>(n));
+    return _mm_cvtsi64_si128(bytes);
+  }
+  static Reg widen_bytes(__m128i x, const Int8* /*kind*/) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)); }
+  static Reg widen_bytes(__m128i x, const Float8E5M2* /*kind*/) {  // the upper half of a float16
+    return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(x), 8));
+  }
+  static Reg widen_bytes(__m128i x, const Float8E4M3* /*kind*/) {
+    // As a float16 of exponents 8 less, which holds subnormals too; the product brings them up.
+    const __m128i code = _mm_cvtepi8_epi16(x);
+    const __m128i magnitude = _mm_slli_epi16(_mm_and_si128(code, _mm_set1_epi16(0x7f)), 7);
+    const __m128i sign = _mm_and_si128(code, _mm_set1_epi16(static_cast<int16_t>(0x8000)));
+    const __m128i nan = _mm_and_si128(_mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x3f80)), _mm_set1_epi16(0x7e00));
+    return _mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(_mm_or_si128(magnitude, sign), nan)), _mm256_set1_ps(256.0F));
+  }
   static __m256i first(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }

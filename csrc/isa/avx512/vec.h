@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "algorithm/half.h"
+#include "algorithm/bytes.h"
 #include "isa/avx512/mask_bits.h"
 #include "isa/denormals.h"
 
@@ -105,6 +105,17 @@ struct VecF32 {
     _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
 
+  static Reg load(const Int8* p) { return widen_bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), p); }
+  static Reg load(const Float8E4M3* p) { return widen_bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), p); }
+  static Reg load(const Float8E5M2* p) { return widen_bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), p); }
+  template <class Byte>
+  static Reg load_partial_bytes(const Byte* p, int n) {
+    return widen_bytes(_mm_maskz_loadu_epi8(first(n), p), p);
+  }
+  static Reg load_partial(const Int8* p, int n) { return load_partial_bytes(p, n); }
+  static Reg load_partial(const Float8E4M3* p, int n) { return load_partial_bytes(p, n); }
+  static Reg load_partial(const Float8E5M2* p, int n) { return load_partial_bytes(p, n); }
+
   // 32-bit lanes that pair 16-bit numbers of two rows: even in the low half, odd in the high half.
   template <class Half>
   static Reg interleave(const Half* even, const Half* odd, int n) {
@@ -172,6 +183,19 @@ struct VecF32 {
  private:
   static Mask first(int n) { return static_cast<Mask>((1U << n) - 1U); }
   static Reg widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+  static Reg widen_bytes(__m128i x, const Int8* /*kind*/) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)); }
+  static Reg widen_bytes(__m128i x, const Float8E5M2* /*kind*/) {  // the upper half of a float16
+    return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(x), 8));
+  }
+  static Reg widen_bytes(__m128i x, const Float8E4M3* /*kind*/) {
+    // As a float16 of exponents 8 less, which holds subnormals too; the product brings them up.
+    const __m256i code = _mm256_cvtepi8_epi16(x);
+    const __m256i magnitude = _mm256_slli_epi16(_mm256_and_si256(code, _mm256_set1_epi16(0x7f)), 7);
+    const __m256i sign = _mm256_and_si256(code, _mm256_set1_epi16(static_cast<int16_t>(0x8000)));
+    const __m256i nan = _mm256_maskz_set1_epi16(_mm256_cmpeq_epi16_mask(magnitude, _mm256_set1_epi16(0x3f80)), 0x7e00);
+    return _mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(_mm256_or_si256(magnitude, sign), nan)),
+                         _mm512_set1_ps(256.0F));
+  }
   // The bits of x with the upper half rounded to nearest even; a NaN stays one.
   static __m512i rounded_bits(Reg x) {
     const __m512i raw = _mm512_castps_si512(x);

@@ -13,6 +13,8 @@ namespace {
 using EngineBf16 = Engine<VecF32, Bfloat16, Bf16PairProduct, 8, 2, 8, 256, true>;
 using GradientBf16 = Engine<VecF32, Bfloat16, Bf16PairProduct, 8, 2, 8, 128, true>;
 using RowsBf16 = RowEngine<VecF32, Bfloat16, PairDot, 256, 6, 6>;
+template <class Stored>
+using ByteRows = RowEngine<VecF32, float, WideDot<VecF32, Stored>, 256, 5, 5, Stored>;
 
 double peak_dot_bf16(int64_t rounds) {
   return run_peak<VecF32>(rounds, 4, [](__m512& sum, __m512 x) FASTATTN_LAMBDA_INLINE {
@@ -23,7 +25,7 @@ double peak_dot_bf16(int64_t rounds) {
 }  // namespace
 
 void register_avx512_bf16(KernelTable& table) {
-  table.set_forward(DType::bfloat16, forward<RowsBf16, EngineBf16>, "avx512_bf16",
+  table.set_forward(DType::bfloat16, forward<RowsBf16, EngineBf16, ByteRows>, "avx512_bf16",
                     "bfloat16 pairs, VDPBF16PS, 8x32 tiles");
   table.set_backward(DType::bfloat16, backward<GradientBf16>);
   table.peak_dot_bf16 = peak_dot_bf16;

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from fastattn.arrays import Array
+from fastattn.cache_problem import CacheUpdate
 from fastattn.outputs import Gradients, Outputs
 from fastattn.problem import AttentionProblem
 
@@ -31,6 +32,13 @@ class DifferentiableBackend(Backend, Protocol):
         self, problem: AttentionProblem, outputs: Outputs, incoming: Outputs, gradients: Gradients
     ) -> None:
         """Write `gradients`, given out and lse of the call and the gradients of out, lse and weights."""
+
+
+class CachingBackend(Backend, Protocol):
+    """One that writes into caches."""
+
+    def update_cache(self, problem: AttentionProblem, update: CacheUpdate) -> AttentionProblem:
+        """Write the new rows; return the problem to run then, whose query is turned if it is to be."""
 
 
 class ComposingBackend(Backend, Protocol):

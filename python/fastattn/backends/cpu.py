@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fastattn._threads import resolve_num_threads
 from fastattn.arrays import NUMPY, Strided
 from fastattn.backends.base import elsewhere
+from fastattn.cache_problem import CacheUpdate
 from fastattn.outputs import Gradients, Outputs
 from fastattn.problem import AttentionProblem
 
@@ -73,8 +74,41 @@ class CpuBackend:
             problem.window_left,
             problem.window_right,
             resolve_num_threads(),
+            block_table=_optional(problem.block_table),
+            key_scales=_optional(problem.key_scale),
+            value_scales=_optional(problem.value_scale),
             **_visibility(problem),
         )
+
+    def update_cache(self, problem: AttentionProblem, update: CacheUpdate) -> AttentionProblem:
+        """Hand addresses, sizes and strides to the kernel."""
+        rotary, turned = update.rotary, None
+        if update.new_key is None and rotary is None:
+            return problem
+        if rotary is not None:
+            turned = problem.library.empty(problem.query.shape, problem.dtype, problem.query.array)
+        _core.update_caches(
+            (
+                _optional(update.new_key),
+                _optional(update.new_value),
+                _tensor(problem.key),
+                _tensor(problem.value),
+                _optional(problem.key_scale),
+                _optional(problem.value_scale),
+                _vector(update.start),
+                _optional(problem.block_table),
+                None if rotary is None else _tensor(rotary.cos),
+                None if rotary is None else _tensor(rotary.sin),
+                _tensor(problem.query),
+                _optional(turned),
+                None if rotary is None else _vector(rotary.query_start),
+            ),
+            update.capacity,
+            0 if rotary is None else rotary.query_step,
+            rotary is not None and rotary.interleaved,
+            resolve_num_threads(),
+        )
+        return problem if turned is None else problem._replace(query=turned)
 
     def run_backward(
         self, problem: AttentionProblem, outputs: Outputs, incoming: Outputs, gradients: Gradients

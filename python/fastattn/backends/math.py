@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastattn.arrays import NUMPY, Array
+from fastattn.backends import math_cache
+from fastattn.cache_problem import CacheUpdate
 from fastattn.outputs import Outputs
 from fastattn.philox import multiplier
 from fastattn.problem import AttentionProblem
@@ -61,6 +63,11 @@ class MathBackend:
         for view, result in zip(outputs, results, strict=True):
             if view is not None:
                 view.array.copy_(result)
+
+    def update_cache(self, problem: AttentionProblem, update: CacheUpdate) -> AttentionProblem:
+        """Write all rows at once."""
+        with _without_autocast(problem):
+            return math_cache.update(problem, update)
 
     def describe(self, problem: AttentionProblem) -> dict[str, str]:
         """Tell the device, and that scores are kept."""
@@ -181,11 +188,13 @@ def normalise(scores: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _operands(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value in the order (B, Hq, L, D), each key head repeated for its query heads."""
-    tensors = [view.array for view in (problem.query, problem.key, problem.value)]
-    if problem.layout == "bshd":
-        tensors = [tensor.transpose(1, 2) for tensor in tensors]
     dtype = _compute_dtype(problem)
-    query, key, value = (tensor.to(dtype) for tensor in tensors)
+    query = problem.query.array
+    if problem.layout == "bshd":
+        query = query.transpose(1, 2)
+    query = query.to(dtype)
+    key = math_cache.rows(problem, problem.key, problem.key_scale).to(dtype)
+    value = math_cache.rows(problem, problem.value, problem.value_scale).to(dtype)
     group = query.shape[1] // key.shape[1]
     if group == 1:
         return query, key, value

@@ -41,6 +41,7 @@ class _TorchLane(NamedTuple):
     is_ordinary: Callable[[], bool]  # no mode, transform, trace or autocast is in force
     records: Callable[[], bool]  # gradients are on
     record: Record
+    wrote: Callable[[tuple[Array | None, ...]], None]  # counts a change in place, so that graphs notice
 
 
 _torch_lane: _TorchLane | None = None
@@ -74,6 +75,36 @@ def attend(
         return _torch_lane.record(query, key, value, results, PlainCall(causal, scale, bshd, return_lse))
     if results is None and not recorded and getattr(query, "is_cuda", False):
         return _on_gpu(query, key, value, causal, scale, bshd, return_lse)
+    return results
+
+
+def attend_cached(
+    query: Array,
+    key_cache: Array,
+    value_cache: Array,
+    key_scale: Array | None,
+    value_scale: Array | None,
+    new_key: Array | None,
+    new_value: Array | None,
+    *rest: Any,
+) -> Any:
+    """Attention over caches, or None where the call has to go the long way; `rest` is as `_core` takes it."""
+    caches, new = (key_cache, value_cache, key_scale, value_scale), (new_key, new_value)
+    if key_scale is not None and _core.selected_isa() != "scalar":
+        return None
+    if type(query) is np.ndarray:
+        if _numpy_call is None:
+            return None
+        return _core.attention_cached(query, *caches, *new, *rest, resolve_num_threads())
+    if _torch_lane is None or not _torch_lane.is_ordinary():
+        return None
+    if _torch_lane.records():
+        for array in (query, *caches, *new):
+            if getattr(array, "requires_grad", False):
+                return None
+    results = _core.attention_cached(query, *caches, *new, *rest, resolve_num_threads())
+    if results is not None and new_key is not None:
+        _torch_lane.wrote(caches)
     return results
 
 
@@ -118,7 +149,12 @@ def bind_torch(record: Record) -> None:
         torch.empty_like,
         getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
     )
-    _torch_lane = _TorchLane(_ordinariness(torch), torch.is_grad_enabled, record)
+    count = torch.autograd.graph.increment_version
+
+    def wrote(tensors: tuple[Array | None, ...]) -> None:
+        count([tensor for tensor in tensors if tensor is not None and not tensor.is_inference()])
+
+    _torch_lane = _TorchLane(_ordinariness(torch), torch.is_grad_enabled, record, wrote)
 
 
 def _ordinariness(torch: Any) -> Callable[[], bool]:

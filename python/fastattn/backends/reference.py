@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from fastattn.backends.base import elsewhere
+from fastattn.cache_problem import CacheUpdate
 from fastattn.outputs import Outputs
 from fastattn.problem import AttentionProblem
-from fastattn.reference import each_head
+from fastattn.reference import each_head, update_cache
 
 
 class ReferenceBackend:
@@ -24,6 +25,10 @@ class ReferenceBackend:
                 for view, result in zip(outputs, head, strict=True):
                     if view is not None:
                         view.write((b, h, rows), result)
+
+    def update_cache(self, problem: AttentionProblem, update: CacheUpdate) -> AttentionProblem:
+        """Write one row of one head after the other."""
+        return update_cache(problem, update)
 
     def describe(self, problem: AttentionProblem) -> dict[str, str]:
         """Tell how it would be run."""

@@ -40,6 +40,8 @@ class TritonBackend:
                     f"{whose}head dimension {view.shape[3]} is more than {MAX_HEAD_DIM}: "
                     "see backend='math', or the kernels for tensors on the CPU"
                 )
+        if problem.block_table is not None or problem.key_scale is not None:
+            reasons.append("no kernel reads pages or quantised caches on a GPU: see backend='math'")
         return reasons
 
     def run(self, problem: AttentionProblem, outputs: Outputs) -> None:

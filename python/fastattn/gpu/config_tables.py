@@ -1,6 +1,7 @@
 """The tables of `configs`: tiles of scores for each kind of GPU, of numbers, and of what a call asks for.
 
-They are for Triton 3.6 and later; what a later one compiles better otherwise stands at the end.
+They are for Triton 3.6 and later; what a later one compiles better otherwise stands at the end, and `tables`
+has both.
 
 An entry is the fastest of those measured on a device of its kind, where there was one (bench/results, an H200
 for sm90), and elsewhere the largest tile of those tried that keeps everything in registers. ``tests/gpu``
@@ -9,9 +10,7 @@ compiles every entry for its GPU, and holds it against what that has.
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
-
-import triton
+from typing import NamedTuple, TypeAlias, TypeVar
 
 
 class Tiles(NamedTuple):
@@ -52,6 +51,16 @@ class Gradients(NamedTuple):
 
 Numbers: TypeAlias = tuple[str, int]  # "half", "float32" or "tf32", and the columns of a tile of operands
 Row: TypeAlias = tuple[int, int, int, int]  # of Tiles
+Entry = TypeVar("Entry", Uses, Gradients)
+
+
+class Tables(NamedTuple):
+    """Tiles for one version of Triton."""
+
+    forward: dict[str, dict[Numbers, Uses]]  # by kind of GPU
+    backward: dict[str, dict[Numbers, Gradients]]
+    bias: dict[Numbers, Tiles]
+    decode: dict[int, Tiles]
 
 
 def _uses(plain: Row, narrow: Row, rich: Row, ragged: Row | None = None) -> Uses:
@@ -134,6 +143,16 @@ BACKWARD: dict[str, dict[Numbers, Gradients]] = {
     },
 }
 
+# Of the kernel for the gradient of a bias, on every GPU.
+BIAS: dict[Numbers, Tiles] = {
+    ("half", 64): Tiles(64, 32, 8, 1),
+    ("half", 128): Tiles(64, 32, 8, 1),
+    ("half", 256): Tiles(16, 32, 8, 1),
+    ("float32", 64): Tiles(16, 32, 8, 1),
+    ("float32", 128): Tiles(16, 32, 8, 1),
+    ("float32", 256): Tiles(16, 16, 8, 1),
+}
+
 # By the rows of a tile, which are all queries of a group of heads.
 DECODE: dict[int, Tiles] = {
     16: Tiles(16, 64, 2, 2),
@@ -147,6 +166,7 @@ DECODE_WIDE = Tiles(16, 32, 8, 1)  # for head dimensions above 128
 # What three products of TF32 fit into, one does.
 for _gpu in ("sm80", "sm90"):
     BACKWARD[_gpu] |= {("tf32", columns): BACKWARD[_gpu]["float32", columns] for columns in (64, 128, 256)}
+BIAS |= {("tf32", columns): BIAS["float32", columns] for columns in (64, 128, 256)}
 
 # Gradients keep little in shared memory: the tiles of sm80 fit, but for one that needs more registers there.
 _queries = Tiles(16, 32, 8, 1)
@@ -158,6 +178,53 @@ BACKWARD["sm120"] = BACKWARD["sm80"] | {
 BACKWARD["sm100"], FORWARD["sm100"] = BACKWARD["sm90"], dict(FORWARD["sm90"])
 FORWARD["sm100"]["half", 128] = FORWARD["sm90"]["half", 128]._replace(narrow=Tiles(64, 32, 4, 2))
 
-# Other tiles from some version of Triton on, as its compilers deal registers out otherwise.
-if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
-    FORWARD["gfx942"]["half", 128] = _uses((64, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 1))
+# What the compilers of Triton 3.9, which deal registers out otherwise, keep in registers instead.
+_FORWARD_39 = {
+    "sm120": {("tf32", 128): {"rich": Tiles(32, 32, 4, 1), "ragged": Tiles(32, 32, 4, 1)}},
+    "gfx942": {("half", 128): {"plain": Tiles(64, 64, 8, 2)}},
+}
+_BACKWARD_39 = {
+    "sm90": {
+        ("half", 128): {
+            "keys": Tiles(32, 64, 8, 2),
+            "rich_keys": Tiles(32, 32, 8, 1),
+            "rich_queries": Tiles(64, 32, 4, 1),
+        },
+    },
+    "sm100": {("half", 128): {"keys": Tiles(64, 64, 8, 1)}},
+    "sm120": {
+        ("half", 128): {"queries": Tiles(128, 32, 8, 2)},
+        ("float32", 128): {"keys": Tiles(16, 16, 4, 1), "queries": Tiles(32, 16, 8, 1)},
+    },
+    "gfx942": {("float32", 128): {"rich_queries": Tiles(32, 16, 8, 1)}},
+}
+_BIAS_39 = {("half", 128): Tiles(64, 16, 8, 1)}
+_DECODE_39 = {128: Tiles(128, 64, 8, 3)}
+
+
+def tables(version: str) -> Tables:
+    """The tables for a version of Triton."""
+    if not is_since_39(version):
+        return Tables(FORWARD, BACKWARD, BIAS, DECODE)
+    return Tables(
+        _changed(FORWARD, _FORWARD_39),
+        _changed(BACKWARD, _BACKWARD_39),
+        BIAS | _BIAS_39,
+        DECODE | _DECODE_39,
+    )
+
+
+def is_since_39(version: str) -> bool:
+    """Whether a version of Triton is 3.9 or a later one."""
+    return tuple(map(int, version.split(".")[:2])) >= (3, 9)
+
+
+def _changed(
+    table: dict[str, dict[Numbers, Entry]], changes: dict[str, dict[Numbers, dict[str, Tiles]]]
+) -> dict[str, dict[Numbers, Entry]]:
+    """A copy of `table` in which some fields of some entries are others."""
+    changed = {gpu: dict(entries) for gpu, entries in table.items()}
+    for gpu, entries in changes.items():
+        for numbers, fields in entries.items():
+            changed[gpu][numbers] = changed[gpu][numbers]._replace(**fields)
+    return changed

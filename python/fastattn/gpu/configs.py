@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+import triton
 
 from fastattn.gpu.call import Call
-from fastattn.gpu.config_tables import BACKWARD, DECODE, DECODE_RICH, DECODE_WIDE, FORWARD, Gradients, Tiles
+from fastattn.gpu.config_tables import DECODE_RICH, DECODE_WIDE, Gradients, Tiles, tables
 from fastattn.problem import UNBOUNDED
 
+TABLES = tables(triton.__version__)
 NARROW = 1024  # keys of a window that small tiles waste less of
 INTERPRETED = Tiles(32, 32, 4, 1)  # any; small ones have more borders to test
 
@@ -46,7 +48,7 @@ def forward(call: Call) -> Tiles:
     """Tiles of the forward kernel."""
     if not (gpu := kind_of_gpu(call.query)):
         return INTERPRETED
-    uses = FORWARD[gpu][_numbers(call), _columns(call)]
+    uses = TABLES.forward[gpu][_numbers(call), _columns(call)]
     if is_rich(call):
         is_full = call.query.shape[3] == call.value.shape[3] == _columns(call)
         return uses.rich if is_full else uses.ragged
@@ -68,7 +70,7 @@ def decode(call: Call) -> Tiles:
     if call.query.dtype == torch.float32 or is_rich(call):
         return DECODE_RICH
     rows = padded(call.query.shape[2] * (call.query.shape[1] // call.key.shape[1]))
-    return DECODE[min(rows, {"gfx942": 32, "sm90": 128}.get(gpu, 64))]
+    return TABLES.decode[min(rows, {"gfx942": 32, "sm90": 128}.get(gpu, 64))]
 
 
 def decode_chunk(seqlen_k: int) -> int:
@@ -92,10 +94,7 @@ def backward_bias(call: Call) -> Tiles:
     """Tiles of the kernel for the gradient of a bias."""
     if not kind_of_gpu(call.query):
         return INTERPRETED
-    if call.query.dtype != torch.float32 and _columns(call) <= 128:
-        return Tiles(64, 32, 8, 1)
-    is_largest = call.query.dtype == torch.float32 and _columns(call) > 128
-    return Tiles(16, 16, 8, 1) if is_largest else Tiles(16, 32, 8, 1)
+    return TABLES.bias[_numbers(call), _columns(call)]
 
 
 def each_score(call: Call) -> Tiles:
@@ -111,11 +110,11 @@ def candidates(kernel: str, call: Call) -> list[Tiles]:
     """What `tuning` tries: the entries that a kernel has for these numbers on any GPU."""
     numbers = _numbers(call), _columns(call)
     if kernel == "forward":
-        entries = [table[numbers] for table in FORWARD.values() if numbers in table]
+        entries = [table[numbers] for table in TABLES.forward.values() if numbers in table]
         return [tiles for uses in entries for tiles in uses]
     if kernel == "decode":
-        return [*DECODE.values(), DECODE_RICH, DECODE_WIDE]
-    ways = [table[numbers] for table in BACKWARD.values() if numbers in table]
+        return [*TABLES.decode.values(), DECODE_RICH, DECODE_WIDE]
+    ways = [table[numbers] for table in TABLES.backward.values() if numbers in table]
     return [tiles for gradients in ways for tiles in gradients]
 
 
@@ -127,7 +126,7 @@ def _is_rich_backward(call: Call) -> bool:
 def _backward(call: Call) -> Gradients:
     if not (gpu := kind_of_gpu(call.query)):
         return Gradients(*[INTERPRETED] * 4)
-    return BACKWARD[gpu][_numbers(call), _columns(call)]
+    return TABLES.backward[gpu][_numbers(call), _columns(call)]
 
 
 def _columns(call: Call) -> int:

@@ -4,6 +4,8 @@ Importing this registers the operators, and opens the short way of plain calls t
 """
 
 from fastattn.backends import plain
+from fastattn.torch_ops.caches import attention_with_kvcache as operator_with_kvcache
+from fastattn.torch_ops.caches import refuse_graph
 from fastattn.torch_ops.graph import attention as recorded_attention
 from fastattn.torch_ops.graph import record, wants_graph
 from fastattn.torch_ops.operators import attention as operator_attention
@@ -12,4 +14,12 @@ from fastattn.torch_ops.operators import is_watched
 
 plain.bind_torch(record)
 
-__all__ = ["is_watched", "operator_attention", "operator_backward", "recorded_attention", "wants_graph"]
+__all__ = [
+    "is_watched",
+    "operator_attention",
+    "operator_backward",
+    "operator_with_kvcache",
+    "recorded_attention",
+    "refuse_graph",
+    "wants_graph",
+]

@@ -85,9 +85,9 @@ def flatten(
 ) -> tuple[Operands, Rules]:
     """Bring the arguments of `fastattn.attention` into a form that has a schema; traces go through this."""
     check_causal(causal)
-    left, right = _window(window)
-    offset = _plain_integer(query_offset) if _is_integer(query_offset) else None
-    offsets = _table("query_offset", query_offset) if offset is None else None
+    left, right = window_bounds(window)
+    offset = _plain_integer(query_offset) if is_whole(query_offset) else None
+    offsets = as_table("query_offset", query_offset) if offset is None else None
     dropout_p = check_dropout_p(dropout_p)
     drawn = None
     if isinstance(dropout_seed, Tensor):
@@ -102,19 +102,19 @@ def flatten(
     of_query, of_key = (None, None) if segment_ids is None else segment_ids
     starts_q, starts_k = (None, None) if cu_seqlens is None else cu_seqlens
     operands = Operands(
-        _tensor("mask", mask),
-        _tensor("bias", bias),
-        _table("kv_lengths", kv_lengths),
+        as_tensor("mask", mask),
+        as_tensor("bias", bias),
+        as_table("kv_lengths", kv_lengths),
         offsets,
-        _table("alibi_slopes", alibi_slopes),
-        _table("sinks", sinks),
+        as_table("alibi_slopes", alibi_slopes),
+        as_table("sinks", sinks),
         drawn,
-        _table("kv_starts", kv_starts),
-        _table("query_lengths", query_lengths),
-        _table("segment_ids[0]", of_query),
-        _table("segment_ids[1]", of_key),
-        _table("cu_seqlens_q", starts_q),
-        _table("cu_seqlens_k", starts_k),
+        as_table("kv_starts", kv_starts),
+        as_table("query_lengths", query_lengths),
+        as_table("segment_ids[0]", of_query),
+        as_table("segment_ids[1]", of_key),
+        as_table("cu_seqlens_q", starts_q),
+        as_table("cu_seqlens_k", starts_k),
     )
     rules = Rules(
         causal if isinstance(causal, str) else "bottom_right" if causal else "",
@@ -167,7 +167,8 @@ def _pair(first: Tensor | None, second: Tensor | None) -> tuple[Tensor, Tensor] 
     return None if first is None or second is None else (first, second)
 
 
-def _is_integer(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Whether it is an integer, or the symbol of one."""
     return isinstance(value, (int, np.integer, torch.SymInt)) and not isinstance(value, bool)
 
 
@@ -175,7 +176,8 @@ def _plain_integer(value: Any) -> Any:
     return int(value) if isinstance(value, np.integer) else value
 
 
-def _window(window: Any) -> tuple[Any, Any]:
+def window_bounds(window: Any) -> tuple[Any, Any]:
+    """(left, right); None is no bound."""
     if window is None:
         return None, None
     if not isinstance(window, (tuple, list)):
@@ -183,7 +185,7 @@ def _window(window: Any) -> tuple[Any, Any]:
     if len(window) != 2:
         raise ValueError(f"window must be a pair (left, right), got {len(window)} elements")
     for bound in window:
-        if bound is not None and not _is_integer(bound):
+        if bound is not None and not is_whole(bound):
             raise TypeError(f"window must hold integers or None, got {type_name(bound)}")
     left, right = map(_plain_integer, window)
     return left, right  # their range is checked when the operator runs
@@ -193,19 +195,20 @@ def _word(name: str, value: Any, bits: int) -> Any:
     return value if isinstance(value, torch.SymInt) else check_word(name, value, bits)
 
 
-def _tensor(name: str, value: Any) -> Tensor | None:
+def as_tensor(name: str, value: Any) -> Tensor | None:
+    """The argument, if it is a tensor or None; else raise TypeError."""
     if value is not None and not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch tensor like the first argument, got {type_name(value)}")
     return value
 
 
-def _table(name: str, value: Any) -> Tensor | None:
+def as_table(name: str, value: Any) -> Tensor | None:
     """A short argument: a tensor, or numbers that become one; they are checked when they are read."""
     if isinstance(value, (tuple, list)):
         if not value:
             return torch.empty(0, dtype=torch.int64, device="cpu")
         return torch.tensor(value, dtype=_wide(value), device="cpu")
-    return _tensor(name, value)
+    return as_tensor(name, value)
 
 
 def _wide(values: Any) -> torch.dtype | None:

@@ -53,7 +53,7 @@ def attention(
     arguments = (query, key, value, *operands, *rules, bool(return_weights))
     result, lse, weights = _call_forward(*arguments)
     if out is not None:
-        result = _written(out, result)
+        result = written(out, result)
     return returned(result, lse if return_lse else None, weights if return_weights else None)
 
 
@@ -109,7 +109,7 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _written(out: Tensor, result: Tensor) -> Tensor:
+def written(out: Tensor, result: Tensor) -> Tensor:
     """Copy a result to the caller's tensor, as far as a trace can tell that this is right."""
     if result.requires_grad:
         raise RuntimeError(

@@ -1,0 +1,78 @@
+// The 8-bit formats of quantised caches as storage, and their conversions in portable code (the vector tiers use their
+// own). A number is stored as the code nearest to it, ties to even, after division by the scale of its row.
+#pragma once
+
+#include <cstdint>
+
+#include "algorithm/half.h"
+
+namespace fastattn {
+namespace {
+
+struct Int8 {
+  int8_t bits;
+};
+struct Float8E4M3 {  // "fn": no infinities, NaN is 0x7f and 0xff
+  uint8_t bits;
+};
+struct Float8E5M2 {  // the upper half of a float16
+  uint8_t bits;
+};
+
+// The largest number each can hold: what a row's largest magnitude is scaled to.
+template <class T>
+constexpr float kLargestCode = 0;
+template <>
+constexpr float kLargestCode<Int8> = 127;
+template <>
+constexpr float kLargestCode<Float8E4M3> = 448;
+template <>
+constexpr float kLargestCode<Float8E5M2> = 57344;
+
+inline float to_float(Int8 x) { return x.bits; }
+
+inline float to_float(Float8E4M3 x) {
+  const uint32_t sign = uint32_t{x.bits & 0x80U} << 24;
+  const uint32_t magnitude = x.bits & 0x7fU;
+  // Subnormals are counted in their step, and not made by a multiplication of a float32's: those may be flushed to 0.
+  const float small = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-9F;
+  const uint32_t normal = magnitude == 0x7fU ? 0x7fc00000U : (magnitude << 20) + (120U << 23);
+  return bits_to_float(sign | (magnitude < 8 ? float_to_bits(small) : normal));
+}
+
+inline float to_float(Float8E5M2 x) { return to_float(Float16{static_cast<uint16_t>(x.bits << 8)}); }
+
+// The code nearest to x, which must be no NaN; past the largest code it is the largest.
+inline void from_float(float x, Int8* p) {
+  const float bounded = x > 127 ? 127.0F : x < -127 ? -127.0F : x;
+  // Adding 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the low bits.
+  p->bits = static_cast<int8_t>(static_cast<int32_t>(float_to_bits(bounded + 0x1.8p23F)));
+}
+
+inline void from_float(float x, Float8E4M3* p) {
+  const uint32_t bits = float_to_bits(x);
+  const float bounded = bits_to_float(bits & 0x7fffffffU);
+  const uint32_t magnitude = float_to_bits(bounded > 448 ? 448.0F : bounded);
+  const uint32_t rounded = magnitude + 0x7ffffU + ((magnitude >> 20) & 1U);
+  // Subnormal: adding 2^14 lines the bits up, in steps of 2^-9.
+  const uint32_t small = float_to_bits(bits_to_float(magnitude) + 0x1p14F) - float_to_bits(0x1p14F);
+  const uint32_t code = magnitude < 0x3c800000U ? small : (rounded >> 20) - (120U << 3);
+  p->bits = static_cast<uint8_t>(((bits >> 24) & 0x80U) | code);
+}
+
+inline void from_float(float x, Float8E5M2* p) {
+  const uint32_t bits = float_to_bits(x);
+  const float bounded = bits_to_float(bits & 0x7fffffffU);
+  const uint32_t magnitude = float_to_bits(bounded > 57344 ? 57344.0F : bounded);
+  const uint32_t rounded = magnitude + 0xfffffU + ((magnitude >> 21) & 1U);
+  const uint32_t small = float_to_bits(bits_to_float(magnitude) + 0x1p7F) - float_to_bits(0x1p7F);
+  const uint32_t code = magnitude < 0x38800000U ? small : (rounded >> 21) - (112U << 2);
+  p->bits = static_cast<uint8_t>(((bits >> 24) & 0x80U) | code);
+}
+
+inline float to_scalar(Int8 x) { return to_float(x); }
+inline float to_scalar(Float8E4M3 x) { return to_float(x); }
+inline float to_scalar(Float8E5M2 x) { return to_float(x); }
+
+}  // namespace
+}  // namespace fastattn

@@ -1,0 +1,110 @@
+#include "bindings/plain_arrays.h"
+
+#include <pybind11/numpy.h>
+
+#include <cmath>
+#include <utility>
+
+#include "bindings/torch_tensors.h"
+
+namespace py = pybind11;
+
+namespace fastattn {
+namespace {
+
+// Codes of the types that NumPy itself has, by its numbers for them.
+int code_of(int number) {
+  switch (number) {
+    case py::detail::npy_api::NPY_FLOAT_:
+      return static_cast<int>(DType::float32);
+    case py::detail::npy_api::NPY_DOUBLE_:
+      return static_cast<int>(DType::float64);
+    case 23:  // NPY_HALF
+      return static_cast<int>(DType::float16);
+    case py::detail::npy_api::NPY_BYTE_:
+      return static_cast<int>(DType::int8);
+    case py::detail::npy_api::NPY_INT_:
+      return kCodeInt32;
+    case py::detail::npy_api::NPY_LONG_:
+    case py::detail::npy_api::NPY_LONGLONG_:
+      return number == py::detail::npy_api::NPY_LONGLONG_ || sizeof(long) == 8 ? kCodeInt64 : kCodeInt32;
+    default:
+      return -1;
+  }
+}
+
+}  // namespace
+
+bool is_numpy(py::handle object) { return Py_TYPE(object.ptr()) == py::detail::npy_api::get().PyArray_Type_; }
+
+bool read_numpy(py::handle object, int rank, TensorView& view) {
+  if (!is_numpy(object)) {
+    return false;
+  }
+  const auto array = py::reinterpret_borrow<py::array>(object);
+  const py::dtype dtype = array.dtype();
+  view.code = code_of(dtype.num());
+  // 8-bit numbers have no byte order
+  if (view.code < 0 || (dtype.byteorder() != '=' && dtype.byteorder() != '|') || array.ndim() != rank) {
+    return false;
+  }
+  view.rank = rank;
+  view.data = const_cast<void*>(array.data());
+  const py::ssize_t itemsize = dtype.itemsize();
+  for (int i = 0; i < rank; ++i) {
+    if (array.strides(i) % itemsize != 0) {
+      return false;
+    }
+    view.sizes[i] = array.shape(i);
+    view.strides[i] = array.strides(i) / itemsize;
+  }
+  return true;
+}
+
+void swap_heads_and_rows(TensorView& view) {
+  std::swap(view.sizes[1], view.sizes[2]);
+  std::swap(view.strides[1], view.strides[2]);
+}
+
+bool is_empty(const TensorView& view) {
+  return view.sizes[0] == 0 || view.sizes[1] == 0 || view.sizes[2] == 0 || view.sizes[3] == 0;
+}
+
+bool shape_result(const TensorView& query, int64_t value_dim, TensorView& out) {
+  out = query;
+  out.sizes[3] = value_dim;
+  int64_t stride = 1;
+  for (int i = TensorView::kMaxRank - 1; i >= 0; --i) {
+    out.strides[i] = stride;
+    if (__builtin_mul_overflow(stride, out.sizes[i], &stride) || stride > kMaxElements) {
+      return false;
+    }
+  }
+  return true;
+}
+
+py::object empty_numpy(py::handle query, TensorView& out) {
+  const auto like = py::reinterpret_borrow<py::array>(query);
+  py::array array(like.dtype(), {out.sizes[0], out.sizes[1], out.sizes[2], out.sizes[3]});
+  out.data = array.mutable_data();
+  return std::move(array);
+}
+
+bool read_scale(py::handle scale, int64_t head_dim, double& value) {
+  if (scale.is_none()) {
+    value = 1 / std::sqrt(static_cast<double>(head_dim));
+    return true;
+  }
+  value = PyFloat_CheckExact(scale.ptr()) ? PyFloat_AS_DOUBLE(scale.ptr()) : NAN;
+  return std::isfinite(value);
+}
+
+DType lse_dtype(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
+
+py::object empty_lse(py::handle query, const AttentionParams& p, TensorView& lse) {
+  const std::initializer_list<int64_t> sizes = {p.batch, p.query_heads, p.seqlen_q};
+  const DType dtype = lse_dtype(p.dtype);
+  return dtype == p.dtype ? empty_torch(query, sizes, lse) : empty_torch(query, dtype, sizes, lse);
+}
+
+}  // namespace fastattn

@@ -1,0 +1,100 @@
+"""Numbers of 8 bits: what each code stands for, and which is nearest, in NumPy and in the kernel."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import fastattn as fa
+from caches import LARGEST, cost
+from fastattn.float8 import FLOAT8, decode, encode
+
+CODES = np.arange(256, dtype=np.uint8)
+
+
+def numbers(dtype: str) -> np.ndarray:
+    """Every finite number of the dtype, every middle between two, and the float32 neighbours of both."""
+    if dtype == "int8":
+        exact = np.arange(-127, 128).astype(np.float32)
+    else:
+        exact = CODES.view(getattr(ml_dtypes, dtype)).astype(np.float32)
+        exact = np.unique(exact[np.isfinite(exact)])
+    middles = (exact[1:] + exact[:-1]) / 2  # exact in float32
+    points = np.concatenate([exact, middles])
+    near = [np.nextafter(points, np.float32(side)) for side in (-np.inf, np.inf)]
+    return np.clip(np.concatenate([points, *near]), -LARGEST[dtype], LARGEST[dtype])
+
+
+def nearest(values: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "int8":
+        return np.rint(values).astype(np.int8).view(np.uint8)
+    return values.astype(getattr(ml_dtypes, dtype)).view(np.uint8)
+
+
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_what_codes_stand_for(dtype: str) -> None:
+    expected = CODES.view(getattr(ml_dtypes, dtype)).astype(np.float32)
+    np.testing.assert_array_equal(decode(CODES, dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_the_nearest_code(dtype: str) -> None:
+    values = numbers(dtype)
+    np.testing.assert_array_equal(encode(values, dtype), nearest(values, dtype))
+    beyond = np.array([1e6, -1e6, np.inf, -np.inf])
+    np.testing.assert_array_equal(decode(encode(beyond, dtype), dtype), np.sign(beyond) * LARGEST[dtype])
+    assert np.isnan(decode(encode(np.array([np.nan]), dtype), dtype)).all()
+
+
+@pytest.mark.parametrize("dtype", LARGEST)
+@pytest.mark.parametrize("power", [0, -40, 60])
+def test_the_codes_that_an_append_writes(dtype: str, power: int) -> None:
+    """Rows whose largest magnitude is the largest code's: the scale is 1, or a power of 2."""
+    values = numbers(dtype)
+    rows = np.zeros((-(-values.size // 15), 16), np.float32)
+    rows[:, 0] = LARGEST[dtype]
+    rows[:, 1:].flat[: values.size] = values
+    kind = np.int8 if dtype == "int8" else getattr(ml_dtypes, dtype)
+    caches = {f"{name}_cache": np.zeros((1, len(rows), 1, 16), kind) for name in ("key", "value")}
+    scales = {f"{name}_scale": np.zeros((1, len(rows), 1), np.float32) for name in ("key", "value")}
+    new = np.ldexp(rows, power).reshape(1, -1, 1, 16)
+    fa.attention_with_kvcache(new[:, :1], **caches, **scales, new_key=new, new_value=new)
+    for name in "key", "value":
+        assert (scales[f"{name}_scale"] == 2.0**power).all()
+        written = caches[f"{name}_cache"].view(np.uint8).reshape(rows.shape)
+        np.testing.assert_array_equal(written, nearest(rows, dtype))
+
+
+@pytest.mark.parametrize("dtype", LARGEST)
+def test_rows_at_the_ends(dtype: str) -> None:
+    """Zeros have a scale of 0; the smallest numbers are lost, and nothing overflows."""
+    kind = np.int8 if dtype == "int8" else getattr(ml_dtypes, dtype)
+    rows = np.array([0.0, 1e-45, 1e-33, 3e38], np.float32)[:, None] * np.ones(4, np.float32)
+    new = rows.reshape(1, 4, 1, 4)
+    caches = [np.full((1, 4, 1, 4), 7, kind) for _ in range(2)]
+    scales = [np.ones((1, 4, 1), np.float32) for _ in range(2)]
+    fa.attention_with_kvcache(
+        *(np.zeros((1, 1, 1, 4), np.float32), *caches),
+        **{"key_scale": scales[0], "value_scale": scales[1], "new_key": new, "new_value": new},
+    )
+    held = caches[1].astype(np.float64) * scales[1][..., None]
+    assert (held[0, :2] == 0).all() and (scales[1][0, :2] == 0).all()
+    np.testing.assert_allclose(held[0, 2:], new[0, 2:], rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "dtype, outliers, bound",
+    [
+        ("int8", 1, 0.02),
+        ("int8", 10, 0.08),
+        ("float8_e4m3fn", 1, 0.08),
+        ("float8_e4m3fn", 10, 0.08),
+        ("float8_e5m2", 1, 0.15),
+        ("float8_e5m2", 10, 0.15),
+    ],
+)
+def test_what_a_quantised_cache_costs(dtype: str, outliers: int, bound: float) -> None:
+    """The table of docs/quantised-caches.md, bounded; an error far below would be that of another format."""
+    relative, _ = cost(dtype, 64, outliers)
+    assert bound / 8 < relative < bound
