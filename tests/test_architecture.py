@@ -36,7 +36,7 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "cache_problem": {"cache_tensors", "problem", "vectors", "arrays", "_flags"},
     "philox": set(),
     "reference": {"cache_problem", "problem", "arrays", "float8", "philox"},
-    "gpu": {"problem", "outputs", "arrays", "_flags"},
+    "gpu": {"problem", "outputs", "arrays", "cache_problem", "_flags"},
     "backends": {
         *("problem", "outputs", "arrays", "cache_problem", "float8", "reference", "philox", "gpu"),
         *("_core", "_flags", "_threads"),
