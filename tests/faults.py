@@ -65,8 +65,8 @@ FAULTS = (
         "window-edge",
         "the window's left bound is one key short",
         PANEL,
-        "position - p.window_left, 0",
-        "position - p.window_left + 1, 0",
+        "position - p.window_left, start",
+        "position - p.window_left + 1, start",
         "rules",
     ),
     Fault(
@@ -533,8 +533,8 @@ FAULTS = (
         "gradient-nan",
         "rows are not searched for NaN",
         BACKWARD,
-        "const bool searches = hides_pairs(p);",
-        "const bool searches = false && hides_pairs(p);",
+        "if (search_bytes(p) > 0) {",
+        "if (search_bytes(p) < 0) {",
         "backward",
     ),
     Fault(

@@ -18,8 +18,8 @@ PACKAGE = ROOT / "python" / "fastattn"
 # Python: room -> the rooms that it may import. A room is a module or a subpackage of fastattn.
 PYTHON_ARROWS: dict[str, set[str]] = {
     "__init__": {
-        *("functional", "kvcache", "merge", "paged_cache", "explanation", "ops", "torch", "integrations"),
-        *("_config", "_threads"),
+        *("functional", "varlen", "kvcache", "merge", "paged_cache", "explanation", "ops", "torch"),
+        *("integrations", "_config", "_threads"),
     },
     "__main__": {"cli"},
     "_core": set(),
@@ -29,13 +29,14 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "tensors": {"strided"},
     "arrays": {"strided", "tensors"},
     "_threads": {"_core", "arrays"},
-    "problem": {"arrays", "_flags"},
-    "outputs": {"problem", "arrays"},
+    "vectors": {"arrays", "_flags"},
+    "problem": {"vectors", "arrays"},
+    "outputs": {"problem", "vectors", "arrays"},
     "cache_tensors": {"problem", "outputs", "arrays", "float8"},
-    "cache_problem": {"cache_tensors", "problem", "arrays", "_flags"},
+    "cache_problem": {"cache_tensors", "problem", "vectors", "arrays", "_flags"},
     "philox": set(),
     "reference": {"cache_problem", "problem", "arrays", "float8", "philox"},
-    "gpu": {"problem", "outputs", "arrays", "_flags"},
+    "gpu": {"problem", "outputs", "arrays", "cache_problem", "_flags"},
     "backends": {
         *("problem", "outputs", "arrays", "cache_problem", "float8", "reference", "philox", "gpu"),
         *("_core", "_flags", "_threads"),
@@ -43,12 +44,13 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "dispatch": {"backends", "problem", "arrays"},
     "gradients": {"backends", "problem", "outputs", "arrays"},
     "torch_ops": {
-        *("tensors", "gradients", "dispatch", "backends", "problem", "outputs", "arrays"),
+        *("tensors", "gradients", "dispatch", "backends", "problem", "vectors", "outputs", "arrays"),
         *("cache_problem", "cache_tensors"),
     },
     "torch": {"torch_ops"},
     "functional": {"torch_ops", "dispatch", "problem", "outputs", "arrays"},
     "kvcache": {"torch_ops", "dispatch", "cache_problem", "outputs", "arrays", "problem"},
+    "varlen": {"functional", "problem", "arrays"},
     "ops": {"functional", "torch_ops", "gradients", "dispatch", "problem", "arrays"},
     "merge": {"problem", "arrays"},
     "page_table": set(),
@@ -57,7 +59,7 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "explanation": {"dispatch", "problem", "arrays"},
     "_config": {"_core", "_threads", "backends"},
     "nn": {"functional"},
-    "integrations": {"functional", "backends", "kvcache", "paged_cache"},
+    "integrations": {"functional", "varlen", "backends", "kvcache", "paged_cache"},
     "viz": set(),
     "cli": {"__init__"},
 }

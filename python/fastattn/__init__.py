@@ -14,6 +14,7 @@ from fastattn.functional import attention
 from fastattn.kvcache import attention_with_kvcache
 from fastattn.merge import merge_states
 from fastattn.paged_cache import OutOfPagesError, PagedKVCache
+from fastattn.varlen import attention_varlen
 
 if TYPE_CHECKING:
     from fastattn.integrations.torch_sdpa import scaled_dot_product_attention as scaled_dot_product_attention
@@ -27,6 +28,7 @@ __all__ = [
     "PagedKVCache",
     "__version__",
     "attention",
+    "attention_varlen",
     "attention_with_kvcache",
     "explain",
     "get_num_threads",
