@@ -72,7 +72,7 @@ def decode_table(runs: list[Run]) -> str:
     )
     vllm = next((run.versions["vllm"] for run in reversed(runs) if "vllm" in run.versions), "")
     told = (
-        "Times, shares\nof the streaming read measured beside each sample, where reading is the limit, "
+        "Times, shares\nof the streaming read measured beside each sample, where reading is the limit,\n"
         f"and in brackets times PyTorch{vllm and f' and times the CPU kernel of vLLM {vllm}'}:"
     )
     return (

@@ -38,7 +38,7 @@ class Row:
     made: dict[str, Any]
     memory: float  # MiB, the most that was resident, model included
     cache_bytes: int  # of keys and values that the median token attends to
-    read: float  # GB/s of a streaming read, just after
+    read: float  # GB/s of a streaming read, just after; it varies with what else the host does
 
     @property
     def prefill(self) -> float:
@@ -50,10 +50,9 @@ class Row:
         """Tokens a second after the first."""
         return 1 / _median(self.made["steps"])
 
-    @property
-    def over_reading(self) -> float:
-        """Time of a token's attention over that of reading its keys and values once."""
-        return _median(self.made["attention"]) * 1e9 * self.read / self.cache_bytes
+    def over_reading(self, read: float) -> float:
+        """Time of a token's attention over that of reading its keys and values once, at `read` GB/s."""
+        return _median(self.made["attention"]) * 1e9 * read / self.cache_bytes
 
     @property
     def share(self) -> float:
@@ -122,9 +121,10 @@ def _cell(row: Row | None) -> str:
 def _in_words(rows: list[Row]) -> str:
     """Attention against what it reads, and whether the tokens are eager's."""
     long = [row for row in rows if row.implementation == "fastattn" and row.length == max(LENGTHS)]
+    read = _median([row.read for row in rows])
     told = [
-        f"{row.share:.0%} of the time in {row.dtype}, {row.over_reading:.2f} times that of reading its keys "
-        "and values once at streaming speed"
+        f"{row.share:.0%} of the time in {row.dtype}, {row.over_reading(read):.2f} times that of reading its "
+        "keys and values once"
         for row in long
     ]
     same, of = 0, 0
@@ -135,7 +135,8 @@ def _in_words(rows: list[Row]) -> str:
             same += sum(a == b for a, b in zip(row.made["tokens"], other, strict=True))
             of += len(other)
     return (
-        f"Of a token after {max(LENGTHS)}, attention takes {', and '.join(told)}.\n"
+        f"Of a token after {max(LENGTHS)}, attention takes {', and '.join(told)}\n"
+        f"(a streaming read, the median of those beside the rows: {read:.0f} GB/s). "
         f"In float32 {same} of {of} greedy tokens are eager's.\n"
     )
 
@@ -229,7 +230,7 @@ def main() -> int:
                 kept.append(row)
                 console.print(
                     f"{name:8} {dtype:8} {row.length:5} tokens: {_cell(row)} MiB; attention {row.share:.0%}, "
-                    f"{row.over_reading:.2f} times a read of {row.read:.0f} GB/s",
+                    f"{row.over_reading(row.read):.2f} times a read of {row.read:.0f} GB/s",
                     highlight=False,
                 )
     console.print(f"written to {os.path.relpath(save(run, kept))}", style="dim")
