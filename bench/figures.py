@@ -73,7 +73,7 @@ def decode_table(runs: list[Run]) -> str:
     vllm = next((run.versions["vllm"] for run in reversed(runs) if "vllm" in run.versions), "")
     told = (
         "Times, shares\nof the streaming read measured beside each sample, where reading is the limit,\n"
-        f"and in brackets times PyTorch{vllm and f' and times the CPU kernel of vLLM {vllm}'}:"
+        f"and in brackets times PyTorch{vllm and f' and times the CPU kernel of vLLM {vllm}'}. ~: the machine was busy:"
     )
     return (
         f"{_caption(runs[-1], '32 query heads on 8, D128, unless said')} {told}\n\n"
@@ -100,12 +100,13 @@ def _cache_cell(run: Run, row: Row) -> str:
     found = run.figures(row, "fastattn")
     if found is None:
         return ""
+    busy = "" if found.trusted else "~"
     if "kept" in row.case:
-        return f"{report.time(found.seconds)} ({run.of_base(row, 'fastattn'):.2f}x)"
+        return f"{busy}{report.time(found.seconds)} ({run.of_base(row, 'fastattn'):.2f}x)"
     share = f", {found.share:.0%}" if row.limit.kind == "read" else ""
     ratios = [report.best_peer(run, row, [peer])[1] for peer in ("torch", "vllm")]
     told = ", ".join(f"{ratio:.1f}x" if ratio < 10 else f"{ratio:.0f}x" for ratio in ratios if ratio == ratio)
-    return f"{report.time(found.seconds)}{share}{told and f' ({told})'}"
+    return f"{busy}{report.time(found.seconds)}{share}{told and f' ({told})'}"
 
 
 def _range(shares: list[float]) -> str:
