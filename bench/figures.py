@@ -73,7 +73,8 @@ def decode_table(runs: list[Run]) -> str:
     vllm = next((run.versions["vllm"] for run in reversed(runs) if "vllm" in run.versions), "")
     told = (
         "Times, shares\nof the streaming read measured beside each sample, where reading is the limit,\n"
-        f"and in brackets times PyTorch{vllm and f' and times the CPU kernel of vLLM {vllm}'}. ~: the machine was busy:"
+        f"and in brackets times PyTorch{vllm and f' and times the CPU kernel of vLLM {vllm}'}. "
+        "~: the machine was busy:"
     )
     return (
         f"{_caption(runs[-1], '32 query heads on 8, D128, unless said')} {told}\n\n"
