@@ -12,10 +12,12 @@ namespace fastattn {
 
 constexpr int kDTypes = 4;
 
-// Attention forward for one element type. May throw std::bad_alloc, before anything is written.
-using ForwardFn = void (*)(const AttentionParams& params);
+// Attention forward for one element type: of one call or more, whose tasks run side by side, those of the first calls
+// first. If there are several, of one type and one number of threads, none has a mask or a bias. May throw
+// std::bad_alloc, before anything is written.
+using ForwardFn = void (*)(const AttentionParams* calls, int64_t count);
 // Attention backward for one element type. The same.
-using BackwardFn = void (*)(const BackwardParams& params);
+using BackwardFn = void (*)(const BackwardParams* calls, int64_t count);
 // Runs `rounds` rounds of independent multiply-adds and returns how many floating-point operations that was.
 using PeakFn = double (*)(int64_t rounds);
 

@@ -39,6 +39,14 @@ struct Dropout {
   double scale;        // 1 / (1 - p)
   uint64_t seed;
   uint32_t offset;
+  int64_t first_head;  // heads are counted from here
+};
+
+// Where the keys of a query's segment lie: none outside of [first, last), and `whole` if all in it are of the segment.
+struct SegmentRange {
+  int64_t first;
+  int64_t last;
+  bool whole;
 };
 
 struct AttentionParams {
@@ -82,15 +90,17 @@ struct AttentionParams {
   DType bias_dtype;  // dtype or float32
   int64_t bias_strides[4];
 
-  const int64_t* kv_lengths;      // null, or (B,): keys at and past it do not exist
-  const int64_t* kv_starts;       // null, or (B,): keys before it do not exist
-  const int64_t* query_lengths;   // null, or (B,): queries at and past it do not exist
-  const int64_t* query_segments;  // null, or (B, Lq): a query attends to the keys of its own segment
-  const int64_t* key_segments;    // null, or (B, Lk)
-  int64_t segment_strides[2];     // of a sequence, in query_segments and in key_segments
-  const int64_t* query_offset;    // (B,): query i stands at key position i + offset
-  int64_t window_left;            // keys from i + offset - window_left ...
-  int64_t window_right;           // ... to i + offset + window_right; the causal rule is window_right <= 0
+  const int64_t* kv_lengths;           // null, or (B,): keys at and past it do not exist
+  const int64_t* kv_starts;            // null, or (B,): keys before it do not exist
+  const int64_t* query_lengths;        // null, or (B,): queries at and past it do not exist
+  const int64_t* query_segments;       // null, or (B, Lq): a query attends to the keys of its own segment
+  const int64_t* key_segments;         // null, or (B, Lk)
+  int64_t segment_strides[2];          // of a sequence, in query_segments and in key_segments
+  const SegmentRange* segment_ranges;  // null without segments, or (B, Lq)
+  bool scattered_segments;             // some of these are not whole
+  const int64_t* query_offset;         // (B,): query i stands at key position i + offset
+  int64_t window_left;                 // keys from i + offset - window_left ...
+  int64_t window_right;                // ... to i + offset + window_right; the causal rule is window_right <= 0
 
   const double* alibi_slopes;  // null, or (B, Hq): score -= slope * |i + offset - j|
   int64_t alibi_strides[2];

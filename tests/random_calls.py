@@ -157,6 +157,18 @@ def draw_lengths(rng: Rng, sizes: tuple[int, ...], dtype: str, library: str) -> 
     return integers(rng, rng.integers(0, sizes[3] + 1, sizes[0]), library)
 
 
+def draw_rows(rng: Rng, sizes: tuple[int, ...], dtype: str, library: str) -> Any:
+    return integers(rng, rng.integers(0, sizes[2] + 1, sizes[0]), library)
+
+
+def draw_segments(rng: Rng, sizes: tuple[int, ...], dtype: str, library: str) -> Any:
+    """Documents side by side, or ids in any order."""
+    ids = [rng.integers(-2, pick(rng, 0, 2, 9), (sizes[0], length)) for length in sizes[2:]]
+    if rng.random() < 0.6:
+        ids = [np.sort(of, 1) for of in ids]
+    return pick(rng, tuple, list)(integers(rng, of, library) for of in ids)
+
+
 def draw_offset(rng: Rng, sizes: tuple[int, ...], dtype: str, library: str) -> Any:
     low, high = pick(rng, (-sizes[2] - 3, sizes[3] + 3), (-1000, 1000), (0, 0), (-(2**60), 2**60))
     if rng.random() < 0.5:
@@ -188,6 +200,9 @@ OPTIONAL: dict[str, Callable[[Rng, tuple[int, ...], str, str], Any]] = {
     "bias": draw_bias,
     "window": draw_window,
     "kv_lengths": draw_lengths,
+    "kv_starts": draw_lengths,
+    "query_lengths": draw_rows,
+    "segment_ids": draw_segments,
     "query_offset": draw_offset,
     "alibi_slopes": draw_slopes,
     "sinks": draw_sinks,
@@ -207,6 +222,9 @@ ARGUMENTS = [
     "mask",
     "bias",
     "kv_lengths",
+    "kv_starts",
+    "query_lengths",
+    "segment_ids",
     "query_offset",
     "alibi_slopes",
     "sinks",

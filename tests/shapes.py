@@ -12,6 +12,8 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 LIBRARIES = ("numpy", "torch")
 # Arguments that are arrays; a Case names those it wants and draws them itself.
 ARRAYS = ("mask", "padding", "bias", "kv_lengths", "query_offset", "alibi_slopes", "sinks")
+# What does not exist, and packed documents: ids side by side ("segments") or in any order.
+PADDED = ("kv_starts", "query_lengths", "segments", "mixed_segments")
 # Dense ones only benchmarks ask for: a mask with 1% holes, the causal rule as a mask, one bias for all heads.
 DENSE = {"holes": "mask", "triangle": "mask", "shared_bias": "bias"}
 
@@ -31,12 +33,12 @@ class Case:
     causal: bool | str = False
     window: tuple[int | None, int | None] | None = None
     softcap: float = 0.0
-    arrays: tuple[str, ...] = ()  # of ARRAYS and DENSE
+    arrays: tuple[str, ...] = ()  # of ARRAYS, PADDED and DENSE
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "value_dim", self.value_dim or self.head_dim)
         object.__setattr__(self, "kv_heads", self.kv_heads or self.query_heads)
-        assert set(self.arrays) <= {*ARRAYS, *DENSE}, self.arrays
+        assert set(self.arrays) <= {*ARRAYS, *PADDED, *DENSE}, self.arrays
 
     @property
     def scores_shape(self) -> tuple[int, int, int, int]:
@@ -62,6 +64,10 @@ class Case:
         """The other arguments of `fastattn.attention`."""
         options: dict[str, Any] = {"causal": self.causal, "window": self.window, "softcap": self.softcap}
         for name in self.arrays:
+            if name.endswith("segments"):
+                ids = self._draw_segments(name, self._rng(name, seed))
+                options["segment_ids"] = tuple(convert(of, "int64", library) for of in ids)
+                continue
             values, own_dtype = self._draw(name, self._rng(name, seed))
             argument = "mask" if name == "padding" else DENSE.get(name, name)
             options[argument] = convert(values, own_dtype or dtype, library)
@@ -88,11 +94,20 @@ class Case:
             return bias, ""
         if name == "kv_lengths":
             return rng.integers(0, seqlen_k + 1, batch), "int64"
+        if name == "kv_starts":
+            return rng.integers(0, seqlen_k // 2 + 1, batch), "int64"
+        if name == "query_lengths":
+            return rng.integers(0, seqlen_q + 1, batch), "int64"
         if name == "query_offset":
             return rng.integers(-seqlen_q, seqlen_k + 1, batch), "int64"
         if name == "alibi_slopes":
             return 2.0 ** (-8 * np.arange(1, heads + 1) / heads), "float32"
         return rng.standard_normal(heads), "float32"  # sinks
+
+    def _draw_segments(self, name: str, rng: np.random.Generator) -> list[np.ndarray]:
+        """Of queries and of keys: five, of which a query may find none among the keys."""
+        ids = [rng.integers(-2, 3, (self.batch, length)) for length in self.scores_shape[2:]]
+        return ids if name == "mixed_segments" else [np.sort(of, 1) for of in ids]
 
     def _rng(self, what: str, seed: int) -> np.random.Generator:
         return np.random.default_rng([seed, zlib.crc32(f"{self.name} {what}".encode())])
@@ -211,7 +226,33 @@ OPTIONS = (
         arrays=("mask", "bias", "kv_lengths", "query_offset", "alibi_slopes", "sinks"),
     ),
 )
-SMALL = (*TINY, *EMPTY, *TAILS, *GROUPS, *HEAD_DIMS, *VALUE_DIMS, *LENGTHS, *OPTIONS)
+PADDING = (
+    *(
+        Case(f"only-{name}", 45, 77, 32, batch=2, query_heads=4, kv_heads=2, arrays=(name,))
+        for name in PADDED
+    ),
+    Case("few-padded", 3, 400, 32, batch=3, query_heads=4, kv_heads=2, causal=True, arrays=PADDED[:3]),
+    Case("few-mixed", 3, 70, 32, batch=2, query_heads=4, kv_heads=2, arrays=PADDED[1:]),
+    Case("packed-causal", 300, 300, 32, query_heads=2, causal=True, arrays=("segments",)),
+    Case(
+        "packed-alibi", 140, 300, 32, batch=2, window=(90, 20), arrays=("segments", "alibi_slopes", "sinks")
+    ),
+    Case(
+        "padded-everything",
+        70,
+        150,
+        48,
+        80,
+        batch=3,
+        query_heads=6,
+        kv_heads=2,
+        causal=True,
+        window=(90, 0),
+        softcap=3.0,
+        arrays=(*(name for name in ARRAYS if name != "padding"), *PADDED[:2], "mixed_segments"),
+    ),
+)
+SMALL = (*TINY, *EMPTY, *TAILS, *GROUPS, *HEAD_DIMS, *VALUE_DIMS, *LENGTHS, *OPTIONS, *PADDING)
 CASES = (*SMALL, *DECODE, *LONG)
 
 # What the benchmarks time, and the tests do not iterate over. Eight heads, as in the tables of record;

@@ -145,6 +145,11 @@ FEATURES: dict[str, dict[str, Any]] = {
     "top_left": {"causal": "top_left"},
     "window": {"window": (4, 2)},
     "lengths": {"kv_lengths": [5, 0]},
+    "starts": {"kv_starts": [2, 7]},
+    "query lengths": {"query_lengths": [3, 0]},
+    "segments": {
+        "segment_ids": ([[0, 0, 1, 1], [3, 1, 3, 2]], [[0, 0, 0, 1, 1, 1, 2], [1, 3, 3, 1, 2, 2, 3]])
+    },
     "offset": {"causal": True, "query_offset": [3, -6]},
     "softcap": {"softcap": 1.2},
     "negative scale": {"scale": -0.3},
@@ -287,10 +292,12 @@ def test_hidden_poison_reaches_no_gradient(kernel: Kernel, target: str, poison: 
     ("options", "hidden"),
     [
         ({"kv_lengths": [60, 85]}, slice(85, None)),
+        ({"kv_starts": [30, 50]}, slice(0, 30)),
+        ({"segment_ids": ([[1] * 40] * 2, [[0] * 35 + [1] * 55] * 2)}, slice(0, 35)),
         ({"window": (10, 0)}, slice(0, 40)),  # the first row stands at key 50
         ({"causal": True, "query_offset": 10}, slice(50, None)),
     ],
-    ids=["length", "window", "causal"],
+    ids=["length", "start", "segment", "window", "causal"],
 )
 def test_rules_hide_nan_from_every_gradient(kernel: Kernel, options: dict[str, Any], hidden: slice) -> None:
     case = Case("hidden", 40, 90, 24, batch=2, query_heads=4, kv_heads=2, softcap=2.0)

@@ -13,6 +13,7 @@ import torch
 
 import bounds
 import fastattn as fa
+import shapes
 from bounds import as_float64
 from kernels import Kernel, assert_same_bits, bits
 from shapes import Case
@@ -23,7 +24,18 @@ FEW = Case("few", 5, 300, 40, 24, batch=3, query_heads=6, kv_heads=2, causal=Tru
 CHUNKS = Case("chunks", 3, 2600, 40, 24, batch=2, query_heads=6, kv_heads=2, causal=True)
 ONE = Case("one", 1, 600, 64, batch=2, query_heads=4, kv_heads=1)
 RULES = Case("rules", 70, 300, 40, 24, batch=3, query_heads=6, kv_heads=2, softcap=3.0, arrays=ARRAYS)
-CASES = pytest.mark.parametrize("case", [MANY, FEW, CHUNKS, ONE, RULES], ids=str)
+PADDED = Case(
+    "padded",
+    70,
+    300,
+    40,
+    24,
+    batch=3,
+    query_heads=6,
+    kv_heads=2,
+    arrays=(*shapes.PADDED[:2], "mixed_segments"),
+)
+CASES = pytest.mark.parametrize("case", [MANY, FEW, CHUNKS, ONE, RULES, PADDED], ids=str)
 
 
 @pytest.fixture
@@ -68,9 +80,11 @@ def test_alone_or_in_a_batch(kernel: Kernel, case: Case) -> None:
     together = run(kernel, case)
     for b in range(case.batch):
         own = dict(options)
-        for name in ("mask", "kv_lengths", "query_offset"):
+        for name in ("mask", "kv_lengths", "kv_starts", "query_lengths", "query_offset"):
             if name in options:
                 own[name] = options[name][b : b + 1]
+        if "segment_ids" in options:
+            own["segment_ids"] = tuple(ids[b : b + 1] for ids in options["segment_ids"])
         own |= {"return_lse": True, "return_weights": True}
         alone = fa.attention(query[b : b + 1], key[b : b + 1], value[b : b + 1], **own)
         assert_same_bits(alone, tuple(part[b : b + 1] for part in together))
@@ -100,8 +114,11 @@ def test_a_window_that_reaches_everything_or_none(kernel: Kernel, case: Case) ->
 def test_rules_that_hide_nothing(kernel: Kernel, case: Case) -> None:
     if "mask" not in case.arrays:
         mask = np.ones((case.seqlen_q, case.seqlen_k), bool)
-        lengths = [case.seqlen_k] * case.batch
-        assert_same_bits(run(kernel, case, mask=mask, kv_lengths=lengths), run(kernel, case))
+        nothing = {"mask": mask, "kv_lengths": [case.seqlen_k] * case.batch}
+        if not case.arrays:
+            nothing |= {"kv_starts": [0] * case.batch, "query_lengths": [case.seqlen_q] * case.batch}
+            nothing["segment_ids"] = tuple(np.ones((case.batch, rows), int) for rows in case.scores_shape[2:])
+        assert_same_bits(run(kernel, case, **nothing), run(kernel, case))
     if not case.causal:
         last = case.options()["query_offset"].max() if "query_offset" in case.arrays else 0
         assert_same_bits(
@@ -151,6 +168,26 @@ def test_numpy_or_torch(kernel: Kernel, case: Case) -> None:
     result = fa.attention(*tensors, return_lse=True, return_weights=True, **options)
     assert all(isinstance(part, torch.Tensor) for part in result)
     assert_same_bits(result, run(kernel, case))
+
+
+@pytest.mark.parametrize("order", ["side by side", "in runs", "in any order"])
+@pytest.mark.parametrize("case", [MANY, FEW, ONE], ids=str)
+def test_segments_or_a_mask(kernel: Kernel, case: Case, order: str, rng: np.random.Generator) -> None:
+    ids = [rng.integers(0, 4, (case.batch, rows)) for rows in case.scores_shape[2:]]
+    if order == "side by side":
+        ids = [np.sort(of, 1) for of in ids]
+    if order == "in runs":
+        ids = [np.repeat(of, 45, 1)[:, : of.shape[1]] for of in ids]
+    mask = ids[0][:, None, :, None] == ids[1][:, None, None, :]
+    assert_same_bits(run(kernel, case, segment_ids=tuple(ids)), run(kernel, case, mask=mask))
+
+
+def test_starts_and_lengths_of_queries_or_a_mask(kernel: Kernel) -> None:
+    starts, lengths = np.array([0, 130, 300]), np.array([33, 70, 5])
+    mask = (np.arange(300) >= starts[:, None])[:, None, None]
+    mask = mask & (np.arange(70) < lengths[:, None])[:, None, :, None]
+    padded = run(kernel, MANY, kv_starts=starts, query_lengths=lengths)
+    assert_same_bits(padded, run(kernel, MANY, mask=mask))
 
 
 def test_beside_another_sequence_of_any_content(kernel: Kernel) -> None:

@@ -59,6 +59,10 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "bias": {"bias": numbers(4, 5, 7)},
     "lengths": {"kv_lengths": torch.tensor([5, 0])},
     "a list of lengths": {"kv_lengths": [5, 0]},
+    "starts, lengths of queries": {"kv_starts": torch.tensor([2, 7]), "query_lengths": torch.tensor([5, 3])},
+    "segments": {
+        "segment_ids": (torch.tensor([[0, 0, 1, 1, 2]] * 2), torch.tensor([[0, 0, 0, 1, 1, 2, 2]] * 2))
+    },
     "offset": {"causal": True, "query_offset": 3},
     "offsets": {"causal": True, "query_offset": torch.tensor([3, -6])},
     "alibi": {"alibi_slopes": numbers(2, 4)},

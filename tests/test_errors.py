@@ -96,6 +96,12 @@ TYPES: dict[str, tuple[dict[str, Any], str]] = {
     "window-bool": ({"window": (True, 0)}, "window must hold integers or None, got bool"),
     "lengths-float": ({"kv_lengths": [1.0, 2.0]}, "kv_lengths must hold integers, got float64"),
     "lengths-int": ({"kv_lengths": 3}, "kv_lengths must be a NumPy array like the first argument, got int"),
+    "starts-float": ({"kv_starts": [1.0, 2.0]}, "kv_starts must hold integers, got float64"),
+    "segments-one": ({"segment_ids": 3}, r"segment_ids must be a pair \(query_ids, key_ids\), got int"),
+    "segments-float": (
+        {"segment_ids": ([[0.5] * 5] * 2, [[0] * 7] * 2)},
+        r"segment_ids\[0\] must hold integers, got float64",
+    ),
     "offset-bool": (
         {"query_offset": True},
         "query_offset must be a NumPy array like the first argument, got bool",
@@ -176,6 +182,19 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "lengths-huge": (
         {"kv_lengths": np.array([2**64 - 1, 0], np.uint64)},
         "kv_lengths must be from 0 to key's length 7, got 18446744073709551615 at index 0",
+    ),
+    "starts-high": ({"kv_starts": [8, 0]}, "kv_starts must be from 0 to key's length 7, got 8 at index 0"),
+    "query-lengths-high": (
+        {"query_lengths": [5, 6]},
+        "query_lengths must be from 0 to query's length 5, got 6 at index 1",
+    ),
+    "segments-three": (
+        {"segment_ids": ([], [], [])},
+        r"segment_ids must be a pair \(query_ids, key_ids\), got 3 elements",
+    ),
+    "segments-shape": (
+        {"segment_ids": ([[0] * 5] * 2, [[0] * 5] * 2)},
+        r"segment_ids\[1\] must have shape \(2, 7\), got \(2, 5\)",
     ),
     "offset-shape": ({"query_offset": [1, 2, 3]}, r"query_offset must have shape \(2,\), got \(3,\)"),
     "offset-huge": (

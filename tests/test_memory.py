@@ -59,6 +59,16 @@ def test_a_long_sequence_under_a_window(kernel: Kernel) -> None:
 
 
 @per_dtype
+def test_a_long_sequence_of_packed_documents(kernel: Kernel) -> None:
+    """Of 256 rows each; a mask would take 16 GiB."""
+    call = """
+        ids = np.arange(length)[None] // 256
+        fa.attention(query, key, value, segment_ids=(ids, ids), causal=True, out=out)
+    """
+    assert growth(kernel.isa, kernel.dtype, textwrap.dedent(call).replace("\n", "\n        "), 131072) < LIMIT
+
+
+@per_dtype
 def test_few_rows_of_a_long_sequence(kernel: Kernel) -> None:
     """All keys, one row and forty rows."""
     call = """

@@ -21,7 +21,17 @@ CASES = (
     Case("one", 1, 300, 64, query_heads=4, kv_heads=1),
     Case("odd", 20, 45, 7, 5),
 )
-HIDING = ("mask", "shared mask", "bias", "kv_lengths", "causal", "window", "everything")
+HIDING = (
+    "mask",
+    "shared mask",
+    "bias",
+    "kv_lengths",
+    "kv_starts",
+    "segments",
+    "causal",
+    "window",
+    "everything",
+)
 
 
 def hide(case: Case, way: str, rng: np.random.Generator) -> tuple[dict[str, Any], np.ndarray]:
@@ -42,6 +52,15 @@ def hide(case: Case, way: str, rng: np.random.Generator) -> tuple[dict[str, Any]
     if way == "kv_lengths":
         lengths = np.arange(case.batch) + case.seqlen_k // 2
         return {"kv_lengths": lengths}, np.arange(case.seqlen_k) >= lengths[:, None]
+    if way == "kv_starts":
+        starts = np.arange(case.batch) + case.seqlen_k // 2
+        return {"kv_starts": starts}, np.arange(case.seqlen_k) < starts[:, None]
+    if way == "segments":  # every seventh key is of nobody's, and so is the last half
+        key_ids = np.where(
+            np.arange(case.seqlen_k) % 7 == 0, 2, np.arange(case.seqlen_k) * 2 // case.seqlen_k
+        )
+        ids = [np.tile(of, (case.batch, 1)) for of in (np.zeros(case.seqlen_q, int), key_ids)]
+        return {"segment_ids": tuple(ids)}, ids[1] != 0
     last = case.seqlen_k // 3 + case.seqlen_q - 1
     past = unseen | (np.arange(case.seqlen_k) > last)
     if way == "causal":

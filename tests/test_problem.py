@@ -11,7 +11,8 @@ import torch
 
 import fastattn as fa
 import shapes
-from fastattn.problem import MAX_OFFSET, UNBOUNDED, AttentionProblem
+from fastattn.problem import UNBOUNDED, AttentionProblem
+from fastattn.vectors import MAX_OFFSET
 
 QUERY = np.zeros((2, 4, 5, 8), np.float32)
 KEY = np.zeros((2, 2, 7, 8), np.float32)

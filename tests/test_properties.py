@@ -12,7 +12,7 @@ import bounds
 import fastattn as fa
 from bounds import as_float64, assert_lse_within, assert_within
 from kernels import Kernel
-from shapes import ARRAYS, Case
+from shapes import ARRAYS, PADDED, Case
 
 # The examples are the same in every run, so that anybody can repeat a failure. The fixture forces a kernel
 # once for all examples of a test, as is wanted.
@@ -29,7 +29,8 @@ def cases(draw: st.DrawFn, features: bool = False) -> Case:
     kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     options: dict[str, Any] = {}
     if features:
-        options["arrays"] = tuple(draw(st.sets(st.sampled_from(ARRAYS))) - {"padding"})
+        arrays = draw(st.sets(st.sampled_from((*ARRAYS, *PADDED)))) - {"padding"}
+        options["arrays"] = tuple(sorted(arrays - ({"segments"} if "mixed_segments" in arrays else set())))
         options["causal"] = draw(st.sampled_from([False, True, "top_left"]))
         bound = st.none() | st.integers(0, 60)
         options["window"] = draw(st.none() | st.tuples(bound, bound))
@@ -111,6 +112,11 @@ def test_merged_states_of_any_split(kernel: Kernel, case: Case, cut: float) -> N
             for name, x in options.items()
         }
         part |= {"kv_lengths": np.clip(lengths - begin, 0, end - begin), "query_offset": offset - begin}
+        if "kv_starts" in part:
+            part["kv_starts"] = np.clip(part["kv_starts"] - begin, 0, end - begin)
+        if "segment_ids" in part:
+            of_query, of_key = part["segment_ids"]
+            part["segment_ids"] = of_query, of_key[:, begin:end]
         part["sinks"] = sinks if first else None  # exactly one part carries them
         states += fa.attention(query, key[:, :, begin:end], value[:, :, begin:end], return_lse=True, **part)
     out, lse = map(as_float64, fa.merge_states(*states))

@@ -46,7 +46,9 @@ EXCEPTIONS = (
         45,
         "AVX2 masks no load of less than 32 bits: the last columns are copied in the loop",
     ),
-    Allowed("avx2", r"^add_rows<RowEngine<.*, Float8E4M3>, 2, 4, false>", 10, "constants that decode a number"),
+    Allowed(
+        "avx2", r"^add_rows<RowEngine<.*, Float8E4M3>, 2, 4, false>", 10, "constants that decode a number"
+    ),
     Allowed(
         "avx2|avx512",
         r"^gradient_extras<",

@@ -59,6 +59,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "mask": {"mask": numbers(2, 1, 5, 7) > -0.5},
     "bias": {"bias": numbers(4, 5, 7)},
     "lengths": {"kv_lengths": torch.tensor([5, 0])},
+    "starts": {"kv_starts": torch.tensor([2, 7]), "query_lengths": torch.tensor([5, 3])},
+    "segments": {"segment_ids": ((numbers(2, 5) > 0).long(), (numbers(2, 7) > 0).long())},
     "offset": {"causal": True, "query_offset": 1},
     "offsets": {"causal": True, "query_offset": torch.tensor([3, -6])},
     "alibi": {"alibi_slopes": numbers(4)},
@@ -164,7 +166,7 @@ def test_opcheck_of_strides(sample: Any) -> None:
     torch.library.opcheck(torch.ops.fastattn.forward.default, (*call, *operands, *rules, True))
 
 
-OPCHECKED = ("mask", "bias", "lengths", "offset", "alibi", "sinks", "dropout")
+OPCHECKED = ("mask", "bias", "lengths", "starts", "segments", "offset", "alibi", "sinks", "dropout")
 
 
 @pytest.mark.parametrize("name", OPCHECKED)

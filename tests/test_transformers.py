@@ -295,10 +295,27 @@ def test_an_argument_without_a_meaning_here_is_refused():
         call(unheard_of=1, sinks=torch.ones(2))
 
 
-def test_packed_sequences_without_a_mask_are_refused():
+def test_packed_sequences_without_a_mask():
+    query, key, value = (torch.randn(1, heads, 9, 8) for heads in (4, 2, 2))
+    starts = torch.tensor([0, 2, 9], dtype=torch.int32)
+    bounds = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 7, "max_length_k": 7}
+    module = torch.nn.Module().eval()
+    out, weights = integration.attention_forward(
+        module, query, key, value, None, is_causal=True, sliding_window=3, **bounds
+    )
+    assert weights is None and out.shape == (1, 9, 4, 8)
+    for rows in slice(0, 2), slice(2, 9):
+        parts = (x[:, :, rows] for x in (query, key, value))
+        alone, _ = integration.attention_forward(module, *parts, None, is_causal=True, sliding_window=3)
+        assert torch.equal(out[:, rows], alone)
+
+
+def test_packed_sequences_that_cannot_be_told_apart_are_refused():
     cumulative = torch.tensor([0, 2, 4])
-    with pytest.raises(TypeError, match="no mask that keeps them apart"):
-        call(cu_seq_lens_q=cumulative, cu_seq_lens_k=cumulative)
+    with pytest.raises(TypeError, match="needs cu_seq_lens_k to tell packed sequences apart"):
+        call(cu_seq_lens_q=cumulative)
+    with pytest.raises(TypeError, match="without a mask in a batch of"):
+        call(cu_seq_lens_q=cumulative, cu_seq_lens_k=cumulative, output_attentions=True)
     call(mask=torch.ones(1, 1, 4, 4, dtype=torch.bool), cu_seq_lens_q=cumulative, cu_seq_lens_k=cumulative)
 
 

@@ -168,8 +168,8 @@ void search_head(void* opaque, int64_t index, int /*thread*/) {
 }
 
 template <class E>
-inline bool search_rows(const AttentionParams& p, const void* tensor, const int64_t* strides, int64_t heads,
-                        int64_t rows, int64_t columns, bool* bad, bool* found) {
+inline RowSearch<E> row_search(const AttentionParams& p, const void* tensor, const int64_t* strides, int64_t heads,
+                               int64_t rows, int64_t columns, bool* bad, bool* found) {
   RowSearch<E> search{p, heads, bad, found};
   search.tensor.value = tensor;
   search.tensor.seqlen_k = rows;
@@ -177,36 +177,84 @@ inline bool search_rows(const AttentionParams& p, const void* tensor, const int6
   for (int axis = 0; axis < 4; ++axis) {
     search.tensor.value_strides[axis] = strides[axis];
   }
-  parallel_for(p.batch * heads, effective_threads(p.batch * heads, p.num_threads), search_head<E>, &search,
-               p.num_threads);
-  bool any = false;
-  for (int64_t i = 0; i < p.batch * heads; ++i) {
-    any |= found[i];
-  }
-  return any;
+  return search;
 }
 
-// What there is to do for the heads of a call, in order: do_all(tasks, run) does it with each.
-template <class E, class DoAll>
-inline void run_steps(const BackwardCall<E>& call, DoAll do_all) {
+// The search of a call, where some pair is hidden: of queries, dO and keys.
+template <class E>
+struct BadSearch {
+  RowSearch<E> rows[3];
+
+  int64_t tasks(int i) const { return rows[i].tensor.batch * rows[i].heads; }
+
+  // What was found.
+  BadRows result() const {
+    for (const RowSearch<E>& search : rows) {
+      for (int64_t i = 0; i < search.tensor.batch * search.heads; ++i) {
+        if (search.found[i]) {
+          return {rows[0].bad, rows[1].bad, rows[2].bad};
+        }
+      }
+    }
+    return {};
+  }
+};
+
+inline bool hides_pairs(const AttentionParams& p) {
+  return p.mask != nullptr || p.bias != nullptr || p.kv_lengths != nullptr || p.kv_starts != nullptr ||
+         p.query_lengths != nullptr || p.segment_ranges != nullptr || p.window_left < kUnbounded ||
+         p.window_right < kUnbounded;
+}
+
+// Bytes that a search notes its findings in; 0 where there is none.
+inline int64_t search_bytes(const AttentionParams& p) {
+  const int64_t query_heads = p.batch * p.query_heads;
+  const int64_t kv_heads = p.batch * p.kv_heads;
+  return hides_pairs(p) ? 2 * query_heads * (p.seqlen_q + 1) + kv_heads * (p.seqlen_k + 1) : 0;
+}
+
+template <class E>
+inline BadSearch<E> bad_search(const BackwardParams& b, char* flags) {
+  const AttentionParams& p = b.forward;
+  auto* query = reinterpret_cast<bool*>(flags);
+  bool* grad_out = query + p.batch * p.query_heads * p.seqlen_q;
+  bool* key = grad_out + p.batch * p.query_heads * p.seqlen_q;
+  bool* found = key + p.batch * p.kv_heads * p.seqlen_k;
+  const int64_t heads = p.batch * p.query_heads;
+  return {{row_search<E>(p, p.query, p.query_strides, p.query_heads, p.seqlen_q, p.head_dim, query, found),
+           row_search<E>(p, b.grad_out, b.grad_out_strides, p.query_heads, p.seqlen_q, p.value_dim, grad_out,
+                         found + heads),
+           row_search<E>(p, p.key, p.key_strides, p.kv_heads, p.seqlen_k, p.head_dim, key, found + 2 * heads)}};
+}
+
+// What there is to do for the heads of a call, in order.
+struct BackwardStep {
+  int64_t tasks;
+  TaskFn run;
+};
+constexpr int kBackwardSteps = 7;
+constexpr int kGroupStep = 3;  // which of them has most of the work
+
+template <class E>
+inline BackwardStep backward_step(const BackwardCall<E>& call, int step) {
   const BackwardPlan<E>& plan = call.plan;
   const BackwardParams& b = call.b;
-  do_all(call.head_count * plan.head_panels, prepare_rows<E>);
-  if (plan.pack_key || plan.pack_value || plan.pack_steps) {
-    do_all(call.head_count * plan.blocks, prepare_keys<E>);
-  }
-  if (b.forward.bias != nullptr || b.forward.alibi_slopes != nullptr) {
-    do_all(call.head_count * plan.head_panels, settle_levels<E>);
-  }
-  do_all(call.head_count * plan.key_groups, run_key_group<E>);
-  if (b.grad_bias != nullptr) {
-    do_all(bias_tasks<E>(call), run_bias_tile<E>);
-  }
-  if (b.grad_query != nullptr) {
-    do_all(call.head_count * plan.head_panels, finish_query<E>);
-  }
-  if (b.grad_slopes != nullptr || b.grad_sinks != nullptr) {
-    do_all(call.head_count, finish_head<E>);
+  const int64_t panels = call.head_count * plan.head_panels;
+  switch (step) {
+    case 0:
+      return {panels, prepare_rows<E>};
+    case 1:
+      return {plan.pack_key || plan.pack_value || plan.pack_steps ? call.head_count * plan.blocks : 0, prepare_keys<E>};
+    case 2:
+      return {b.forward.bias != nullptr || b.forward.alibi_slopes != nullptr ? panels : 0, settle_levels<E>};
+    case kGroupStep:
+      return {call.head_count * plan.key_groups, run_key_group<E>};
+    case 4:
+      return {b.grad_bias != nullptr ? bias_tasks<E>(call) : 0, run_bias_tile<E>};
+    case 5:
+      return {b.grad_query != nullptr ? panels : 0, finish_query<E>};
+    default:
+      return {b.grad_slopes != nullptr || b.grad_sinks != nullptr ? call.head_count : 0, finish_head<E>};
   }
 }
 
@@ -214,44 +262,35 @@ inline void run_steps(const BackwardCall<E>& call, DoAll do_all) {
 template <class E>
 void run_head(void* opaque, int64_t index, int thread) {
   const auto& call = *static_cast<const BackwardCall<E>*>(opaque);
-  BackwardCall<E> own{call.b, call.plan, call.bad, call.threads, call.heads + thread * call.plan.head_bytes, index, 1};
-  run_steps<E>(own, [&](int64_t tasks, TaskFn run) {
-    for (int64_t task = 0; task < tasks; ++task) {
-      run(&own, task, thread);
+  char* room = call.heads + thread * call.room_bytes;
+  BackwardCall<E> own{call.b, call.plan, call.bad, call.threads, room, call.room_bytes, index, 1};
+  for (int step = 0; step < kBackwardSteps; ++step) {
+    const BackwardStep all = backward_step<E>(own, step);
+    for (int64_t task = 0; task < all.tasks; ++task) {
+      all.run(&own, task, thread);
     }
-  });
-}
-
-inline bool hides_pairs(const AttentionParams& p) {
-  return p.mask != nullptr || p.bias != nullptr || p.kv_lengths != nullptr || p.window_left < kUnbounded ||
-         p.window_right < kUnbounded;
+  }
 }
 
 template <class E>
-void backward(const BackwardParams& b) {
+void run_backward(const BackwardParams& b) {
   const AttentionParams& p = b.forward;
-  const int64_t query_rows = p.batch * p.query_heads * p.seqlen_q;
-  const int64_t key_rows = p.batch * p.kv_heads * p.seqlen_k;
-  const bool searches = hides_pairs(p);
-  const Workspace flags(static_cast<size_t>(searches ? 2 * query_rows + key_rows + p.batch * p.query_heads : 1));
+  const Workspace flags(static_cast<size_t>(search_bytes(p)));
   BadRows bad{};
-  if (searches) {
-    auto* query = reinterpret_cast<bool*>(flags.data());
-    bool* grad_out = query + query_rows;
-    bool* key = grad_out + query_rows;
-    bool* found = key + key_rows;
-    const bool any =
-        search_rows<E>(p, p.query, p.query_strides, p.query_heads, p.seqlen_q, p.head_dim, query, found) |
-        search_rows<E>(p, b.grad_out, b.grad_out_strides, p.query_heads, p.seqlen_q, p.value_dim, grad_out, found) |
-        search_rows<E>(p, p.key, p.key_strides, p.kv_heads, p.seqlen_k, p.head_dim, key, found);
-    bad = any ? BadRows{query, grad_out, key} : BadRows{};
+  if (search_bytes(p) > 0) {
+    BadSearch<E> search = bad_search<E>(b, flags.data());
+    for (int i = 0; i < 3; ++i) {
+      parallel_for(search.tasks(i), effective_threads(search.tasks(i), p.num_threads), search_head<E>, &search.rows[i],
+                   p.num_threads);
+    }
+    bad = search.result();
   }
   const BackwardPlan<E> plan = plan_backward<E>(b, bad.query != nullptr);
   const int64_t heads = p.batch * p.kv_heads;
   const int64_t thread_bytes = plan.threads * plan.thread_bytes;
   const int64_t rooms = plan.whole_heads ? plan.threads : plan.wave;
   const Workspace workspace(static_cast<size_t>(thread_bytes + rooms * plan.head_bytes));
-  BackwardCall<E> call{b, plan, bad, workspace.data(), workspace.data() + thread_bytes, 0, heads};
+  BackwardCall<E> call{b, plan, bad, workspace.data(), workspace.data() + thread_bytes, plan.head_bytes, 0, heads};
   if (plan.whole_heads) {
     parallel_for(heads, plan.threads, run_head<E>, &call, p.num_threads);
     return;
@@ -259,8 +298,12 @@ void backward(const BackwardParams& b) {
   for (int64_t first = 0; first < heads; first += plan.wave) {
     call.first_head = first;
     call.head_count = min64(plan.wave, heads - first);
-    run_steps<E>(call,
-                 [&](int64_t tasks, TaskFn run) { parallel_for(tasks, plan.threads, run, &call, p.num_threads); });
+    for (int step = 0; step < kBackwardSteps; ++step) {
+      const BackwardStep all = backward_step<E>(call, step);
+      if (all.tasks > 0) {
+        parallel_for(all.tasks, plan.threads, all.run, &call, p.num_threads);
+      }
+    }
   }
 }
 

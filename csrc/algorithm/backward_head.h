@@ -21,8 +21,9 @@ struct BackwardCall {
   const BackwardParams& b;
   const BackwardPlan<E>& plan;
   BadRows bad;
-  char* threads;       // [threads][thread_bytes]
-  char* heads;         // [wave][head_bytes]
+  char* threads;  // [threads][thread_bytes]
+  char* heads;    // [wave][head_bytes]; [threads][room_bytes] where threads go through whole heads
+  int64_t room_bytes;
   int64_t first_head;  // of the wave, counted over batch and key/value heads
   int64_t head_count;  // of the wave
 };
@@ -238,11 +239,14 @@ void prepare_rows(void* opaque, int64_t index, int /*thread*/) {
   for (int axis = 0; axis < 4; ++axis) {
     grads.query_strides[axis] = call.b.grad_out_strides[axis];
   }
+  place_levels<E>(head, panel, i);
+  if (panel.first_min >= panel.last_max) {  // no row of it sees a key
+    return;
+  }
   panel.query = head.scalars(plan.grad_out_at) + i * E::kLanes * plan.value_steps;
   pack_query<E>(panel, grads, head.batch, 1.0);
   panel.query = head.scalars(plan.query_at) + i * E::kLanes * plan.rules.steps;
   pack_query<E>(panel, p, head.batch, plan.query_factor);
-  place_levels<E>(head, panel, i);
   const auto pack = [&](bool packs, int64_t steps_at, const AttentionParams& from, const bool* bad, int64_t columns) {
     auto* out = head.scalars(steps_at) + i * kKeyLanes<E> * columns;
     for (int lane = 0; packs && lane < panel.live; lane += E::kDepth, out += columns) {
@@ -268,6 +272,10 @@ void prepare_keys(void* opaque, int64_t index, int /*thread*/) {
   const AttentionParams& p = head.p();
   const int64_t begin = index % plan.blocks * E::kBlockKeys;
   const int64_t end = min64(begin + E::kBlockKeys, round_up(p.seqlen_k, E::kKeys));
+  const Interval seen = sequence_interval(p, head.batch);
+  if (begin >= seen.last || end <= seen.first) {
+    return;
+  }
   const bool* bad =
       call.bad.key == nullptr ? nullptr : call.bad.key + (head.batch * p.kv_heads + head.kv_head) * p.seqlen_k;
   const auto pack = [&](bool packs, int64_t rows_at, const auto& row_of, int64_t stride, int64_t count, int64_t lanes) {

@@ -129,6 +129,15 @@ inline void plan_thread_scratch(BackwardPlan<E>& plan, const BackwardParams& b) 
   plan.thread_bytes = round_up(thread.bytes, 4096);
 }
 
+// Whether one thread may go through a head from end to end.
+template <class E>
+inline bool fits_thread(const BackwardPlan<E>& plan, const BackwardParams& b) {
+  const AttentionParams& p = b.forward;
+  const double pairs = static_cast<double>(p.query_heads / p.kv_heads) * static_cast<double>(p.seqlen_q) *
+                       static_cast<double>(p.seqlen_k);
+  return b.grad_bias == nullptr && pairs <= kWholeHead && plan.head_bytes <= kPackedBudget / plan.threads;
+}
+
 // `clean`: some row of queries, keys or dO is not finite, and some pair of rows and keys is hidden.
 template <class E>
 inline BackwardPlan<E> plan_backward(const BackwardParams& b, bool clean) {
@@ -172,10 +181,7 @@ inline BackwardPlan<E> plan_backward(const BackwardParams& b, bool clean) {
   // Few heads at once, that what is packed for them stays in cache: as many as give each thread two groups of keys.
   const int64_t balanced = 2 * plan.threads / common_divisor(plan.threads, plan.key_groups);
   plan.wave = clamp64(kPackedBudget / plan.head_bytes, 1, min64(heads, balanced));
-  const double pairs_of_head =
-      static_cast<double>(group) * static_cast<double>(p.seqlen_q) * static_cast<double>(p.seqlen_k);
-  plan.whole_heads = b.grad_bias == nullptr && (heads % plan.threads == 0 || heads >= kManyHeads * plan.threads) &&
-                     pairs_of_head <= kWholeHead && plan.head_bytes <= kPackedBudget / plan.threads;
+  plan.whole_heads = fits_thread(plan, b) && (heads % plan.threads == 0 || heads >= kManyHeads * int64_t{plan.threads});
   return plan;
 }
 

@@ -1,5 +1,6 @@
 // The dense arguments, mask and bias, over one panel and key block: transposed so that lanes are lanes, with what they
-// hide gathered as bits, so that the score tiles read them like anything else.
+// hide gathered as bits, so that the score tiles read them like anything else. So is what segments hide whose keys do
+// not stand side by side.
 #pragma once
 
 #include "algorithm/panel.h"
@@ -93,6 +94,36 @@ FASTATTN_NOINLINE void hide_by_bias(const typename E::Scalar* bias, int64_t keys
   }
 }
 
+// What segments hide of the tile of keys [begin, end), merged into its bits. Most tiles are of one segment, or of none
+// of the panel's.
+template <class E>
+inline void hide_tile_segments(const Panel<E>& panel, const int64_t* segments, int64_t begin, int64_t end,
+                               uint32_t* visible) {
+  int64_t lowest = segments[begin];
+  int64_t highest = lowest;
+  for (int64_t key = begin + 1; key < end; ++key) {
+    lowest = min64(lowest, segments[key]);
+    highest = max64(highest, segments[key]);
+  }
+  if (highest < panel.segment_min || lowest > panel.segment_max) {
+    memset(visible, 0, static_cast<size_t>(end - begin) * sizeof *visible);
+    return;
+  }
+  if (lowest == highest && panel.segment_min == panel.segment_max) {
+    return;
+  }
+  uint32_t bits = 0;
+  for (int64_t key = begin; key < end; ++key) {
+    if (key == begin || segments[key] != segments[key - 1]) {
+      bits = 0;
+      for (int lane = 0; lane < E::kLanes; ++lane) {
+        bits |= static_cast<uint32_t>(panel.segment[lane] == segments[key]) << lane;
+      }
+    }
+    visible[key - begin] &= bits;
+  }
+}
+
 // What the bits of the tiles of keys [begin, end) of a block let through.
 template <class E>
 FASTATTN_NOINLINE void read_sights(const uint32_t* visible, int64_t begin, int64_t end, Sight* sights) {
@@ -109,6 +140,11 @@ FASTATTN_NOINLINE void read_sights(const uint32_t* visible, int64_t begin, int64
   }
 }
 
+// Whether a call has bits to hide keys by.
+inline bool hides_densely(const AttentionParams& p) {
+  return p.mask != nullptr || p.bias != nullptr || p.scattered_segments;
+}
+
 // Room for the dense arguments of one panel: those of a key block, or of all of them.
 template <class E>
 struct DenseRoom {
@@ -119,7 +155,7 @@ struct DenseRoom {
   // Bytes for `keys` keys, a multiple of kBlockKeys.
   static constexpr int64_t bytes(const AttentionParams& p, int64_t keys) {
     const int64_t bias = p.bias != nullptr ? keys * E::kLanes * static_cast<int64_t>(sizeof(typename E::Scalar)) : 0;
-    return p.mask == nullptr && p.bias == nullptr ? 0 : round_up(bias + keys * 4 + keys / E::kKeys, 64);
+    return hides_densely(p) ? round_up(bias + keys * 4 + keys / E::kKeys, 64) : 0;
   }
 
   // The part for the key block that starts at `block`.
@@ -155,6 +191,10 @@ inline void read_dense(const Panel<E>& panel, const AttentionParams& p, int64_t 
     memset(room.bias + (end - block) * E::kLanes, 0,
            static_cast<size_t>((tiles_end - (end - block)) * E::kLanes) * sizeof(typename E::Scalar));
   }
+  for (int64_t key = begin; panel.scattered && key < end; key += E::kKeys) {
+    hide_tile_segments<E>(panel, p.key_segments + panel.batch * p.segment_strides[1], key, min64(key + E::kKeys, end),
+                          room.visible + (key - block));
+  }
   for (int64_t key = end - block; key < tiles_end; ++key) {
     room.visible[key] = 0;
   }
@@ -165,7 +205,7 @@ inline void read_dense(const Panel<E>& panel, const AttentionParams& p, int64_t 
 template <class E>
 inline DenseBlock<E> dense_block(const Panel<E>& panel, const AttentionParams& p, int64_t block, int64_t begin,
                                  int64_t end, char* scratch) {
-  if (p.mask == nullptr && p.bias == nullptr) {
+  if (p.mask == nullptr && p.bias == nullptr && !panel.scattered) {
     return {};
   }
   if (panel.dense != nullptr) {

@@ -172,10 +172,12 @@ inline void place_panels(const ForwardCall<E>& call, const ForwardTask<E>& task)
     place_rows<E>(panel, task.p, task.rows, task.rows.begin + i * E::kLanes);
     panel.dense = dense_table<E>(call, batch, task.rows.kv_head * plan.spans + task.rows.begin / plan.span_rows,
                                  task.rows.begin % plan.span_rows / E::kLanes + i);
-    if constexpr (E::kMethod == Method::rows) {
-      copy_query<E>(panel, task.p, batch, plan.query_factor);
-    } else {
-      pack_query<E>(panel, task.p, batch, plan.query_factor);
+    if (panel.first_min < panel.last_max) {  // some row of it sees a key
+      if constexpr (E::kMethod == Method::rows) {
+        copy_query<E>(panel, task.p, batch, plan.query_factor);
+      } else {
+        pack_query<E>(panel, task.p, batch, plan.query_factor);
+      }
     }
   }
 }
@@ -304,7 +306,8 @@ void pack_task(void* opaque, int64_t index, int /*thread*/) {
   const int64_t head = call.first_head + index / blocks;
   const int64_t begin = index % blocks * E::kBlockKeys;
   const int64_t end = min64(begin + E::kBlockKeys, existing_keys(p, head / p.kv_heads));
-  if (begin >= end) {
+  const Interval seen = sequence_interval(p, head / p.kv_heads);
+  if (begin >= seen.last || end <= seen.first) {
     return;
   }
   char* out = call.packed + index / blocks * call.plan.head_bytes;
@@ -397,23 +400,6 @@ void run_quantised(const AttentionParams& p) {
       from_scalar(out[row * p.value_dim + d], static_cast<Source*>(p.out) + index + d * p.out_strides[3]);
     }
   });
-}
-
-// `Rows`: the engines of few queries by the type that quantised keys and values are stored in.
-template <class Few, class Many, template <class> class Rows>
-void forward(const AttentionParams& p) {
-  const bool few = p.seqlen_q <= few_queries(p.dtype);
-  if (few && is_quantised(p)) {
-    run_quantised<typename Few::Source, Rows>(p);
-  } else {
-    (few ? run_forward<Few> : run_forward<Many>)(p);
-  }
-}
-
-// Of a type that goes with no quantised keys.
-template <class Few, class Many>
-void forward(const AttentionParams& p) {
-  (p.seqlen_q <= few_queries(p.dtype) ? run_forward<Few> : run_forward<Many>)(p);
 }
 
 }  // namespace

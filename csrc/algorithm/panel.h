@@ -35,11 +35,15 @@ struct Panel {
   int64_t first[kLanes];
   int64_t last[kLanes];
   int64_t first_min, first_max, last_min, last_max;
+  int64_t segment[kLanes];  // where there are segments whose keys do not stand side by side
+  int64_t segment_min, segment_max;
   const uint8_t* mask_row[kLanes];
   const char* bias_row[kLanes];
-  int64_t block;       // first key of the running key block
-  int64_t first_head;  // of the batch, counted over batches
+  int64_t block;  // first key of the running key block
+  int64_t batch;
+  int64_t first_head;  // of the batch, as dropout counts them
   char* dense;         // null, or a DenseRoom that holds mask and bias for all keys
+  bool scattered;      // some lane's interval holds keys of other segments
   bool mask_shared;    // every lane reads the same mask row
   bool bias_shared;
 
@@ -61,20 +65,43 @@ struct RowRange {
   int64_t end;
 };
 
-// The keys that a row at `position` sees by the window and the length.
+// Keys [first, last); none if last <= first.
 struct Interval {
   int64_t first;
   int64_t last;
 };
 
-inline Interval visible_interval(const AttentionParams& p, int64_t batch, int64_t position) {
+// The keys that a row sees by the window, the start and the length. Neither end falls from row to row.
+inline Interval rule_interval(const AttentionParams& p, int64_t batch, int64_t row) {
+  const int64_t position = row + p.query_offset[batch];
   const int64_t length = existing_keys(p, batch);
-  const int64_t first = p.window_left >= kUnbounded ? 0 : clamp64(position - p.window_left, 0, length);
-  const int64_t last = p.window_right >= kUnbounded ? length : clamp64(position + p.window_right + 1, 0, length);
-  return {first, max64(first, last)};
+  const int64_t start = p.kv_starts != nullptr ? max64(p.kv_starts[batch], 0) : 0;
+  return {p.window_left >= kUnbounded ? start : clamp64(position - p.window_left, start, length),
+          p.window_right >= kUnbounded ? length : clamp64(position + p.window_right + 1, 0, length)};
 }
 
-// Mask, bias and ALiBi of the lanes, once these have their rows.
+inline int64_t query_length(const AttentionParams& p, int64_t batch) {
+  return p.query_lengths != nullptr ? min64(p.query_lengths[batch], p.seqlen_q) : p.seqlen_q;
+}
+
+// The same within the row's segment. That of a row without keys starts behind all and ends before all of them, so that
+// its neighbours in a panel decide what the panel visits.
+inline Interval visible_interval(const AttentionParams& p, int64_t batch, int64_t row) {
+  Interval seen = rule_interval(p, batch, row);
+  if (p.segment_ranges != nullptr) {
+    const SegmentRange& own = p.segment_ranges[batch * p.seqlen_q + row];
+    seen = {max64(seen.first, own.first), min64(seen.last, own.last)};
+  }
+  return seen.first < seen.last && row < query_length(p, batch) ? seen : Interval{p.seqlen_k, 0};
+}
+
+// What the rows of a sequence see together, or more.
+inline Interval sequence_interval(const AttentionParams& p, int64_t batch) {
+  const int64_t rows = query_length(p, batch);
+  return rows > 0 ? Interval{rule_interval(p, batch, 0).first, rule_interval(p, batch, rows - 1).last} : Interval{0, 0};
+}
+
+// Mask, bias, ALiBi and segments of the lanes, once these have their rows.
 template <class E>
 FASTATTN_NOINLINE void place_extras(Panel<E>& panel, const AttentionParams& p, int64_t b) {
   using Scalar = typename E::Scalar;
@@ -95,6 +122,12 @@ FASTATTN_NOINLINE void place_extras(Panel<E>& panel, const AttentionParams& p, i
       const double slope = p.alibi_slopes[b * p.alibi_strides[0] + head * p.alibi_strides[1]];
       panel.slope[lane] = static_cast<Scalar>(slope);
       panel.beyond[lane] = -slope * panel.overshoot(lane);
+    }
+    if (p.scattered_segments) {
+      panel.segment[lane] = p.query_segments[b * p.segment_strides[0] + row];
+      panel.segment_min = min64(panel.segment_min, panel.segment[lane]);
+      panel.segment_max = max64(panel.segment_max, panel.segment[lane]);
+      panel.scattered |= !p.segment_ranges[b * p.seqlen_q + row].whole;
     }
   }
 }
@@ -117,13 +150,17 @@ FASTATTN_NOINLINE void place_rows(Panel<E>& panel, const AttentionParams& p, con
   const int64_t group = p.query_heads / p.kv_heads;
   const int64_t b = range.batch;
   panel.live = static_cast<int>(min64(E::kLanes, range.end - begin));
-  const bool extras = p.mask != nullptr || p.bias != nullptr || p.alibi_slopes != nullptr || p.dropout.threshold > 0;
+  const bool extras = p.mask != nullptr || p.bias != nullptr || p.alibi_slopes != nullptr || p.dropout.threshold > 0 ||
+                      p.scattered_segments;
   const int64_t needed = E::kMethod == Method::rows ? panel.live : round_up(panel.live, E::kWidth);
   panel.placed = extras ? E::kLanes : static_cast<int>(needed);
-  panel.first_min = panel.last_min = INT64_MAX;
+  panel.first_min = panel.last_min = panel.segment_min = INT64_MAX;
   panel.first_max = panel.last_max = 0;
+  panel.segment_max = INT64_MIN;
+  panel.scattered = false;
   panel.dense = nullptr;
-  panel.first_head = b * p.query_heads;
+  panel.first_head = p.dropout.first_head + b * p.query_heads;
+  panel.batch = b;
   panel.mask_shared = panel.bias_shared = true;
   int64_t head = range.kv_head * group + begin / p.seqlen_q;
   int64_t row = begin % p.seqlen_q;
@@ -137,7 +174,7 @@ FASTATTN_NOINLINE void place_rows(Panel<E>& panel, const AttentionParams& p, con
     panel.row[lane] = row;
     panel.position[lane] = row + p.query_offset[b];
     panel.nearest[lane] = clamp64(panel.position[lane], 0, last_key);
-    const Interval seen = visible_interval(p, b, panel.position[lane]);
+    const Interval seen = visible_interval(p, b, row);
     panel.first[lane] = seen.first;
     panel.last[lane] = seen.last;
     panel.first_min = min64(panel.first_min, seen.first);

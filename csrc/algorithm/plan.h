@@ -31,15 +31,26 @@ constexpr double kThreadWork = 4000;
 constexpr double kTaskTime = 250;
 constexpr double kOperationsPerTime = 60;
 
-// How many of the threads that may be used are worth waking.
-inline int worthwhile_threads(const AttentionParams& p, int64_t tasks) {
+// What a call with so many tasks takes on one thread, in nanoseconds.
+inline double expected_time(const AttentionParams& p, int64_t tasks) {
   const double rows =
       static_cast<double>(p.batch) * static_cast<double>(p.query_heads) * static_cast<double>(p.seqlen_q);
   const double scores = rows * static_cast<double>(p.seqlen_k);
   const double operations = 2.0 * scores * static_cast<double>(p.head_dim + p.value_dim);
-  const double time = static_cast<double>(tasks) * kTaskTime + operations / kOperationsPerTime;
-  return time < kThreadWork * p.num_threads ? static_cast<int>(1 + time / kThreadWork) : p.num_threads;
+  return static_cast<double>(tasks) * kTaskTime + operations / kOperationsPerTime;
 }
+
+// How many of the threads that may be used are worth waking.
+inline int worthwhile_threads(double time, int num_threads) {
+  return time < kThreadWork * num_threads ? static_cast<int>(1 + time / kThreadWork) : num_threads;
+}
+
+inline int worthwhile_threads(const AttentionParams& p, int64_t tasks) {
+  return worthwhile_threads(expected_time(p, tasks), p.num_threads);
+}
+
+// Whether a call's rows are few enough to be dotted with rows, one by one.
+inline bool takes_rows(const AttentionParams& p) { return p.seqlen_q <= few_queries(p.dtype); }
 
 // Which tiles of a key block have values that are not all finite, each found out when first asked for: the panels of a
 // task share it.
@@ -209,13 +220,14 @@ inline ScoreRules<E> score_rules(const AttentionParams& p) {
 template <class E>
 inline void plan_dense(ForwardPlan<E>& plan, const AttentionParams& p) {
   const auto moves = [&](int axis) {
-    return (p.mask != nullptr && p.mask_strides[axis] != 0) || (p.bias != nullptr && p.bias_strides[axis] != 0);
+    return (p.mask != nullptr && p.mask_strides[axis] != 0) || (p.bias != nullptr && p.bias_strides[axis] != 0) ||
+           (p.scattered_segments && axis != 1);
   };
   const int64_t spans = p.kv_heads * plan.spans;
   plan.dense_batches = moves(0) ? p.batch : 1;
   plan.dense_spans = moves(1) ? spans : 1;
   const bool shared = p.batch * spans >= 2 * plan.dense_batches * plan.dense_spans;
-  if (E::kMethod == Method::rows || !shared || !moves(2) || p.seqlen_k > kDenseBudget) {
+  if (E::kMethod == Method::rows || !shared || !moves(2) || p.seqlen_k == 0 || p.seqlen_k > kDenseBudget) {
     return;
   }
   const int64_t bytes = DenseRoom<E>::bytes(p, round_up(p.seqlen_k, E::kBlockKeys));

@@ -372,7 +372,7 @@ void compute(CachedCall& c, char* scratch) {
   if (c.added != 0 || c.update.query != nullptr) {
     update_caches(c.update);
   }
-  forward_kernel(p)(p);
+  forward_kernel(p)(&p, 1);
 }
 
 }  // namespace

@@ -114,8 +114,40 @@ const int64_t* read_batch_table(const char* name, const py::object& from, int64_
   return from.is_none() ? nullptr : read_table<int64_t>(name, from, kCodeInt64, batch);
 }
 
-void read_rules(const TensorArguments& tensors, AttentionParams& p) {
-  p.query_offset = read_table<int64_t>("query_offset", tensors.query_offset, kCodeInt64, p.batch);
+// Copies the rows at which sequences start.
+Starts read_starts(const char* name, const py::object& from, int64_t rows) {
+  const TensorView view = read_tuple(name, from, 1);
+  expect_code(name, view, kCodeInt64);
+  if (view.sizes[0] < 1) {
+    fail(name, "expected a start at least");
+  }
+  Starts starts(static_cast<size_t>(view.sizes[0]));
+  int64_t last = 0;
+  for (int64_t i = 0; i < view.sizes[0]; ++i) {
+    const int64_t start = static_cast<const int64_t*>(view.data)[i * view.strides[0]];
+    if (start < last || start > rows) {
+      fail(name, "must rise within 0.." + std::to_string(rows));
+    }
+    starts[static_cast<size_t>(i)] = last = start;
+  }
+  return starts;
+}
+
+void read_sequences(const TensorArguments& tensors, const AttentionParams& p, Derived& derived) {
+  if (tensors.cu_seqlens_q.is_none()) {
+    return;
+  }
+  derived.query_starts = read_starts("cu_seqlens_q", tensors.cu_seqlens_q, p.seqlen_q);
+  derived.key_starts = read_starts("cu_seqlens_k", tensors.cu_seqlens_k, p.seqlen_k);
+  const bool plain = p.batch == 1 && p.weights == nullptr && p.mask == nullptr && p.bias == nullptr;
+  if (!plain || derived.query_starts.size() != derived.key_starts.size() || p.block_table != nullptr) {
+    fail("cu_seqlens_q, cu_seqlens_k", "expected as many of both, a batch of 1, and neither mask, bias nor weights");
+  }
+}
+
+void read_rules(const TensorArguments& tensors, const Derived& derived, AttentionParams& p) {
+  const int64_t sequences = derived.sequences(p.batch);
+  p.query_offset = read_table<int64_t>("query_offset", tensors.query_offset, kCodeInt64, sequences);
   p.kv_lengths = read_batch_table("kv_lengths", tensors.kv_lengths, p.batch);
   p.kv_starts = read_batch_table("kv_starts", tensors.kv_starts, p.batch);
   p.query_lengths = read_batch_table("query_lengths", tensors.query_lengths, p.batch);
@@ -145,7 +177,7 @@ void read_rules(const TensorArguments& tensors, AttentionParams& p) {
   if (!tensors.alibi_slopes.is_none()) {
     const TensorView slopes = read_tuple("alibi_slopes", tensors.alibi_slopes, 2);
     expect_code("alibi_slopes", slopes, kFloat64);
-    expect_sizes("alibi_slopes", slopes, {p.batch, p.query_heads});
+    expect_sizes("alibi_slopes", slopes, {sequences, p.query_heads});
     p.alibi_slopes = static_cast<const double*>(slopes.data);
     copy_strides(slopes, p.alibi_strides);
   }
@@ -301,7 +333,7 @@ void set_scales(const char* name, const TensorView& view, const TensorView& of, 
   copy_strides(view, strides);
 }
 
-AttentionParams make_params(const TensorArguments& tensors, Pages& pages) {
+AttentionParams make_params(const TensorArguments& tensors, Derived& derived) {
   AttentionParams p{};
   const TensorView query = read_tuple("query", tensors.query, 4);
   const TensorView key = read_tuple("key", tensors.key, 4);
@@ -310,7 +342,7 @@ AttentionParams make_params(const TensorArguments& tensors, Pages& pages) {
     set_inputs(query, key, value, p);
   } else {
     set_paged_inputs(query, key, value, read_tuple("block_table", tensors.block_table, 2),
-                     read_batch_table("kv_lengths", tensors.kv_lengths, query.sizes[0]), p, pages);
+                     read_batch_table("kv_lengths", tensors.kv_lengths, query.sizes[0]), p, derived.pages);
   }
   read_scales("key_scales", tensors.key_scales, key, p.key_scales, p.key_scale_strides);
   read_scales("value_scales", tensors.value_scales, value, p.value_scales, p.value_scale_strides);
@@ -322,14 +354,15 @@ AttentionParams make_params(const TensorArguments& tensors, Pages& pages) {
   }
   read_outputs(tensors, p);
   read_dense(tensors, p);
-  read_rules(tensors, p);
+  read_sequences(tensors, p, derived);
+  read_rules(tensors, derived, p);
+  find_segments(p, derived.segments);
   return p;
 }
 
-BackwardParams make_backward_params(const GradientArguments& tensors) {
+BackwardParams make_backward_params(const GradientArguments& tensors, Derived& derived) {
   BackwardParams b{};
-  Pages none;
-  b.forward = make_params(tensors.forward, none);
+  b.forward = make_params(tensors.forward, derived);
   if (b.forward.block_table != nullptr || b.forward.key_scales != nullptr) {
     fail("key", "there is no backward through a cache");
   }
@@ -369,13 +402,14 @@ BackwardParams make_backward_params(const GradientArguments& tensors) {
        b.grad_value_strides);
   read("grad_bias", tensors.grad_bias, wide, {p.batch, p.query_heads, rows, p.seqlen_k}, b.grad_bias,
        b.grad_bias_strides);
-  const auto table = [&p](const char* name, const py::object& from) -> double* {
+  const int64_t sequences = derived.sequences(p.batch);
+  const auto table = [&](const char* name, const py::object& from) -> double* {
     if (from.is_none()) {
       return nullptr;
     }
     const TensorView view = read_tuple(name, from, 2);
     expect_code(name, view, static_cast<int>(DType::float64));
-    expect_sizes(name, view, {p.batch, p.query_heads});
+    expect_sizes(name, view, {sequences, p.query_heads});
     if (view.strides[1] != 1 || view.strides[0] != p.query_heads) {
       fail(name, "must be contiguous");
     }

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "bindings/segments.h"
+#include "bindings/sequences.h"
 #include "params.h"
 
 namespace fastattn {
@@ -22,6 +24,8 @@ struct TensorArguments {
   pybind11::object block_table = pybind11::none();
   pybind11::object key_scales = pybind11::none();
   pybind11::object value_scales = pybind11::none();
+  pybind11::object cu_seqlens_q = pybind11::none();
+  pybind11::object cu_seqlens_k = pybind11::none();
 };
 
 // One of them, read: canonical axes, strides in elements.
@@ -66,9 +70,21 @@ void set_paged_inputs(const TensorView& query, TensorView key, TensorView value,
 void set_scales(const char* name, const TensorView& view, const TensorView& of, const float*& to,
                 int64_t (&strides)[3]);
 
+// What is made of arguments, and is read by kernels in their place.
+struct Derived {
+  Pages pages;
+  SegmentRanges segments;
+  Starts query_starts;  // of sequences behind one another, if they are
+  Starts key_starts;
+
+  int64_t sequences(int64_t batch) const {
+    return query_starts.empty() ? batch : static_cast<int64_t>(query_starts.size()) - 1;
+  }
+};
+
 // Throws std::invalid_argument (ValueError) naming the argument. Scalars are left to the caller. The parameters point
-// into `pages`.
-AttentionParams make_params(const TensorArguments& tensors, Pages& pages);
+// into `derived`. Those of sequences behind one another are of all, and have yet to be taken apart.
+AttentionParams make_params(const TensorArguments& tensors, Derived& derived);
 
 // What a backward call has besides: the same, or None. `forward` holds out and lse.
 struct GradientArguments {
@@ -77,7 +93,7 @@ struct GradientArguments {
       grad_sinks;
 };
 
-BackwardParams make_backward_params(const GradientArguments& tensors);
+BackwardParams make_backward_params(const GradientArguments& tensors, Derived& derived);
 
 // The codes of Tensor tuples: DType's, and these.
 enum TensorCode { kCodeBool = 4, kCodeInt64 = 5, kCodeInt32 = 9 };

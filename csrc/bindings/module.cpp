@@ -5,6 +5,7 @@
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "bindings/cache_call.h"
 #include "bindings/cache_params.h"
@@ -53,16 +54,22 @@ void attention_forward(const py::object& query, const py::object& key, const py:
                        uint32_t dropout_offset, int64_t window_left, int64_t window_right, int num_threads,
                        const py::object& kv_starts, const py::object& query_lengths, const py::object& query_segments,
                        const py::object& key_segments, const py::object& block_table, const py::object& key_scales,
-                       const py::object& value_scales) {
-  Pages pages;
+                       const py::object& value_scales, const py::object& cu_seqlens_q, const py::object& cu_seqlens_k) {
+  Derived derived;
   AttentionParams p =
-      make_params({query, key, value, out, lse, weights, mask, bias, kv_lengths, query_offset, alibi_slopes, sinks,
-                   kv_starts, query_lengths, query_segments, key_segments, block_table, key_scales, value_scales},
-                  pages);
+      make_params({query,          key,          value,        out,          lse,          weights,      mask,
+                   bias,           kv_lengths,   query_offset, alibi_slopes, sinks,        kv_starts,    query_lengths,
+                   query_segments, key_segments, block_table,  key_scales,   value_scales, cu_seqlens_q, cu_seqlens_k},
+                  derived);
   set_rules(p, scale, softcap, make_dropout(dropout_p, dropout_seed, dropout_offset), window_left, window_right,
             num_threads);
   const ForwardFn run = forward_kernel(p);
-  without_gil([&] { run(p); });
+  if (derived.query_starts.empty()) {
+    without_gil([&] { run(&p, 1); });
+    return;
+  }
+  const std::vector<AttentionParams> calls = split_forward(p, derived.query_starts, derived.key_starts);
+  without_gil([&] { run(calls.data(), static_cast<int64_t>(calls.size())); });
 }
 
 void attention_backward(const py::object& query, const py::object& key, const py::object& value, const py::object& out,
@@ -74,23 +81,32 @@ void attention_backward(const py::object& query, const py::object& key, const py
                         const py::object& grad_sinks, double scale, double softcap, double dropout_p,
                         uint64_t dropout_seed, uint32_t dropout_offset, int64_t window_left, int64_t window_right,
                         int num_threads, const py::object& kv_starts, const py::object& query_lengths,
-                        const py::object& query_segments, const py::object& key_segments) {
-  BackwardParams b =
-      make_backward_params({{query, key, value, out, lse, py::none(), mask, bias, kv_lengths, query_offset,
-                             alibi_slopes, sinks, kv_starts, query_lengths, query_segments, key_segments},
-                            grad_out,
-                            grad_lse,
-                            grad_weights,
-                            grad_query,
-                            grad_key,
-                            grad_value,
-                            grad_bias,
-                            grad_slopes,
-                            grad_sinks});
+                        const py::object& query_segments, const py::object& key_segments,
+                        const py::object& cu_seqlens_q, const py::object& cu_seqlens_k) {
+  Derived derived;
+  BackwardParams b = make_backward_params(
+      {{query,          key,          value,        out,          lse,        py::none(),   mask,
+        bias,           kv_lengths,   query_offset, alibi_slopes, sinks,      kv_starts,    query_lengths,
+        query_segments, key_segments, py::none(),   py::none(),   py::none(), cu_seqlens_q, cu_seqlens_k},
+       grad_out,
+       grad_lse,
+       grad_weights,
+       grad_query,
+       grad_key,
+       grad_value,
+       grad_bias,
+       grad_slopes,
+       grad_sinks},
+      derived);
   set_rules(b.forward, scale, softcap, make_dropout(dropout_p, dropout_seed, dropout_offset), window_left, window_right,
             num_threads);
   const BackwardFn run = kernels().backward[static_cast<int>(b.forward.dtype)];
-  without_gil([&] { run(b); });
+  if (derived.query_starts.empty()) {
+    without_gil([&] { run(&b, 1); });
+    return;
+  }
+  const std::vector<BackwardParams> calls = split_backward(b, derived.query_starts, derived.key_starts);
+  without_gil([&] { run(calls.data(), static_cast<int64_t>(calls.size())); });
 }
 
 // `tensors`: those of CacheViews, or None.
@@ -195,13 +211,13 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         "dropout_seed"_a, "dropout_offset"_a, "window_left"_a, "window_right"_a, "num_threads"_a,
         "kv_starts"_a = py::none(), "query_lengths"_a = py::none(), "query_segments"_a = py::none(),
         "key_segments"_a = py::none(), "block_table"_a = py::none(), "key_scales"_a = py::none(),
-        "value_scales"_a = py::none());
+        "value_scales"_a = py::none(), "cu_seqlens_q"_a = py::none(), "cu_seqlens_k"_a = py::none());
   m.def("attention_backward", attention_backward, "query"_a, "key"_a, "value"_a, "out"_a, "lse"_a, "mask"_a, "bias"_a,
         "kv_lengths"_a, "query_offset"_a, "alibi_slopes"_a, "sinks"_a, "grad_out"_a, "grad_lse"_a, "grad_weights"_a,
         "grad_query"_a, "grad_key"_a, "grad_value"_a, "grad_bias"_a, "grad_slopes"_a, "grad_sinks"_a, "scale"_a,
         "softcap"_a, "dropout_p"_a, "dropout_seed"_a, "dropout_offset"_a, "window_left"_a, "window_right"_a,
         "num_threads"_a, "kv_starts"_a = py::none(), "query_lengths"_a = py::none(), "query_segments"_a = py::none(),
-        "key_segments"_a = py::none());
+        "key_segments"_a = py::none(), "cu_seqlens_q"_a = py::none(), "cu_seqlens_k"_a = py::none());
   m.def("update_caches", update, "tensors"_a, "capacity"_a, "query_step"_a, "interleaved"_a, "num_threads"_a);
   m.def("bind_torch", bind_torch, "tensor"_a, "parameter"_a, "strided"_a, "dtypes"_a, "empty_like"_a, "exchange"_a);
   m.def("attention_cached", cached, "query"_a, "key_cache"_a, "value_cache"_a, "key_scale"_a, "value_scale"_a,

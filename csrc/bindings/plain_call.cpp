@@ -154,7 +154,7 @@ py::object attention_plain_numpy(py::handle query, py::handle key, py::handle va
   py::object result = empty_numpy(query, out);
   set_plain_out(out, bshd, c.params);
   const ForwardFn run = forward_kernel(c.params);
-  return keeping(std::move(result), [&] { run(c.params); });
+  return keeping(std::move(result), [&] { run(&c.params, 1); });
 }
 
 py::object attention_plain_torch(py::handle query, py::handle key, py::handle value, bool causal, py::handle scale,
@@ -177,7 +177,7 @@ py::object attention_plain_torch(py::handle query, py::handle key, py::handle va
     result = py::make_tuple(std::move(result), std::move(log_sums));
   }
   const ForwardFn run = forward_kernel(p);
-  return keeping(std::move(result), [&] { run(p); });
+  return keeping(std::move(result), [&] { run(&p, 1); });
 }
 
 py::object attention_plain_backward(const PlainGradients& g, py::handle query, py::handle key, py::handle value,
@@ -204,7 +204,8 @@ py::object attention_plain_backward(const PlainGradients& g, py::handle query, p
     grad_value = empty_gradient(value, c.value, bshd, b.grad_value, b.grad_value_strides);
   }
   const BackwardFn run = kernels().backward[static_cast<int>(b.forward.dtype)];
-  return keeping(py::make_tuple(std::move(grad_query), std::move(grad_key), std::move(grad_value)), [&] { run(b); });
+  return keeping(py::make_tuple(std::move(grad_query), std::move(grad_key), std::move(grad_value)),
+                 [&] { run(&b, 1); });
 }
 
 }  // namespace fastattn

@@ -176,7 +176,7 @@ void run_key(void* context, int64_t index, int /*thread*/) {
 }
 
 template <class T>
-void backward(const BackwardParams& b) {
+void run_backward(const BackwardParams& b) {
   const AttentionParams& p = b.forward;
   const Workspace workspace(sizeof(RowState) * static_cast<size_t>(p.batch * p.query_heads * p.seqlen_q));
   ScalarBackward call{b, reinterpret_cast<RowState*>(workspace.data())};
@@ -184,6 +184,13 @@ void backward(const BackwardParams& b) {
   parallel_for(p.batch * p.query_heads, b.grad_bias != nullptr ? 1 : p.num_threads, run_query_head<T>, &call);
   if (b.grad_key != nullptr || b.grad_value != nullptr) {
     parallel_for(p.batch * p.kv_heads * p.seqlen_k, p.num_threads, run_key<T>, &call);
+  }
+}
+
+template <class T>
+void backward(const BackwardParams* calls, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    run_backward<T>(calls[i]);
   }
 }
 

@@ -89,9 +89,11 @@ void run_row(void* context, int64_t index, int /*thread*/) {
 }
 
 template <class T>
-void forward(const AttentionParams& params) {
-  AttentionParams p = params;
-  parallel_for(p.batch * p.query_heads * p.seqlen_q, p.num_threads, run_row<T>, &p);
+void forward(const AttentionParams* calls, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    AttentionParams p = calls[i];
+    parallel_for(p.batch * p.query_heads * p.seqlen_q, p.num_threads, run_row<T>, &p);
+  }
 }
 
 // Independent sums in plain C++: what this tier could reach.

@@ -54,6 +54,16 @@ bool visible(const AttentionParams& p, const Row& r, int64_t key) {
   if (p.kv_lengths != nullptr && key >= p.kv_lengths[r.batch]) {
     return false;
   }
+  if (p.kv_starts != nullptr && key < p.kv_starts[r.batch]) {
+    return false;
+  }
+  if (p.query_lengths != nullptr && r.row >= p.query_lengths[r.batch]) {
+    return false;
+  }
+  if (p.query_segments != nullptr && p.query_segments[r.batch * p.segment_strides[0] + r.row] !=
+                                         p.key_segments[r.batch * p.segment_strides[1] + key]) {
+    return false;
+  }
   if (p.window_right < kUnbounded && key > r.position + p.window_right) {
     return false;
   }
@@ -73,7 +83,7 @@ inline double kept(const AttentionParams& p, const Row& r, int64_t key) {
   }
   uint32_t words[4][1] = {{static_cast<uint32_t>(r.row)},
                           {static_cast<uint32_t>(key / 4)},
-                          {static_cast<uint32_t>(r.batch * p.query_heads + r.head)},
+                          {static_cast<uint32_t>(p.dropout.first_head + r.batch * p.query_heads + r.head)},
                           {p.dropout.offset}};
   philox<1>(words, p.dropout.seed);
   return kept(p.dropout, words[key % 4][0]);

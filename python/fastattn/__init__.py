@@ -13,6 +13,7 @@ from fastattn.explanation import Explanation, explain
 from fastattn.functional import attention
 from fastattn.kvcache import attention_with_kvcache
 from fastattn.merge import merge_states
+from fastattn.varlen import attention_varlen
 
 if TYPE_CHECKING:
     from fastattn.integrations.torch_sdpa import scaled_dot_product_attention as scaled_dot_product_attention
@@ -24,6 +25,7 @@ __all__ = [
     "Explanation",
     "__version__",
     "attention",
+    "attention_varlen",
     "attention_with_kvcache",
     "explain",
     "get_num_threads",

@@ -39,6 +39,8 @@ def attention_forward(
     block_table: Tensor | None = None,
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> None: ...
 def update_caches(
     tensors: tuple[Tensor | None, ...], capacity: int, query_step: int, interleaved: bool, num_threads: int
@@ -78,6 +80,8 @@ def attention_backward(
     query_lengths: Tensor | None = None,
     query_segments: Tensor | None = None,
     key_segments: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> None: ...
 def bind_torch(
     tensor: type,

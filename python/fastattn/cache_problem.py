@@ -12,21 +12,19 @@ from fastattn._flags import flag
 from fastattn.arrays import INTEGERS, NUMPY, Array, ArrayLibrary, Strided, library_of, type_name
 from fastattn.cache_tensors import CacheTensors
 from fastattn.problem import (
-    MAX_OFFSET,
     UNBOUNDED,
     AttentionProblem,
     Layout,
-    Vector,
     Window,
     check_layout,
     check_real,
     check_softcap,
     check_window,
-    is_integer,
-    short_vector,
-    sinks_vector,
-    slopes_vector,
 )
+from fastattn.vectors import MAX_OFFSET, Vector, is_integer
+from fastattn.vectors import alibi_slopes as slopes_vector
+from fastattn.vectors import sinks as sinks_vector
+from fastattn.vectors import vector as short_vector
 
 
 class Rotary(NamedTuple):

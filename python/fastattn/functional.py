@@ -20,6 +20,9 @@ def attention(
     mask: Array | None = None,
     bias: Array | None = None,
     kv_lengths: Any = None,
+    kv_starts: Any = None,
+    query_lengths: Any = None,
+    segment_ids: tuple[Any, Any] | None = None,
     query_offset: Any = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
@@ -57,7 +60,14 @@ def attention(
     bias : array of query's dtype or float32, optional
         Broadcasts to (B, Hq, Lq, Lk); added to the scores. -inf masks; every finite value is a value.
     kv_lengths : (B,) integers, optional
-        Keys at and past the length do not exist. Moves no diagonal.
+        Keys at and past the length do not exist. Moves no diagonal, and neither do the next three.
+    kv_starts : (B,) integers, optional
+        Keys before the start do not exist.
+    query_lengths : (B,) integers, optional
+        Queries at and past the length do not exist: their rows may attend to nothing.
+    segment_ids : ((B, Lq) integers, (B, Lk) integers), optional
+        A query attends to the keys of its own id alone. Ids may come in any order; where those of a document
+        stand side by side, nothing is done for other documents' keys.
     query_offset : int or (B,) integers, optional
         The key position at which query 0 stands.
     alibi_slopes : (Hq,) or (B, Hq) floats, optional
@@ -112,10 +122,10 @@ def attention(
     -----
     Tensors that require grad get a graph. ``torch.autocast`` casts query, key and value.
 
-    On a GPU, kv_lengths, query_offset, alibi_slopes and sinks may be lists or tensors of the CPU, checked
-    as everywhere, or tensors of the GPU: those are never waited for, and their values are not checked unless
-    ``FASTATTN_DEBUG=1``. Kernels then stay within the keys that there are. A call only launches kernels, on
-    the current stream, and can be captured in a CUDA graph.
+    On a GPU, kv_lengths, kv_starts, query_lengths, segment_ids, query_offset, alibi_slopes and sinks may be
+    lists or tensors of the CPU, checked as everywhere, or tensors of the GPU: those are never waited for, and
+    their values are not checked unless ``FASTATTN_DEBUG=1``. Kernels then stay within the keys that there
+    are. A call only launches kernels, on the current stream, and can be captured in a CUDA graph.
 
     On the CPU, what is masked, or lies past a length, changes no bit of the output, not even NaN; on a GPU
     that holds past a length, and where no row of a tile may look. Dropout keeps a probability where a word of
@@ -137,6 +147,7 @@ def attention(
     if (
         (mask is None and bias is None and kv_lengths is None and window is None and query_offset is None)
         and (alibi_slopes is None and sinks is None and out is None and backend is None)
+        and (kv_starts is None and query_lengths is None and segment_ids is None)
         and (return_lse is False or return_lse is True)
         and (return_weights is False and type(softcap) is float and softcap == 0)
         and (causal is False or causal is True)
@@ -155,6 +166,9 @@ def attention(
         "mask": mask,
         "bias": bias,
         "kv_lengths": kv_lengths,
+        "kv_starts": kv_starts,
+        "query_lengths": query_lengths,
+        "segment_ids": segment_ids,
         "query_offset": query_offset,
         "alibi_slopes": alibi_slopes,
         "sinks": sinks,

@@ -62,7 +62,8 @@ def canonical(problem: AttentionProblem, name: str, array: Array) -> Strided:
 
 def _memory(problem: AttentionProblem, wanted: Sequence[bool]) -> Gradients:
     query, key, value, bias, slopes, sinks = wanted
-    zeros, like, table = problem.library.zeros, problem.query.array, problem.query.shape[:2]
+    zeros, like = problem.library.zeros, problem.query.array
+    table = problem.sequence_count, problem.query.shape[1]
     return Gradients(
         _empty_like(problem, problem.query) if query else None,
         _empty_like(problem, problem.key) if key else None,

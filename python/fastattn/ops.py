@@ -44,8 +44,8 @@ def forward(
     dropout_p, dropout_seed
         As of `fastattn.attention`, but with dropout the seed must be given: `backward` needs the same.
     backend, **options
-        As of `fastattn.attention`: causal, window, mask, bias, kv_lengths, query_offset, alibi_slopes, sinks,
-        softcap, scale, dropout_offset, layout.
+        As of `fastattn.attention`: causal, window, mask, bias, kv_lengths, kv_starts, query_lengths,
+        segment_ids, query_offset, alibi_slopes, sinks, softcap, scale, dropout_offset, layout.
 
     Returns
     -------
@@ -171,6 +171,9 @@ _DEFAULTS: dict[str, Any] = {
     "mask": None,
     "bias": None,
     "kv_lengths": None,
+    "kv_starts": None,
+    "query_lengths": None,
+    "segment_ids": None,
     "query_offset": None,
     "alibi_slopes": None,
     "sinks": None,

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastattn.arrays import ITEMSIZE, Array, Strided, type_name
-from fastattn.problem import AttentionProblem, Shape
+from fastattn.problem import AttentionProblem
+from fastattn.vectors import Shape
 
 _INT64_MAX = 2**63 - 1
 # What NumPy may try before an overlap that it cannot exclude counts as one; sliced views take a handful.

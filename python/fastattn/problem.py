@@ -4,41 +4,32 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fastattn._flags import flag
-from fastattn.arrays import (
-    FLOATS,
-    INTEGERS,
-    NUMPY,
-    Array,
-    ArrayLibrary,
-    Strided,
-    is_tensor,
-    library_of,
-    type_name,
-)
+from fastattn import vectors
+from fastattn.arrays import FLOATS, NUMPY, Array, ArrayLibrary, Strided, is_tensor, library_of, type_name
+from fastattn.vectors import Shape, Vector, is_integer
 
 Causal: TypeAlias = bool | Literal["bottom_right", "top_left"]
 Layout: TypeAlias = Literal["bhsd", "bshd"]
 Window: TypeAlias = tuple[int | None, int | None]
-Shape: TypeAlias = tuple[int, ...]
-# An NDArray of checked values; of a tensor on a GPU that tensor itself, whose values nobody has looked at.
-Vector: TypeAlias = Any
 
 UNBOUNDED = 1 << 62  # a window bound that never cuts; the same in csrc/params.h
-MAX_OFFSET = 1 << 60  # row + offset + UNBOUNDED stays within int64
 
 
 class AttentionProblem(NamedTuple):
     """One attention call, validated: axes in the order (B, H, L, D) whatever the layout, defaults filled in.
 
     Query ``i`` of batch ``b`` stands at the key position ``p = i + query_offset[b]``. It attends to the keys
-    ``j`` with ``p - window_left <= j <= p + window_right``, ``j < kv_lengths[b]``, a true mask and a bias
-    above -inf. The causal rule is ``window_right = 0``.
+    ``j`` with ``p - window_left <= j <= p + window_right``, ``kv_starts[b] <= j < kv_lengths[b]``, its own
+    segment, a true mask and a bias above -inf; if ``i < query_lengths[b]``, else to none. The causal rule is
+    ``window_right = 0``.
+
+    With `cu_seqlens` the batch is 1 and its rows are those of S sequences, one behind the other: `sequences`
+    has the calls that they are. A sequence's numbers, query_offset and alibi_slopes, are then S.
     """
 
     library: ArrayLibrary
@@ -61,6 +52,12 @@ class AttentionProblem(NamedTuple):
     dropout_offset: int = 0  # of 32 bits
     alibi_slopes_given: Any = None  # as they came, for a backend that differentiates
     sinks_given: Any = None
+    kv_starts: Vector | None = None  # (B,), int64
+    query_lengths: Vector | None = None  # (B,), int64
+    segment_ids: tuple[Vector, Vector] | None = None  # (B, Lq) and (B, Lk), int64
+    cu_seqlens: tuple[Vector, Vector] | None = None  # (S + 1,) of queries and of keys, int64
+    max_seqlens: tuple[int | None, int | None] = (None, None)  # bounds of their differences, where known
+    first_sequence: int = 0  # dropout counts sequences from here
     block_table: Strided | None = None  # (B, slots), integers: which page holds the keys of a slot
     page_size: int = 0  # with a block table key and value are (pages, Hkv, page_size, D or Dv)
     key_scale: Strided | None = (
@@ -89,10 +86,16 @@ class AttentionProblem(NamedTuple):
         dropout_seed: Any = None,
         dropout_offset: int = 0,
         layout: Layout = "bhsd",
+        kv_starts: Any = None,
+        query_lengths: Any = None,
+        segment_ids: Any = None,
+        cu_seqlens: tuple[Any, Any] | None = None,
+        max_seqlens: tuple[Any, Any] = (None, None),
         composed: bool = False,
     ) -> AttentionProblem:
         """Validate the arguments of `fastattn.attention`, whose docstring says what they mean.
 
+        `cu_seqlens`, `max_seqlens`: those of `fastattn.attention_varlen`, whose rows are then a batch of 1.
         `composed`: the backend composes operations of torch: tensors may be on any device and in any graph.
         """
         library = library_of("query", query, composed=composed)
@@ -102,10 +105,18 @@ class AttentionProblem(NamedTuple):
         scores = (batch, heads, seqlen_q, seqlen_k)
         top_left = check_causal(causal)
         left, right = (UNBOUNDED, UNBOUNDED) if window is None else check_window(window)
-        if query_offset is None:
+        sequences = batch
+        if cu_seqlens is not None:
+            cu_seqlens = vectors.cu_seqlens(library, cu_seqlens, seqlen_q, seqlen_k)
+            max_seqlens = _max_seqlens(max_seqlens, cu_seqlens)
+            sequences = cu_seqlens[0].shape[0] - 1
+        if query_offset is not None:
+            query_offset = vectors.query_offset(library, query_offset, sequences)
+        elif top_left or cu_seqlens is None:
             query_offset = 0 if top_left else seqlen_k - seqlen_q
         else:
-            query_offset = _query_offset(library, query_offset, batch)
+            starts_q, starts_k = cu_seqlens
+            query_offset = (starts_k[1:] - starts_k[:-1]) - (starts_q[1:] - starts_q[:-1])
         return cls(
             library,
             layout,
@@ -114,12 +125,12 @@ class AttentionProblem(NamedTuple):
             v,
             None if mask is None else mask_view(library, mask, scores),
             None if bias is None else bias_view(library, bias, q.dtype, scores),
-            None if kv_lengths is None else _kv_lengths(library, kv_lengths, batch, seqlen_k),
+            _counts("kv_lengths", "key's", library, kv_lengths, batch, seqlen_k),
             query_offset,
             left,
             0 if causal else right,  # right >= 0, so the causal rule is always the tighter one
-            None if alibi_slopes is None else slopes_vector(library, alibi_slopes, batch, heads),
-            None if sinks is None else sinks_vector(library, sinks, heads),
+            None if alibi_slopes is None else vectors.alibi_slopes(library, alibi_slopes, sequences, heads),
+            None if sinks is None else vectors.sinks(library, sinks, heads),
             check_softcap(softcap),
             1.0 / math.sqrt(head_dim) if scale is None else check_real("scale", scale),
             check_dropout_p(dropout_p),
@@ -127,6 +138,13 @@ class AttentionProblem(NamedTuple):
             check_word("dropout_offset", dropout_offset, 32),
             alibi_slopes,
             sinks,
+            _counts("kv_starts", "key's", library, kv_starts, batch, seqlen_k),
+            _counts("query_lengths", "query's", library, query_lengths, batch, seqlen_q),
+            None
+            if segment_ids is None
+            else vectors.segment_ids(library, segment_ids, batch, seqlen_q, seqlen_k),
+            cu_seqlens,
+            max_seqlens,
         )
 
     def seeded(self) -> AttentionProblem:
@@ -139,9 +157,21 @@ class AttentionProblem(NamedTuple):
         """The same, with copies of what lies on a GPU and may be written to before a backward reads it."""
         if self.library.on_host:
             return self
-        names = "kv_lengths", "query_offset", "alibi_slopes", "sinks", "dropout_seed"
+        names = (
+            "kv_lengths",
+            "kv_starts",
+            "query_lengths",
+            "query_offset",
+            "alibi_slopes",
+            "sinks",
+            "dropout_seed",
+        )
         given = {name: getattr(self, name) for name in names}
-        return self._replace(**{name: x.clone() for name, x in given.items() if hasattr(x, "clone")})
+        copies = {name: x.clone() for name, x in given.items() if hasattr(x, "clone")}
+        for name in "segment_ids", "cu_seqlens":
+            pair = getattr(self, name)
+            copies[name] = pair and tuple(x.clone() if hasattr(x, "clone") else x for x in pair)
+        return self._replace(**copies)
 
     def without_tensors(self) -> AttentionProblem:
         """The same rules with nothing that keeps a tensor alive."""
@@ -164,6 +194,39 @@ class AttentionProblem(NamedTuple):
             mask=None if mask is None else _broadcast("mask", view("mask", mask), scores),
             bias=None if bias is None else _broadcast("bias", view("bias", bias), scores),
         )
+
+    def sequences(self) -> Iterator[tuple[slice, AttentionProblem]]:
+        """The rows of queries of each sequence behind the other, and the call of batch 1 that it is.
+
+        A call without `cu_seqlens` is yielded whole. Not for one whose cu_seqlens stay on a GPU.
+        """
+        if self.cu_seqlens is None:
+            yield slice(None), self
+            return
+        starts_q, starts_k = (starts.tolist() for starts in self.cu_seqlens)
+        offsets = np.broadcast_to(self.query_offset, len(starts_q) - 1)
+        tensors = self.query.array, self.key.array, self.value.array
+        slopes, given = self.alibi_slopes, self.alibi_slopes_given
+        for s in range(len(starts_q) - 1):
+            rows, keys = slice(*starts_q[s : s + 2]), slice(*starts_k[s : s + 2])
+            part = self._replace(
+                cu_seqlens=None,
+                first_sequence=s,
+                query_offset=int(offsets[s]),
+                alibi_slopes=None if slopes is None else slopes[s : s + 1],
+                alibi_slopes_given=given if np.ndim(given) < 2 else given[s : s + 1],
+            )
+            query, key, value = (
+                x[:, r] if self.layout == "bshd" else x[:, :, r]
+                for x, r in zip(tensors, (rows, keys, keys), strict=True)
+            )
+            yield rows, part.with_tensors(query, key, value, None, None)
+
+    @property
+    def sequence_count(self) -> int:
+        """How many sequences there are, of a batch or one behind the other."""
+        count: int = self.query.shape[0] if self.cu_seqlens is None else self.cu_seqlens[0].shape[0] - 1
+        return count
 
     @property
     def dtype(self) -> str:
@@ -298,69 +361,24 @@ def _broadcast(name: str, view: Strided, shape: Shape) -> Strided:
     return expanded
 
 
-def _kv_lengths(library: ArrayLibrary, lengths: Any, batch: int, seqlen_k: int) -> Vector:
-    values, kept = short_vector("kv_lengths", library, lengths, INTEGERS, [(batch,)])
-    wrong = np.flatnonzero((values < 0) | (values > seqlen_k))
-    if wrong.size:
-        at = wrong[0]
-        got = f"{values[at]} at index {at}"
-        raise ValueError(f"kv_lengths must be from 0 to key's length {seqlen_k}, got {got}")
-    return values.astype(np.int64) if kept is None else kept
+def _counts(
+    name: str, whose: str, library: ArrayLibrary, given: Any, batch: int, length: int
+) -> Vector | None:
+    return None if given is None else vectors.counts(name, whose, library, given, batch, length)
 
 
-def _query_offset(library: ArrayLibrary, offset: Any, batch: int) -> int | Vector:
-    single = is_integer(offset)
-    if single:
-        values, kept = np.array(offset), None
-    else:
-        values, kept = short_vector("query_offset", library, offset, INTEGERS, [(batch,)])
-    for extreme in (int(values.min(initial=0)), int(values.max(initial=0))):
-        if abs(extreme) > MAX_OFFSET:
-            raise ValueError(f"query_offset must be within 2**60 of 0, got {extreme}")
-    if single:
-        return int(offset)
-    return values.astype(np.int64) if kept is None else kept
-
-
-def slopes_vector(library: ArrayLibrary, slopes: Any, batch: int, heads: int) -> Vector:
-    """The slopes of every head, (B, Hq), checked."""
-    values, kept = short_vector(
-        "alibi_slopes", library, slopes, FLOATS + INTEGERS, [(heads,), (batch, heads)]
-    )
-    if not np.isfinite(values).all():
-        raise ValueError(f"alibi_slopes must be finite, got {values[~np.isfinite(values)][0]}")
-    return np.broadcast_to(values.astype(np.float64), (batch, heads)) if kept is None else kept
-
-
-def sinks_vector(library: ArrayLibrary, sinks: Any, heads: int) -> Vector:
-    """The sinks, (Hq,), checked."""
-    values, kept = short_vector("sinks", library, sinks, FLOATS + INTEGERS, [(heads,)])
-    wrong = np.isnan(values) | (values == np.inf)
-    if wrong.any():
-        raise ValueError(f"sinks must be finite, or -inf for a head without one, got {values[wrong][0]}")
-    return values.astype(np.float64) if kept is None else kept
-
-
-def short_vector(
-    name: str, library: ArrayLibrary, value: Any, dtypes: tuple[str, ...], shapes: list[Shape]
-) -> tuple[NDArray[Any], Array | None]:
-    """Copy a short argument out of an array or a sequence: what is checked then is what a kernel reads.
-
-    A tensor that is kept on its device comes back as such, beside the values to check: none, but for
-    ``FASTATTN_DEBUG=1``, since to read them is to wait for the device. Kernels stay in bounds with any.
-    """
-    if isinstance(value, (tuple, list)):
-        library, value = NUMPY, _listed(name, value)
-    kept = library.keeps(value)
-    view = library.view(name, value) if kept else library.readable(name, value)
-    if view.dtype not in dtypes:
-        expected = "integers" if dtypes is INTEGERS else "real numbers"
-        raise TypeError(f"{name} must hold {expected}, got {view.dtype}")
-    if view.shape not in shapes:
-        raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {view.shape}")
-    if not kept:
-        return view.read(), None
-    return library.readable(name, value).read() if flag("FASTATTN_DEBUG") else np.empty(0), view.array
+def _max_seqlens(given: tuple[Any, Any], cu_seqlens: tuple[Vector, Vector]) -> tuple[int | None, int | None]:
+    """Return them as integers; raise unless no sequence is longer, as far as its length may be looked at."""
+    for name, bound, starts in zip(("max_seqlen_q", "max_seqlen_k"), given, cu_seqlens, strict=True):
+        if bound is None:
+            continue
+        if not is_integer(bound):
+            raise TypeError(f"{name} must be an integer or None, got {type_name(bound)}")
+        longest = int(np.diff(starts).max(initial=0)) if isinstance(starts, np.ndarray) else 0
+        if bound < longest:
+            raise ValueError(f"{name} must be at least the longest sequence's {longest}, got {bound}")
+    bound_q, bound_k = (None if bound is None else int(bound) for bound in given)
+    return bound_q, bound_k
 
 
 def _seed(library: ArrayLibrary, seed: Any) -> Any:
@@ -372,13 +390,6 @@ def _seed(library: ArrayLibrary, seed: Any) -> Any:
         got = f"{view.dtype} of shape {view.shape}"
         raise TypeError(f"dropout_seed must be an integer, or a tensor of one int64, got {got}")
     return view.array if kept else int(view.read()) % 2**64
-
-
-def _listed(name: str, values: Any) -> NDArray[Any]:
-    try:
-        return np.array(values) if values else np.empty(0, np.int64)
-    except ValueError as error:  # rows of unequal length
-        raise ValueError(f"{name} must be a flat sequence of numbers: {error}") from error
 
 
 def check_softcap(softcap: Any) -> float:
@@ -415,8 +426,3 @@ def check_real(name: str, value: Any) -> float:
     if not -math.inf < number < math.inf:  # what a trace of torch can ask of a symbol, too
         raise ValueError(f"{name} must be finite, got {value}")
     return number
-
-
-def is_integer(value: Any) -> bool:
-    """Whether it is an integer, of Python or NumPy, and no bool."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

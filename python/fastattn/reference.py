@@ -44,7 +44,10 @@ def attention(query: Array, key: Array, value: Array, **options: Any) -> Result:
 
 
 def each_head(problem: AttentionProblem) -> Iterator[tuple[tuple[int, int], Result]]:
-    """Yield ((b, h), result) for every query head, so that only one (Lq, Lk) matrix exists at a time."""
+    """Yield ((b, h), result) for every query head, so that only one (Lq, Lk) matrix exists at a time.
+
+    Of sequences behind one another, hand in one at a time: see `AttentionProblem.sequences`.
+    """
     batch, heads, _, _ = problem.scores_shape
     group = heads // problem.key.shape[1]
     for b, h in np.ndindex(batch, heads):
@@ -89,8 +92,15 @@ def visible_keys(problem: AttentionProblem, b: int, h: int) -> NDArray[np.bool_]
     """Which query may attend to which key, (Lq, Lk)."""
     query_at, key_at = positions(problem, b)
     visible = (key_at >= query_at - problem.window_left) & (key_at <= query_at + problem.window_right)
+    if problem.kv_starts is not None:
+        visible &= key_at >= problem.kv_starts[b]
     if problem.kv_lengths is not None:
         visible &= key_at < problem.kv_lengths[b]
+    if problem.query_lengths is not None:
+        visible &= np.arange(problem.scores_shape[2])[:, None] < problem.query_lengths[b]
+    if problem.segment_ids is not None:
+        of_query, of_key = problem.segment_ids
+        visible &= of_query[b][:, None] == of_key[b][None, :]
     if problem.mask is not None:
         visible &= problem.mask.read((b, h))
     if problem.bias is not None:
@@ -115,7 +125,7 @@ def dropout_multiplier(problem: AttentionProblem, b: int, h: int) -> Floats | fl
         return 1.0
     assert problem.dropout_seed is not None
     _, heads, seqlen_q, seqlen_k = problem.scores_shape
-    head = np.array(b * heads + h)
+    head = np.array((problem.first_sequence + b) * heads + h)
     return multiplier(
         problem.dropout_p, problem.dropout_seed, problem.dropout_offset, head, seqlen_q, seqlen_k
     )

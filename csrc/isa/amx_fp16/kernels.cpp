@@ -1,5 +1,5 @@
 // The AMX-FP16 tier: float16 on Intel's matrix unit. It overrides float16 alone.
-#include "algorithm/forward.h"
+#include "algorithm/ragged_forward.h"
 #include "algorithm/row_engine.h"
 #include "dispatch.h"
 #include "isa/amx_bf16/engine.h"

@@ -1,7 +1,7 @@
 // The AVX2 tier (with FMA and F16C). 16-bit types are widened to float32 as they are packed.
-#include "algorithm/backward.h"
-#include "algorithm/forward.h"
 #include "algorithm/peak_loops.h"
+#include "algorithm/ragged_backward.h"
+#include "algorithm/ragged_forward.h"
 #include "algorithm/row_engine.h"
 #include "dispatch.h"
 #include "isa/avx2/vec.h"

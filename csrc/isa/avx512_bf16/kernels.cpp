@@ -1,8 +1,8 @@
 // The AVX512_BF16 tier: bfloat16 operands stay bfloat16, two a lane, multiplied by VDPBF16PS. It overrides bfloat16
 // alone.
-#include "algorithm/backward.h"
-#include "algorithm/forward.h"
 #include "algorithm/peak_loops.h"
+#include "algorithm/ragged_backward.h"
+#include "algorithm/ragged_forward.h"
 #include "algorithm/row_engine.h"
 #include "dispatch.h"
 #include "isa/avx512_bf16/pair_product.h"

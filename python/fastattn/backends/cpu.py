@@ -77,6 +77,7 @@ class CpuBackend:
             block_table=_optional(problem.block_table),
             key_scales=_optional(problem.key_scale),
             value_scales=_optional(problem.value_scale),
+            **_visibility(problem),
         )
 
     def update_cache(self, problem: AttentionProblem, update: CacheUpdate) -> AttentionProblem:
@@ -150,6 +151,7 @@ class CpuBackend:
             problem.window_left,
             problem.window_right,
             resolve_num_threads(),
+            **_visibility(problem),
         )
 
     def describe(self, problem: AttentionProblem) -> dict[str, str]:
@@ -176,10 +178,25 @@ def _vector(values: NDArray[Any]) -> Tensor:
     return _tensor(NUMPY.view("", values))
 
 
+def _visibility(problem: AttentionProblem) -> dict[str, Tensor]:
+    """Starts of keys, lengths of queries, segments of both, and sequences behind one another."""
+    query_segments, key_segments = problem.segment_ids or (None, None)
+    cu_seqlens_q, cu_seqlens_k = problem.cu_seqlens or (None, None)
+    vectors = {
+        "kv_starts": problem.kv_starts,
+        "query_lengths": problem.query_lengths,
+        "query_segments": query_segments,
+        "key_segments": key_segments,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+    }
+    return {name: _vector(values) for name, values in vectors.items() if values is not None}
+
+
 def _offsets(problem: AttentionProblem) -> tuple[NDArray[np.int64], Tensor]:
     offset = problem.query_offset
     if isinstance(offset, int):
-        return _same_for_all(offset, problem.query.shape[0])
+        return _same_for_all(offset, problem.sequence_count)
     return offset, _vector(offset)
 
 

@@ -25,6 +25,7 @@ from fastattn.philox import multiplier
 from fastattn.problem import AttentionProblem
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 INF = float("inf")
@@ -45,7 +46,7 @@ class MathBackend:
         """Compute new tensors, which carry the graph."""
         dtype = problem.query.array.dtype
         with _without_autocast(problem):
-            out, lse, weights = attend(problem)
+            out, lse, weights = _attend_each(problem)
             out = out.to(dtype)
             if problem.layout == "bshd":
                 out = out.transpose(1, 2).contiguous()
@@ -72,6 +73,24 @@ class MathBackend:
         """Tell the device, and that scores are kept."""
         device = problem.query.array.device
         return {"path": f"operations of torch in {problem.lse_dtype} on {device}, all scores in memory"}
+
+
+def _attend_each(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as `attend`, of sequences behind one another one at a time; these have no weights."""
+    import torch
+
+    if problem.cu_seqlens is None:
+        return attend(problem)
+    empty = problem.query.array.new_zeros
+    outs, sums = (
+        [empty((*problem.out_shape[:2], 0, problem.out_shape[3]))],
+        [empty((*problem.out_shape[:2], 0))],
+    )
+    for _, sequence in problem.sequences():
+        out, lse, _ = attend(sequence)
+        outs.append(out)
+        sums.append(lse)
+    return torch.cat(outs, 2), torch.cat(sums, 2), empty(0)
 
 
 def attend(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,13 +123,27 @@ def visible_keys(problem: AttentionProblem) -> Tensor:
     device = problem.query.array.device
     query_at, key_at = _positions(problem)
     visible = (key_at >= query_at - problem.window_left) & (key_at <= query_at + problem.window_right)
+    if problem.kv_starts is not None:
+        visible = visible & (key_at >= _on(device, problem.kv_starts)[:, None, None, None])
     if problem.kv_lengths is not None:
-        visible = visible & (key_at < torch.as_tensor(problem.kv_lengths, device=device)[:, None, None, None])
+        visible = visible & (key_at < _on(device, problem.kv_lengths)[:, None, None, None])
+    if problem.query_lengths is not None:
+        row = torch.arange(problem.scores_shape[2], device=device)[:, None]
+        visible = visible & (row < _on(device, problem.query_lengths)[:, None, None, None])
+    if problem.segment_ids is not None:
+        of_query, of_key = (_on(device, ids) for ids in problem.segment_ids)
+        visible = visible & (of_query[:, None, :, None] == of_key[:, None, None, :])
     if problem.mask is not None:
         visible = visible & problem.mask.array
     if problem.bias is not None:
         visible = visible & (problem.bias.array != -INF)
     return visible.expand(problem.scores_shape)
+
+
+def _on(device: torch.device, vector: Any) -> Tensor:
+    import torch
+
+    return torch.as_tensor(vector, device=device)
 
 
 def products(query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
@@ -197,7 +230,7 @@ def _dropout(problem: AttentionProblem) -> Tensor:
 
     assert problem.dropout_seed is not None
     batch, query_heads, seqlen_q, seqlen_k = problem.scores_shape
-    heads = np.arange(batch * query_heads).reshape(batch, query_heads)
+    heads = np.arange(batch * query_heads).reshape(batch, query_heads) + problem.first_sequence * query_heads
     factors = multiplier(
         problem.dropout_p, problem.dropout_seed, problem.dropout_offset, heads, seqlen_q, seqlen_k
     )

@@ -20,10 +20,11 @@ class ReferenceBackend:
 
     def run(self, problem: AttentionProblem, outputs: Outputs) -> None:
         """Compute one head at a time and store it."""
-        for index, head in each_head(problem):
-            for view, result in zip(outputs, head, strict=True):
-                if view is not None:
-                    view.write(index, result)
+        for rows, sequence in problem.sequences():
+            for (b, h), head in each_head(sequence):
+                for view, result in zip(outputs, head, strict=True):
+                    if view is not None:
+                        view.write((b, h, rows), result)
 
     def update_cache(self, problem: AttentionProblem, update: CacheUpdate) -> AttentionProblem:
         """Write one row of one head after the other."""

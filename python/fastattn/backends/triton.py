@@ -7,6 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from fastattn.arrays import NUMPY
+from fastattn.backends.base import ragged_arguments
 from fastattn.outputs import Gradients, Outputs
 from fastattn.problem import AttentionProblem
 
@@ -30,7 +31,7 @@ class TritonBackend:
         device = problem.query.array.device
         if device.type == "cpu" and not _interprets():
             return ["the tensors are on the CPU: pass CUDA tensors"]
-        reasons = missing(device)
+        reasons = missing(device) + ragged_arguments(problem)
         if problem.dtype == "float64":
             reasons.append("no kernel computes float64 on a GPU: see backend='math'")
         for whose, view in ("", problem.query), ("value's ", problem.value):

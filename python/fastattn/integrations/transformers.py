@@ -16,6 +16,7 @@ import torch
 
 from fastattn.functional import attention
 from fastattn.integrations.torch_sdpa import as_autocast_would
+from fastattn.varlen import attention_varlen
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -46,7 +47,7 @@ _HARMLESS = frozenset(
         "use_cache",
     }
 )
-# Sequences packed into one row. A mask, where there is one, already keeps them apart.
+# Sequences packed into one row. A mask, where there is one, already keeps them apart; else the first two do.
 _PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
 
 
@@ -119,7 +120,8 @@ def attention_forward(
     output_attentions : bool, optional
         Whether to return the weights, after dropout; that of ``module.config`` by default.
     **kwargs : Any
-        Bookkeeping that transformers passes along.
+        Bookkeeping that transformers passes along. `cu_seq_lens_q` and `cu_seq_lens_k`, which say where the
+        sequences of a batch of 1 start among its rows, count where there is no mask.
 
     Returns
     -------
@@ -140,7 +142,7 @@ def attention_forward(
     Gradients reach query, key, value, float masks, `s_aux`, `position_bias` and `head_mask`, from both
     results. Dropout draws from torch's default generator, whose state checkpointing keeps.
     """
-    _refuse_unknown(kwargs, attention_mask)
+    _refuse_unknown(kwargs)
     if query.shape[0] == 1 != key.shape[0]:  # learned queries, shared by the batch
         query = query.expand(key.shape[0], -1, -1, -1)
     query, key, value = as_autocast_would(query, key, value)  # rotary positions leave query and key float32
@@ -157,6 +159,15 @@ def attention_forward(
         chosen = _chosen(indices, key.shape[2])
         arguments["mask"] = chosen & arguments["mask"] if "mask" in arguments else chosen
 
+    packed = {name: given for name, given in kwargs.items() if name in _PACKED and given is not None}
+    if packed and attention_mask is None:
+        others = position_bias, indices, head_mask, output_attentions or None
+        if query.shape[0] != 1 or any(other is not None for other in others):
+            raise TypeError(
+                f"fastattn takes packed sequences ({', '.join(sorted(packed))}) without a mask in a batch of "
+                "1, and without position_bias, indices, head_mask and output_attentions"
+            )
+        return _attend_packed(query, key, value, packed, arguments, dropout if module.training else 0.0), None
     if output_attentions is None:
         output_attentions = getattr(getattr(module, "config", None), "output_attentions", None)
     result = attention(
@@ -174,19 +185,40 @@ def attention_forward(
     return out, weights
 
 
-def _refuse_unknown(kwargs: dict[str, Any], mask: torch.Tensor | None) -> None:
+def _refuse_unknown(kwargs: dict[str, Any]) -> None:
     """Raise for every argument that would be ignored although it changes what is computed."""
-    given = {name for name, argument in kwargs.items() if argument is not None} - _HARMLESS
-    packed = given & _PACKED
-    if packed and mask is None:
+    given = {name for name, argument in kwargs.items() if argument is not None} - _HARMLESS - _PACKED
+    if given:
         raise TypeError(
-            f"fastattn got packed sequences ({', '.join(sorted(packed))}) and no mask that keeps them apart: "
-            "pass position_ids that start anew with each sequence, and neither attention_mask nor a cache"
+            f"fastattn does not know what these attention arguments mean: {', '.join(sorted(given))}"
         )
-    if given - packed:
-        raise TypeError(
-            f"fastattn does not know what these attention arguments mean: {', '.join(sorted(given - packed))}"
-        )
+
+
+def _attend_packed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packed: dict[str, Any],
+    arguments: dict[str, Any],
+    dropout: float,
+) -> torch.Tensor:
+    """Attention within the sequences of a batch of 1."""
+    missing = {"cu_seq_lens_q", "cu_seq_lens_k"} - packed.keys()
+    if missing:
+        raise TypeError(f"fastattn needs {' and '.join(sorted(missing))} to tell packed sequences apart")
+    query, key, value = (rows[0].transpose(0, 1) for rows in (query, key, value))
+    out: torch.Tensor = attention_varlen(
+        query,
+        key,
+        value,
+        packed["cu_seq_lens_q"],
+        packed["cu_seq_lens_k"],
+        max_seqlen_q=packed.get("max_length_q"),
+        max_seqlen_k=packed.get("max_length_k"),
+        dropout_p=float(dropout),
+        **arguments,
+    )
+    return out[None]
 
 
 def _causal_arguments(

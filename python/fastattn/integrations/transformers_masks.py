@@ -28,14 +28,15 @@ class Rule:
     """Which keys a query sees, said without a matrix.
 
     Query i stands at key position ``i + query_offset``, or the last query at the last key if that is None.
-    Keys count where `key_mask` (B, Lk) is True; where all the padding is on the right, `kv_lengths` (B,) says
-    the same.
+    Keys count where `key_mask` (B, Lk) is True; where all the padding is outside of them, `kv_starts` and
+    `kv_lengths` (B,), where they start and end, say the same.
     """
 
     causal: bool
     window: Window
     query_offset: int | None
     key_mask: torch.Tensor | None = None
+    kv_starts: torch.Tensor | None = None
     kv_lengths: torch.Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
@@ -46,7 +47,7 @@ class Rule:
         if self.window != (None, None):
             arguments["window"] = self.window
         if self.kv_lengths is not None:
-            arguments["kv_lengths"] = self.kv_lengths
+            arguments["kv_starts"], arguments["kv_lengths"] = self.kv_starts, self.kv_lengths
         elif self.key_mask is not None:
             arguments["mask"] = self.key_mask[:, None, None, :]
         return arguments
@@ -240,14 +241,16 @@ def _cutting(window: Window, causal: bool, offset: int, q_length: int, kv_length
 
 def _padding(
     mask: torch.Tensor | None, kv_length: int, kv_offset: int, seen: int
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(key_mask, kv_lengths) of a padding mask, both None where no key among the first `seen` is padding."""
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(key_mask, kv_starts, kv_lengths) of a padding mask; all None if none of the keys `seen` is padding."""
     if mask is None:
-        return None, None
+        return None, None, None
     mask = mask[:, kv_offset : kv_offset + kv_length]
     if mask[:, :seen].all() and mask.shape[1] >= min(seen, kv_length):
-        return None, None
+        return None, None, None
     mask = torch.nn.functional.pad(mask, (0, kv_length - mask.shape[1]))
-    lengths = mask.sum(1)
-    on_the_right = bool((mask == (torch.arange(kv_length, device=mask.device) < lengths[:, None])).all())
-    return mask, lengths if on_the_right else None
+    starts = mask.to(torch.int8).argmax(1)
+    ends = starts + mask.sum(1)
+    key = torch.arange(kv_length, device=mask.device)
+    in_one_piece = bool((mask == ((key >= starts[:, None]) & (key < ends[:, None]))).all())
+    return (mask, starts, ends) if in_one_piece else (mask, None, None)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastattn.arrays import type_name
 from fastattn.problem import Layout, check_causal, check_dropout_p, check_real, check_softcap, check_word
+from fastattn.vectors import check_segment_pair
 
 _UINT64 = 2**64
 
@@ -24,6 +25,12 @@ class Operands(NamedTuple):
     alibi_slopes: Tensor | None
     sinks: Tensor | None
     drawn_seed: Tensor | None  # of dropout, or given as a tensor; (), int64
+    kv_starts: Tensor | None
+    query_lengths: Tensor | None
+    query_segments: Tensor | None
+    key_segments: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
 
 
 class Rules(NamedTuple):
@@ -39,13 +46,16 @@ class Rules(NamedTuple):
     dropout_seed: int | None  # 64 bits, as a signed number
     dropout_offset: int
     layout: Layout
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
     backend: str | None
 
 
 OPERANDS = ", ".join(f"Tensor? {name}" for name in Operands._fields)
 RULES = (
     "str causal, SymInt? window_left, SymInt? window_right, SymInt? query_offset, float softcap, "
-    "float? scale, float dropout_p, SymInt? dropout_seed, SymInt dropout_offset, str layout, str? backend"
+    "float? scale, float dropout_p, SymInt? dropout_seed, SymInt dropout_offset, str layout, "
+    "SymInt? max_seqlen_q, SymInt? max_seqlen_k, str? backend"
 )
 
 
@@ -67,6 +77,11 @@ def flatten(
     dropout_offset: Any,
     layout: Any,
     backend: str | None,
+    kv_starts: Any = None,
+    query_lengths: Any = None,
+    segment_ids: Any = None,
+    cu_seqlens: Any = None,
+    max_seqlens: Any = (None, None),
 ) -> tuple[Operands, Rules]:
     """Bring the arguments of `fastattn.attention` into a form that has a schema; traces go through this."""
     check_causal(causal)
@@ -83,6 +98,9 @@ def flatten(
             dropout_seed -= _UINT64
     elif dropout_p > 0:
         drawn = torch.randint(2**63 - 1, (), device=query.device)
+    check_segment_pair(segment_ids)
+    of_query, of_key = (None, None) if segment_ids is None else segment_ids
+    starts_q, starts_k = (None, None) if cu_seqlens is None else cu_seqlens
     operands = Operands(
         as_tensor("mask", mask),
         as_tensor("bias", bias),
@@ -91,6 +109,12 @@ def flatten(
         as_table("alibi_slopes", alibi_slopes),
         as_table("sinks", sinks),
         drawn,
+        as_table("kv_starts", kv_starts),
+        as_table("query_lengths", query_lengths),
+        as_table("segment_ids[0]", of_query),
+        as_table("segment_ids[1]", of_key),
+        as_table("cu_seqlens_q", starts_q),
+        as_table("cu_seqlens_k", starts_k),
     )
     rules = Rules(
         causal if isinstance(causal, str) else "bottom_right" if causal else "",
@@ -103,6 +127,8 @@ def flatten(
         dropout_seed,
         _word("dropout_offset", dropout_offset, 32),
         layout,
+        _plain_integer(max_seqlens[0]),
+        _plain_integer(max_seqlens[1]),
         backend,
     )
     return operands, rules
@@ -129,7 +155,16 @@ def options_of(operands: Operands, rules: Rules) -> dict[str, Any]:
         "dropout_seed": seed,
         "dropout_offset": rules.dropout_offset,
         "layout": rules.layout,
+        "kv_starts": operands.kv_starts,
+        "query_lengths": operands.query_lengths,
+        "segment_ids": _pair(operands.query_segments, operands.key_segments),
+        "cu_seqlens": _pair(operands.cu_seqlens_q, operands.cu_seqlens_k),
+        "max_seqlens": (rules.max_seqlen_q, rules.max_seqlen_k),
     }
+
+
+def _pair(first: Tensor | None, second: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if first is None or second is None else (first, second)
 
 
 def is_whole(value: Any) -> bool:

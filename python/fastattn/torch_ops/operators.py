@@ -146,7 +146,7 @@ def _is_plain(operands: Operands, rules: Rules) -> bool:
     return rules._replace(causal="", scale=None, layout="bhsd") == _PLAIN
 
 
-_PLAIN = Rules("", None, None, None, 0.0, None, 0.0, None, 0, "bhsd", None)
+_PLAIN = Rules("", None, None, None, 0.0, None, 0.0, None, 0, "bhsd", None, None, None)
 
 
 def _split(rest: Any) -> tuple[Operands, Rules, Any]:
@@ -208,9 +208,11 @@ def _fake_backward(
     *rest: Any,
 ) -> list[Tensor]:
     operands, _, wanted = _split(rest)
+    starts = operands.cu_seqlens_q
+    table = (lse.shape[0] if starts is None else starts.shape[0] - 1, lse.shape[1])
     like = [query, key, value, operands.bias]
     grads = [x.new_empty(x.shape) for x, wants in zip(like, wanted, strict=False) if wants and x is not None]
-    return grads + [query.new_empty(lse.shape[:2], dtype=torch.float64) for wants in wanted[4:] if wants]
+    return grads + [query.new_empty(table, dtype=torch.float64) for wants in wanted[4:] if wants]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

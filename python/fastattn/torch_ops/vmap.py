@@ -2,7 +2,7 @@
 
 Operands that are not mapped are repeated, by strides of 0 where a batch of 1 allows it. Two things say what
 they mean by the place in the batch, or have no axis for it, and are computed one by one: dropout, whose
-random numbers are counted by batch and head, and sinks that are mapped.
+random numbers are counted by batch and head, sinks that are mapped, and sequences behind one another.
 
 The rules are given what to call: below the axis that they merge, there may be another transform.
 """
@@ -18,7 +18,9 @@ from torch import Tensor
 from fastattn.torch_ops.arguments import Operands, Rules
 
 _Dims = tuple[Any, ...]
-_N_OPERANDS, _N_RULES = len(Operands._fields), len(Rules._fields)
+# Operands whose first axis is the batch.
+_EACH = "kv_lengths", "kv_starts", "query_lengths", "query_segments", "key_segments", "query_offsets"
+_N_OPERANDS = len(Operands._fields)
 
 
 def forward(operator: Callable[..., Any], info: Any, in_dims: _Dims, *args: Any) -> tuple[Any, Any]:
@@ -66,6 +68,8 @@ class _Mapped:
         self.batch = query.shape[0 if dim is None or dim > 0 else 1]
 
     def must_be_taken_apart(self) -> bool:
+        if self._operands.cu_seqlens_q is not None:
+            return True
         return self.rules.dropout_p > 0 or self._dims.sinks is not None
 
     def tensors(self) -> list[Tensor | None]:
@@ -87,9 +91,8 @@ class _Mapped:
         return given._replace(
             mask=self._merged_scores(given.mask, dims.mask, False),
             bias=self._merged_scores(given.bias, dims.bias, each_bias),
-            kv_lengths=self.merged(given.kv_lengths, dims.kv_lengths),
-            query_offsets=self.merged(given.query_offsets, dims.query_offsets),
             alibi_slopes=slopes,
+            **{name: self.merged(getattr(given, name), getattr(dims, name)) for name in _EACH},
         )
 
     def merged(self, tensor: Tensor | None, dim: int | None) -> Tensor | None:
