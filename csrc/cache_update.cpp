@@ -152,7 +152,7 @@ void write_row(const CacheUpdateParams& p, const CacheRows& rows, const RotaryTa
     copy_row(from, rows.strides[3], rows.dim, to, rows.cache_strides[3]);
     return;
   }
-  Wide<T> row[kMaxHeadDim];
+  Wide<T> row[kMaxHeadDim] = {};
   load_row(from, rows.strides[3], rows.dim, row);
   if (rotary != nullptr) {
     turn_row<T>(*rotary, position, row);
@@ -175,7 +175,7 @@ void write_row(const CacheUpdateParams& p, const CacheRows& rows, const RotaryTa
 
 template <class T>
 void turn_query(const CacheUpdateParams& p, int64_t batch, int64_t head, int64_t query_row) {
-  Wide<T> row[kMaxHeadDim];
+  Wide<T> row[kMaxHeadDim] = {};
   load_row(static_cast<const T*>(p.query) + offset(p.query_strides, batch, head, query_row), p.query_strides[3],
            p.head_dim, row);
   turn_row<T>(p.rotary, p.query_start[batch] + query_row * p.query_step, row);

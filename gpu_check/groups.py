@@ -184,12 +184,19 @@ def torch_checks() -> list[Item]:
     return list(CHECKS)
 
 
+def serving() -> list[Item]:
+    from gpu_check.serving import CHECKS
+
+    return list(CHECKS)
+
+
 GROUPS: dict[str, Callable[[], Sequence[Item]]] = {
     "hopper-forward": lambda: hopper("forward"),
     "forward-bfloat16": lambda: rules("bfloat16"),
     "backward-bfloat16": lambda: rules("bfloat16", "backward"),
     "decode": decode,
     "torch": torch_checks,
+    "serving": serving,
     "hopper-backward": lambda: hopper("backward"),
     "forward-float32": lambda: rules("float32"),
     "backward-float32": lambda: rules("float32", "backward"),

@@ -36,6 +36,9 @@ def attend(
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     kv_lengths: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    segment_ids: tuple[Tensor, Tensor] | None = None,
     query_offset: Tensor | int | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -69,6 +72,14 @@ def attend(
     visible = _visible(query_at, key_at, left, 0 if causal else right)
     if kv_lengths is not None:
         visible = visible & (key_at < kv_lengths.to(device)[:, None, None, None])
+    if kv_starts is not None:
+        visible = visible & (key_at >= kv_starts.to(device)[:, None, None, None])
+    if query_lengths is not None:
+        row = torch.arange(shape[2], device=device)[:, None]
+        visible = visible & (row < query_lengths.to(device)[:, None, None, None])
+    if segment_ids is not None:
+        of_query, of_key = segment_ids
+        visible = visible & (of_query[:, None, :, None] == of_key[:, None, None, :])
     if mask is not None:
         visible = visible & mask
     if bias is not None:

@@ -47,6 +47,9 @@ BACKWARD_PLAN = "csrc/algorithm/backward_plan.h"
 BIAS_GRADIENT = "csrc/algorithm/bias_gradient.h"
 PROBLEM = "python/fastattn/problem.py"
 OUTPUTS = "python/fastattn/outputs.py"
+CACHE_UPDATE = "csrc/cache_update.cpp"
+BYTES = "csrc/algorithm/bytes.h"
+CACHE_PROBLEM = "python/fastattn/cache_problem.py"
 
 FAULTS = (
     # what a row sees
@@ -134,10 +137,10 @@ FAULTS = (
     # where things lie
     Fault(
         "value-stride",
-        "value's batch and head strides are swapped",
+        "the batch and head strides of keys and values are swapped",
         OPERANDS,
-        "batch * p.value_strides[0] + head * p.value_strides[1]",
-        "batch * p.value_strides[1] + head * p.value_strides[0]",
+        "return batch * strides[0] + head * strides[1] + key * strides[2];",
+        "return batch * strides[1] + head * strides[0] + key * strides[2];",
         "exactness",
     ),
     Fault(
@@ -391,9 +394,58 @@ FAULTS = (
         "overlap-unseen",
         "an output over the values is taken",
         OUTPUTS,
-        '("query", "key", "value", "mask", "bias")',
-        '("query", "key", "mask", "bias")',
+        '("query", "key", "value", "mask", "bias", "key_scale", "value_scale")',
+        '("query", "key", "mask", "bias", "key_scale", "value_scale")',
         "errors",
+    ),
+    # caches
+    Fault(
+        "cache-turn",
+        "new keys turn the other way",
+        CACHE_UPDATE,
+        "row[i * step] = first * c - second * s;",
+        "row[i * step] = first * c + second * s;",
+        "kvcache",
+    ),
+    Fault(
+        "cache-largest",
+        "the last column alone fixes the scale of a quantised row",
+        CACHE_UPDATE,
+        "largest = magnitude > largest ? magnitude : largest;",
+        "largest = magnitude;",
+        "kvcache",
+    ),
+    Fault(
+        "cache-tie",
+        "a tie between two float8 goes to the larger one",
+        BYTES,
+        "magnitude + 0x7ffffU + ((magnitude >> 20) & 1U)",
+        "magnitude + 0x80000U",
+        "float8",
+    ),
+    Fault(
+        "cache-position",
+        "queries are turned as if they stood where the new keys do",
+        CACHE_PROBLEM,
+        "            lengths - seqlen_q,\n            int(bool(causal)",
+        "            start,\n            int(bool(causal)",
+        "kvcache",
+    ),
+    Fault(
+        "cache-ring",
+        "positions of a ring that is not full yet are moved on by one round",
+        CACHE_PROBLEM,
+        "lengths - begins * (begins > 0)",
+        "lengths - begins",
+        "kvcache",
+    ),
+    Fault(
+        "cache-place",
+        "two new rows in one place are taken",
+        CACHE_PROBLEM,
+        "    if same.size:",
+        "    if same.size > 99:",
+        "kvcache_errors",
     ),
     # the way back
     Fault(

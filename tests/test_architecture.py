@@ -18,16 +18,8 @@ PACKAGE = ROOT / "python" / "fastattn"
 # Python: room -> the rooms that it may import. A room is a module or a subpackage of fastattn.
 PYTHON_ARROWS: dict[str, set[str]] = {
     "__init__": {
-        "functional",
-        "varlen",
-        "kvcache",
-        "merge",
-        "explanation",
-        "ops",
-        "torch",
-        "integrations",
-        "_config",
-        "_threads",
+        *("functional", "varlen", "kvcache", "merge", "paged_cache", "explanation", "ops", "torch"),
+        *("integrations", "_config", "_threads"),
     },
     "__main__": {"cli"},
     "_core": set(),
@@ -44,7 +36,7 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "cache_problem": {"cache_tensors", "problem", "vectors", "arrays", "_flags"},
     "philox": set(),
     "reference": {"cache_problem", "problem", "arrays", "float8", "philox"},
-    "gpu": {"problem", "outputs", "arrays", "_flags"},
+    "gpu": {"problem", "outputs", "arrays", "cache_problem", "_flags"},
     "backends": {
         *("problem", "outputs", "arrays", "cache_problem", "float8", "reference", "philox", "gpu"),
         *("_core", "_flags", "_threads"),
@@ -61,10 +53,13 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "varlen": {"functional", "problem", "arrays"},
     "ops": {"functional", "torch_ops", "gradients", "dispatch", "problem", "arrays"},
     "merge": {"problem", "arrays"},
+    "page_table": set(),
+    "page_pool": {"problem", "arrays", "float8"},
+    "paged_cache": {"page_pool", "page_table", "problem", "arrays"},
     "explanation": {"dispatch", "problem", "arrays"},
     "_config": {"_core", "_threads", "backends"},
     "nn": {"functional"},
-    "integrations": {"functional", "varlen", "backends"},
+    "integrations": {"functional", "varlen", "backends", "kvcache", "paged_cache"},
     "viz": set(),
     "cli": {"__init__"},
 }

@@ -37,7 +37,7 @@ EXCEPTIONS = (
         ".*",
         r"^dot_tile<RowEngine<",
         2,
-        "an address: rows of keys, those fetched ahead and the queries need more than the 16 general registers. "
+        "an address: rows of keys, those fetched ahead and queries need more than the 16 general registers. "
         "It comes from L1 beside keys that come from memory, which set the pace",
     ),
     Allowed(

@@ -42,31 +42,45 @@ inline float to_float(Float8E4M3 x) {
 
 inline float to_float(Float8E5M2 x) { return to_float(Float16{static_cast<uint16_t>(x.bits << 8)}); }
 
+// The magnitude of x, at most `largest`: compared as integers, without a branch, so that loops become vectors.
+inline uint32_t bounded_magnitude(uint32_t bits, float largest) {
+  const auto magnitude = static_cast<int32_t>(bits & 0x7fffffffU);
+  const auto limit = static_cast<int32_t>(float_to_bits(largest));
+  return static_cast<uint32_t>(magnitude < limit ? magnitude : limit);
+}
+
+// All ones where a < b.
+inline uint32_t mask_less(uint32_t a, uint32_t b) {
+  return 0U - static_cast<uint32_t>(static_cast<int32_t>(a) < static_cast<int32_t>(b));
+}
+
 // The code nearest to x, which must be no NaN; past the largest code it is the largest.
 inline void from_float(float x, Int8* p) {
-  const float bounded = x > 127 ? 127.0F : x < -127 ? -127.0F : x;
-  // Adding 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the low bits.
-  p->bits = static_cast<int8_t>(static_cast<int32_t>(float_to_bits(bounded + 0x1.8p23F)));
+  const uint32_t bits = float_to_bits(x);
+  // Adding 2^23 rounds to an integer, ties to even, and leaves it in the low bits.
+  const uint32_t code = float_to_bits(bits_to_float(bounded_magnitude(bits, 127)) + 0x1p23F) & 0xffU;
+  const uint32_t sign = 0U - (bits >> 31);
+  p->bits = static_cast<int8_t>(static_cast<int32_t>((code ^ sign) - sign));
 }
 
 inline void from_float(float x, Float8E4M3* p) {
   const uint32_t bits = float_to_bits(x);
-  const float bounded = bits_to_float(bits & 0x7fffffffU);
-  const uint32_t magnitude = float_to_bits(bounded > 448 ? 448.0F : bounded);
+  const uint32_t magnitude = bounded_magnitude(bits, 448);
   const uint32_t rounded = magnitude + 0x7ffffU + ((magnitude >> 20) & 1U);
   // Subnormal: adding 2^14 lines the bits up, in steps of 2^-9.
   const uint32_t small = float_to_bits(bits_to_float(magnitude) + 0x1p14F) - float_to_bits(0x1p14F);
-  const uint32_t code = magnitude < 0x3c800000U ? small : (rounded >> 20) - (120U << 3);
+  const uint32_t is_small = mask_less(magnitude, 0x3c800000U);
+  const uint32_t code = (small & is_small) | (((rounded >> 20) - (120U << 3)) & ~is_small);
   p->bits = static_cast<uint8_t>(((bits >> 24) & 0x80U) | code);
 }
 
 inline void from_float(float x, Float8E5M2* p) {
   const uint32_t bits = float_to_bits(x);
-  const float bounded = bits_to_float(bits & 0x7fffffffU);
-  const uint32_t magnitude = float_to_bits(bounded > 57344 ? 57344.0F : bounded);
+  const uint32_t magnitude = bounded_magnitude(bits, 57344);
   const uint32_t rounded = magnitude + 0xfffffU + ((magnitude >> 21) & 1U);
   const uint32_t small = float_to_bits(bits_to_float(magnitude) + 0x1p7F) - float_to_bits(0x1p7F);
-  const uint32_t code = magnitude < 0x38800000U ? small : (rounded >> 21) - (112U << 2);
+  const uint32_t is_small = mask_less(magnitude, 0x38800000U);
+  const uint32_t code = (small & is_small) | (((rounded >> 21) - (112U << 2)) & ~is_small);
   p->bits = static_cast<uint8_t>(((bits >> 24) & 0x80U) | code);
 }
 

@@ -13,6 +13,7 @@ from fastattn.explanation import Explanation, explain
 from fastattn.functional import attention
 from fastattn.kvcache import attention_with_kvcache
 from fastattn.merge import merge_states
+from fastattn.paged_cache import OutOfPagesError, PagedKVCache
 from fastattn.varlen import attention_varlen
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ __version__ = version("fastattn")
 
 __all__ = [
     "Explanation",
+    "OutOfPagesError",
+    "PagedKVCache",
     "__version__",
     "attention",
     "attention_varlen",

@@ -72,7 +72,7 @@ def run_plain(
 
 
 def run_cached(*arguments: Any) -> Any:
-    """Run a call over caches the short way, see `plain.attend_cached`; None where it has to go the long way."""
+    """Run a call over caches the short way, see `plain.attend_cached`; None where it has to go the long."""
     if _default_candidates() is not AUTOMATIC:
         return None
     return plain.attend_cached(*arguments)

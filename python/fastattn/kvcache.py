@@ -93,7 +93,7 @@ def attention_with_kvcache(
         Also return ``log(sum_j exp(score_ij) + exp(sink_h))``, shape (B, Hq, Lq), float32 (or float64).
     out : array, shape (B, Lq, Hq, Dv), optional
         Written and returned. Must not share memory with another argument.
-    backend : {"cpu", "reference", "math"}, optional
+    backend : {"cpu", "triton", "reference", "math"}, optional
         As for `attention`. "math" takes tensors of any device.
 
     Returns
@@ -117,7 +117,7 @@ def attention_with_kvcache(
 
     Notes
     -----
-    Lengths and pages that lie on a GPU are not waited for, and not checked.
+    Lengths and pages that lie on a GPU are not waited for, and not checked unless ``FASTATTN_DEBUG=1``.
 
     References
     ----------

@@ -47,7 +47,7 @@ def attention_varlen(
     cu_seqlens_q, cu_seqlens_k : (B + 1,) integers
         Where sequences start, and the last one ends: from 0, never falling, to total_q and total_k.
     max_seqlen_q, max_seqlen_k : int, optional
-        At least the length of the longest sequence. The CPU needs neither; on a GPU they spare work.
+        At least the length of the longest sequence. No kernel needs them.
     causal, window
         As of `attention`, with the offset of each sequence: its ``Lk - Lq``, or 0 for "top_left".
     alibi_slopes : (Hq,) or (B, Hq) floats, optional

@@ -43,9 +43,10 @@ class Job:
     dropout_p: float = 0.0
     tf32: bool = False  # products of float32 rounded
     atomic: bool = False  # a backward that adds dQ up as it comes
+    serving: str = ""  # padded, segments, ragged, paged, int8, e4m3, e5m2: what else the call has
 
     def __str__(self) -> str:
-        flags = "-atomic" * self.atomic
+        flags = "-atomic" * self.atomic + "".join(f"-{word}" for word in self.serving.split())
         return f"{self.launcher}-{self.case}-{'tf32' if self.tf32 else self.dtype}{flags}"
 
 
@@ -65,7 +66,13 @@ def _case(dim: int, features: str, rows: int = 256, keys: int = 1024, batch: int
 
 
 def _jobs(
-    launcher: str, dims: tuple[int, ...], kinds: dict[str, str], *, atomic: bool = False, **shape: int
+    launcher: str,
+    dims: tuple[int, ...],
+    kinds: dict[str, str],
+    *,
+    atomic: bool = False,
+    serving: str = "",
+    **shape: int,
 ) -> tuple[Job, ...]:
     """`kinds` has features for each dtype."""
     return tuple(
@@ -76,6 +83,7 @@ def _jobs(
             0.1 if features == "all" else 0.0,
             dtype == "tf32",
             atomic,
+            serving,
         )
         for dim in dims
         for dtype, wanted in kinds.items()
@@ -85,6 +93,8 @@ def _jobs(
 
 FORWARD = {"bfloat16": "full causal window all", "float32": "causal window all", "tf32": "causal window all"}
 BACKWARD = {"bfloat16": "causal window all", "float32": "causal all"}
+CAUSAL = {"bfloat16": "causal"}
+FULL = {"bfloat16": "full"}
 JOBS = {
     str(job): job
     for job in (
@@ -97,11 +107,26 @@ JOBS = {
         *_jobs("weights", DIMS, {"bfloat16": "all", "float32": "all"}),
         *_jobs("backward", DIMS, BACKWARD),
         *_jobs("backward", (32, 96), {"bfloat16": "all"}),
-        *_jobs("backward", (64, 128), {"bfloat16": "causal"}, atomic=True),
+        *_jobs("backward", (64, 128), CAUSAL, atomic=True),
+        *_jobs("forward", DIMS, CAUSAL, serving="ragged"),
+        *_jobs("forward", (128,), CAUSAL, serving="padded"),
+        *_jobs("forward", (128,), CAUSAL, serving="segments"),
+        *_jobs("forward", DIMS, CAUSAL, serving="paged"),
+        *_jobs("forward", DIMS, CAUSAL, serving="paged int8"),
+        *_jobs("decode", DIMS, FULL, serving="paged", rows=1, **LONG),
+        *_jobs("decode", DIMS, FULL, serving="paged int8", rows=1, **LONG),
+        *_jobs("decode", (128,), FULL, serving="padded e4m3", rows=1, **LONG),
+        *_jobs("decode", (128,), FULL, serving="segments e5m2", rows=1, **LONG),
+        *_jobs("backward", (128,), CAUSAL, serving="ragged"),
+        *_jobs("backward", (128,), CAUSAL, serving="padded segments"),
+        *_jobs("append", (128,), FULL, serving="paged", rows=1, **LONG),
+        *_jobs("append", DIMS, FULL, serving="int8", rows=1, **LONG),
+        *_jobs("append", (128,), FULL, serving="e4m3", rows=1, **LONG),
+        *_jobs("append", (128,), FULL, serving="e5m2", rows=1, **LONG),
     )
 }
 # What the newest Triton is tried with.
-NEWEST = tuple(name for name in JOBS if "d128" in name)
+NEWEST = tuple(name for name, job in JOBS.items() if "d128" in name and not job.serving)
 # What every run of the tests compiles: the calls that most programs make.
 QUICK = (
     "forward-d128-full-bfloat16",

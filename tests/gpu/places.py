@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastattn import merge, problem, strided, tensors
+from fastattn import cache_problem, merge, problem, strided, tensors
 
 # Operations by which the host learns what a tensor holds, and waits for it.
 READS = ("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
@@ -23,7 +23,7 @@ def on_device(patch: pytest.MonkeyPatch) -> None:
     def library_of(name: str, array: Any, *, composed: bool = False) -> Any:
         return tensors.operands(torch) if composed else tensors.on_device(torch, torch.device("cpu"))
 
-    for module in (problem, merge):
+    for module in (problem, merge, cache_problem):
         patch.setattr(module, "library_of", library_of)
 
 

@@ -265,9 +265,9 @@ def test_graph_capture_takes_no_values_from_the_cpu(monkeypatch: pytest.MonkeyPa
     with pytest.raises(
         RuntimeError, match=r"sinks must be a tensor on 'cuda:0' where a CUDA graph is captured"
     ):
-        call._on_device("sinks", torch.ones(4).numpy(), torch.float32, CUDA)
+        call.moved("sinks", torch.ones(4).numpy(), torch.float32, CUDA)
     kept = torch.ones(4)
-    assert call._on_device("sinks", kept, torch.float32, CUDA).data_ptr() == kept.data_ptr()
+    assert call.moved("sinks", kept, torch.float32, CUDA).data_ptr() == kept.data_ptr()
 
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])

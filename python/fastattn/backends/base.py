@@ -50,12 +50,6 @@ class ComposingBackend(Backend, Protocol):
         """Return out in the caller's layout, lse and weights; called in place of `run` if there is no out."""
 
 
-def ragged_arguments(problem: AttentionProblem) -> list[str]:
-    """The reasons of a backend without kernels for padding on the left, segments and cu_seqlens."""
-    names = "kv_starts", "query_lengths", "segment_ids", "cu_seqlens"
-    return [f"no kernel takes {name}" for name in names if getattr(problem, name) is not None]
-
-
 def elsewhere(problem: AttentionProblem) -> list[str]:
     """The reason, if there is one, of a backend that reads memory from the CPU."""
     if problem.library.on_host:

@@ -90,8 +90,6 @@ def attend_cached(
 ) -> Any:
     """Attention over caches, or None where the call has to go the long way; `rest` is as `_core` takes it."""
     caches, new = (key_cache, value_cache, key_scale, value_scale), (new_key, new_value)
-    if key_scale is not None and _core.selected_isa() != "scalar":
-        return None
     if type(query) is np.ndarray:
         if _numpy_call is None:
             return None

@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from fastattn.arrays import NUMPY
-from fastattn.backends.base import ragged_arguments
+from fastattn.cache_problem import CacheUpdate
 from fastattn.outputs import Gradients, Outputs
 from fastattn.problem import AttentionProblem
 
@@ -31,7 +31,7 @@ class TritonBackend:
         device = problem.query.array.device
         if device.type == "cpu" and not _interprets():
             return ["the tensors are on the CPU: pass CUDA tensors"]
-        reasons = missing(device) + ragged_arguments(problem)
+        reasons = missing(device)
         if problem.dtype == "float64":
             reasons.append("no kernel computes float64 on a GPU: see backend='math'")
         for whose, view in ("", problem.query), ("value's ", problem.value):
@@ -40,8 +40,6 @@ class TritonBackend:
                     f"{whose}head dimension {view.shape[3]} is more than {MAX_HEAD_DIM}: "
                     "see backend='math', or the kernels for tensors on the CPU"
                 )
-        if problem.block_table is not None or problem.key_scale is not None:
-            reasons.append("no kernel reads pages or quantised caches on a GPU: see backend='math'")
         return reasons
 
     def run(self, problem: AttentionProblem, outputs: Outputs) -> None:
@@ -49,6 +47,12 @@ class TritonBackend:
         from fastattn.gpu import launch
 
         launch.forward(problem, outputs)
+
+    def update_cache(self, problem: AttentionProblem, update: CacheUpdate) -> AttentionProblem:
+        """Launch a kernel on the current stream of the device."""
+        from fastattn.gpu import launch
+
+        return launch.update_cache(problem, update)
 
     def run_backward(
         self, problem: AttentionProblem, outputs: Outputs, incoming: Outputs, gradients: Gradients

@@ -13,9 +13,9 @@ from fastattn.gpu.bias_gradient import bias_gradient
 from fastattn.gpu.call import Call, Gradients
 from fastattn.gpu.key_gradient import key_gradient
 from fastattn.gpu.query_gradient import query_gradient
-from fastattn.gpu.row_terms import row_terms
+from fastattn.gpu.row_terms import row_terms, sums_of_rows
+from fastattn.gpu.rows import matrix
 from fastattn.gpu.score_gradient import Incoming
-from fastattn.gpu.tile import matrix
 
 
 def backward(
@@ -28,7 +28,7 @@ def backward(
     wanted: Gradients,
     atomic: bool = False,
 ) -> None:
-    """Write the gradients that are `wanted`.
+    """Write the gradients that are `wanted`; of sequences behind one another, axes are as in `Call.ragged`.
 
     Parameters
     ----------
@@ -63,6 +63,6 @@ def backward(
     if wanted.bias is not None:
         bias_gradient(call, incoming, wanted.bias)
     if wanted.alibi_slopes is not None and slope_terms is not None:
-        wanted.alibi_slopes.copy_(slope_terms.sum(2))
+        wanted.alibi_slopes.copy_(sums_of_rows(call, slope_terms))
     if wanted.sinks is not None and sink_terms is not None:
-        wanted.sinks.copy_(sink_terms.sum(2).sum_to_size(wanted.sinks.shape))
+        wanted.sinks.copy_(sums_of_rows(call, sink_terms).sum_to_size(wanted.sinks.shape))

@@ -9,14 +9,12 @@ from torch import Tensor
 
 from fastattn.gpu import configs
 from fastattn.gpu.call import Call
+from fastattn.gpu.rows import head_base, key_base, load_keys, load_rows, matrix, places
 from fastattn.gpu.score_gradient import Incoming, load_terms, probabilities, score_gradients, weight_factors
 from fastattn.gpu.tile import (
-    head_base,
     key_count,
     key_ranges,
-    load_rows,
-    matrix,
-    places,
+    query_count,
     query_offset,
     query_ranges,
     rules_of,
@@ -126,13 +124,14 @@ def bias_gradient_kernel(
     for member in tl.range(batch_members * head_members):
         batch, head = own_batch + member // head_members, own_head + member % head_members
         count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
+        queries = query_count(rules, batch, seqlen_q)
         if ALL_ROWS:
             last = tl.minimum(own_key + BLOCK_N, count) - 1
-            there = tl.where(own_key < count, seqlen_q, 0)
-            start, _, _, end = query_ranges(own_key, last, offset, there, rules, BLOCK_M)
+            there = tl.where(own_key < count, queries, 0)
+            start, _, _, end = query_ranges(rules, batch, own_key, last, offset, there, BLOCK_M, BLOCK_N)
         else:
-            last = tl.minimum(own_row + BLOCK_M, seqlen_q) - 1
-            start, _, _, end = key_ranges(own_row, last, offset, count, rules, BLOCK_N)
+            last = tl.minimum(own_row + BLOCK_M, queries) - 1
+            start, _, _, end = key_ranges(rules, batch, own_row, last, offset, count, BLOCK_M, BLOCK_N)
             if not ALL_KEYS:
                 start = tl.maximum(start, own_key)
                 end = tl.minimum(end, own_key + BLOCK_N)
@@ -140,9 +139,9 @@ def bias_gradient_kernel(
             first_row = first if ALL_ROWS else own_row
             first_key = own_key if ALL_ROWS else first
             sums += tile_gradient(
-                query, key, value, incoming, rules, batch, head, heads, first_row, first_key, seqlen_q,
-                offset, count, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PRECISION, BLOCK_M,
-                BLOCK_N,
+                query, key, value, incoming, rules, batch, head, heads, first_row, first_key, queries,
+                seqlen_q, seqlen_k, offset, count, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE,
+                PRECISION, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
     rows, keys = own_row + tl.arange(0, BLOCK_M), own_key + tl.arange(0, BLOCK_N)
@@ -169,7 +168,9 @@ def tile_gradient(
     heads,
     first_row,
     first_key,
+    queries,
     seqlen_q,
+    seqlen_k,
     offset,
     count,
     GROUP: tl.constexpr,
@@ -184,27 +185,23 @@ def tile_gradient(
     """Compute dS of one tile of one head."""
     rows, keys = first_row + tl.arange(0, BLOCK_M), first_key + tl.arange(0, BLOCK_N)
     batch_head, kv_head = batch * heads + head, head // GROUP
-    level, excess, delta = load_terms(incoming.terms, batch_head, first_row, seqlen_q, BLOCK_M, True)
-    q = load_rows(
-        head_base(query, batch, head), query, first_row, seqlen_q, BLOCK_M, HEAD_DIM, BLOCK_DIM, False, True
-    )
-    k = load_rows(
-        head_base(key, batch, kv_head), key, first_key, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, True, True
-    )
+    numbers = batch_head.to(tl.int64) * seqlen_q
+    level, excess, delta = load_terms(incoming.terms, numbers, first_row, queries, BLOCK_M, True)
+    base = head_base(query, batch, head)
+    q = load_rows(base, query, first_row, queries, BLOCK_M, HEAD_DIM, BLOCK_DIM, False, True)
+    base = key_base(key, rules, batch, kv_head, seqlen_k)
+    k = load_keys(base, key, rules, batch, first_key, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, True, True)
     p, _ = probabilities(
         tl.dot(q, k, input_precision=PRECISION), level[:, None], excess[:, None], rules, batch, head, rows[:,
-        None], keys[None, :], seqlen_q, offset, count, False, True,
+        None], keys[None, :], queries, offset, count, False, True,
     )  # fmt: skip
-    do = load_rows(
-        head_base(incoming.grad_out, batch, head), incoming.grad_out, first_row, seqlen_q, BLOCK_M, VALUE_DIM,
-        BLOCK_VALUE, False, True
-    )  # fmt: skip
-    v = load_rows(
-        head_base(value, batch, kv_head), value, first_key, count, BLOCK_N, VALUE_DIM, BLOCK_VALUE, True, True
-    )
+    base = head_base(incoming.grad_out, batch, head)
+    do = load_rows(base, incoming.grad_out, first_row, queries, BLOCK_M, VALUE_DIM, BLOCK_VALUE, False, True)
+    base = key_base(value, rules, batch, kv_head, seqlen_k)
+    v = load_keys(base, value, rules, batch, first_key, count, BLOCK_N, VALUE_DIM, BLOCK_VALUE, True, True)
     dp = tl.dot(do, v, input_precision=PRECISION)
     factors = weight_factors(rules, batch_head, rows, first_key, BLOCK_N, False)
     return score_gradients(
-        p, dp, factors, delta[:, None], incoming, rules, batch, head, rows[:, None], keys[None, :], seqlen_q,
+        p, dp, factors, delta[:, None], incoming, rules, batch, head, rows[:, None], keys[None, :], queries,
         count, True,
     )  # fmt: skip

@@ -11,6 +11,28 @@ from torch import Tensor
 from fastattn.arrays import Strided
 from fastattn.problem import AttentionProblem
 
+SPAN = 64  # positions whose segments are summed up by the least and the greatest id
+
+
+class Segments(NamedTuple):
+    """The id of each position, of which a query attends to its own; each with its stride between batches."""
+
+    queries: Any  # (B, Lq) int64
+    queries_batch: Any
+    keys: Any  # (B, Lk) int64
+    keys_batch: Any
+    query_bounds: Any  # (B, spans, 2) int64: the least and the greatest id of each SPAN positions
+    query_bounds_batch: Any
+    key_bounds: Any
+    key_bounds_batch: Any
+
+
+class Ragged(NamedTuple):
+    """Where sequences begin that follow one another as the rows of one: (B + 1,) integers, 0 the first."""
+
+    queries: Any
+    keys: Any
+
 
 class Call(NamedTuple):
     """Tensors of one device, seen with axes (B, H, L, D) whatever the layout."""
@@ -33,6 +55,26 @@ class Call(NamedTuple):
     dropout_seed: Tensor | int  # () int64, or a number of 64 bits
     dropout_offset: int
     tf32: bool = False  # float32 products may round their operands
+    kv_starts: Tensor | None = None  # (B,) int64
+    query_lengths: Tensor | None = None  # (B,) int64
+    segments: Segments | None = None
+    # (B, slots) integers: key and value are pages, (pages, Hkv, page size, D or Dv), and these are whose.
+    block_table: Tensor | None = None
+    key_scale: Tensor | None = None  # (B or pages, Hkv, Lk or page size) float32: key is of 8 bits a number
+    value_scale: Tensor | None = None
+    # Sequences that follow one another: query (1, Hq, all rows, D), and key and value likewise.
+    ragged: Ragged | None = None
+
+    @property
+    def batch(self) -> int:
+        """How many sequences there are."""
+        return self.query.shape[0] if self.ragged is None else self.ragged.queries.shape[0] - 1
+
+    @property
+    def seqlen_k(self) -> int:
+        """How many keys a sequence has room for; of all sequences where they follow one another."""
+        length = self.key.shape[2]
+        return length if self.block_table is None else length * self.block_table.shape[1]
 
 
 class Gradients(NamedTuple):
@@ -56,30 +98,75 @@ def from_problem(problem: AttentionProblem) -> Call:
         keep on reading memory of this call.
     """
     query = tensor(problem.query)
-    batch, heads, device = *query.shape[:2], query.device
+    heads, device = query.shape[1], query.device
     offset = problem.query_offset
     single = isinstance(offset, int)
-    slopes = _on_device("alibi_slopes", problem.alibi_slopes, torch.float32, device)
+    slopes = moved("alibi_slopes", problem.alibi_slopes, torch.float32, device)
     return Call(
         query,
-        tensor(problem.key),
-        tensor(problem.value),
+        codes(problem.key),
+        codes(problem.value),
         None if problem.mask is None else tensor(problem.mask),
         None if problem.bias is None else tensor(problem.bias),
-        _on_device("kv_lengths", problem.kv_lengths, torch.int64, device),
-        None if single else _on_device("query_offset", offset, torch.int64, device),
+        moved("kv_lengths", problem.kv_lengths, torch.int64, device),
+        None if single else moved("query_offset", offset, torch.int64, device),
         offset if single else 0,
         problem.window_left,
         problem.window_right,
-        None if slopes is None else slopes.expand(batch, heads),
-        _on_device("sinks", problem.sinks, torch.float32, device),
+        None if slopes is None else slopes.expand(problem.sequence_count, heads),
+        moved("sinks", problem.sinks, torch.float32, device),
         problem.softcap,
         problem.scale,
         problem.dropout_p,
         0 if problem.dropout_seed is None else problem.dropout_seed,
         problem.dropout_offset,
         query.dtype == torch.float32 and allows_tf32(),
+        moved("kv_starts", problem.kv_starts, torch.int64, device),
+        moved("query_lengths", problem.query_lengths, torch.int64, device),
+        _segments(problem, device),
+        _table(problem, device),
+        None if problem.key_scale is None else tensor(problem.key_scale),
+        None if problem.value_scale is None else tensor(problem.value_scale),
+        ragged=_ragged(problem, device),
     )
+
+
+def _table(problem: AttentionProblem, device: torch.device) -> Tensor | None:
+    if problem.block_table is None:
+        return None
+    table = problem.block_table.array
+    return table if isinstance(table, Tensor) else moved("block_table", table, torch.int64, device)
+
+
+def _segments(problem: AttentionProblem, device: torch.device) -> Segments | None:
+    if problem.segment_ids is None:
+        return None
+    queries, keys = (moved("segment_ids", ids, torch.int64, device) for ids in problem.segment_ids)
+    assert queries is not None and keys is not None
+    return segments_of(queries, keys)
+
+
+def segments_of(queries: Tensor, keys: Tensor) -> Segments:
+    """Sum up the ids of queries (B, Lq) and keys (B, Lk), int64, where they lie."""
+    tensors = queries.contiguous(), keys.contiguous(), _bounds(queries), _bounds(keys)
+    return Segments(*(part for tensor in tensors for part in (tensor, tensor.stride(0))))
+
+
+def _bounds(ids: Tensor) -> Tensor:
+    batch, length = ids.shape
+    missing = -length % SPAN
+    if missing:
+        ids = torch.cat([ids, ids[:, -1:].expand(batch, missing)], 1)
+    spans = ids.reshape(batch, -1, SPAN)
+    return torch.stack([spans.amin(2), spans.amax(2)], 2)
+
+
+def _ragged(problem: AttentionProblem, device: torch.device) -> Ragged | None:
+    if problem.cu_seqlens is None:
+        return None
+    names = "cu_seqlens_q", "cu_seqlens_k"
+    pairs = zip(names, problem.cu_seqlens, strict=True)
+    return Ragged(*(moved(name, starts, torch.int64, device) for name, starts in pairs))
 
 
 def tensor(view: Strided) -> Tensor:
@@ -90,12 +177,18 @@ def tensor(view: Strided) -> Tensor:
     return array.as_strided(view.shape, view.strides)
 
 
-def _on_device(name: str, vector: Any, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+def codes(view: Strided) -> Tensor:
+    """The same of a cache: numbers of float8_e4m3fn as bytes, since not every GPU has a type for them."""
+    array = tensor(view)
+    return array.view(torch.uint8) if array.dtype == torch.float8_e4m3fn else array
+
+
+def moved(name: str, vector: Any, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """A short argument where the kernels can read it."""
     if vector is None:
         return None
     if isinstance(vector, Tensor):
-        return vector.detach().to(dtype)
+        return vector.detach().to(dtype).contiguous()
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{name} must be a tensor on '{device}' where a CUDA graph is captured: "

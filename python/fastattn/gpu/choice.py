@@ -67,8 +67,10 @@ def explained(call: Call) -> dict[str, str]:
 
 
 def _against_decode(call: Call) -> list[str]:
-    seqlen_q, seqlen_k = call.query.shape[2], call.key.shape[2]
+    seqlen_q, seqlen_k = call.query.shape[2], call.seqlen_k
     reasons = []
+    if call.ragged is not None:
+        reasons.append("sequences of any lengths follow one another")
     if seqlen_q > FEW_QUERIES:
         reasons.append(f"{seqlen_q} queries are more than {FEW_QUERIES}")
     if seqlen_k <= (chunk := configs.decode_chunk(seqlen_k)):

@@ -6,7 +6,17 @@ import torch
 import triton
 
 from fastattn.gpu.call import Call
-from fastattn.gpu.config_tables import DECODE_RICH, DECODE_WIDE, Gradients, Tiles, tables
+from fastattn.gpu.config_tables import (
+    BACKWARD_SEGMENTS,
+    DECODE_QUANTISED,
+    DECODE_RICH,
+    DECODE_WIDE,
+    FORWARD_QUANTISED,
+    Gradients,
+    Tiles,
+    Uses,
+    tables,
+)
 from fastattn.problem import UNBOUNDED
 
 TABLES = tables(triton.__version__)
@@ -52,13 +62,23 @@ def forward(call: Call) -> Tiles:
     if is_rich(call):
         is_full = call.query.shape[3] == call.value.shape[3] == _columns(call)
         return uses.rich if is_full else uses.ragged
+    if call.block_table is not None or call.key_scale is not None:
+        return _forward_over_cache(call, uses)
     return uses.narrow if call.window_left + call.window_right < NARROW else uses.plain
+
+
+def _forward_over_cache(call: Call, uses: Uses) -> Tiles:
+    """Addresses of rows, and codes, take registers."""
+    is_half = _numbers(call) == "half"
+    if is_half and call.key_scale is not None:
+        return FORWARD_QUANTISED[_columns(call)]
+    return uses.plain if is_half and _columns(call) == 128 else uses.rich
 
 
 def is_rich(call: Call) -> bool:
     """Whether something is read or computed for each score, besides the product."""
-    per_score = call.mask is not None or call.bias is not None or call.alibi_slopes is not None
-    return per_score or call.dropout_p > 0 or call.softcap > 0
+    given = (call.mask, call.bias, call.alibi_slopes, call.segments)
+    return any(x is not None for x in given) or call.dropout_p > 0 or call.softcap > 0
 
 
 def decode(call: Call) -> Tiles:
@@ -69,6 +89,8 @@ def decode(call: Call) -> Tiles:
         return DECODE_WIDE
     if call.query.dtype == torch.float32 or is_rich(call):
         return DECODE_RICH
+    if call.key_scale is not None:
+        return DECODE_QUANTISED
     rows = padded(call.query.shape[2] * (call.query.shape[1] // call.key.shape[1]))
     return TABLES.decode[min(rows, {"gfx942": 32, "sm90": 128}.get(gpu, 64))]
 
@@ -80,12 +102,16 @@ def decode_chunk(seqlen_k: int) -> int:
 
 def backward_keys(call: Call, of_weights: bool) -> Tiles:
     """Tiles of the kernel for the gradients of key and value; `of_weights`: those of weights come in."""
+    if _has_short_segments(call):
+        return BACKWARD_SEGMENTS
     gradients = _backward(call)
     return gradients.rich_keys if of_weights or _is_rich_backward(call) else gradients.keys
 
 
 def backward_queries(call: Call, of_weights: bool) -> Tiles:
     """Tiles of the kernel for the gradient of query; `of_weights`: those of weights come in."""
+    if _has_short_segments(call):
+        return BACKWARD_SEGMENTS
     gradients = _backward(call)
     return gradients.rich_queries if of_weights or _is_rich_backward(call) else gradients.queries
 
@@ -113,14 +139,20 @@ def candidates(kernel: str, call: Call) -> list[Tiles]:
         entries = [table[numbers] for table in TABLES.forward.values() if numbers in table]
         return [tiles for uses in entries for tiles in uses]
     if kernel == "decode":
-        return [*TABLES.decode.values(), DECODE_RICH, DECODE_WIDE]
+        return [*TABLES.decode.values(), DECODE_RICH, DECODE_WIDE, DECODE_QUANTISED]
     ways = [table[numbers] for table in TABLES.backward.values() if numbers in table]
     return [tiles for gradients in ways for tiles in gradients]
 
 
 def _is_rich_backward(call: Call) -> bool:
-    """A window on the left makes a third loop, whose registers come on top."""
-    return is_rich(call) or call.window_left < UNBOUNDED
+    """A window or a start on the left makes a third loop, whose registers come on top."""
+    return is_rich(call) or call.window_left < UNBOUNDED or call.kv_starts is not None
+
+
+def _has_short_segments(call: Call) -> bool:
+    """Whether ids of 64 bits, which take registers, come on top of what the tables count with."""
+    is_narrow = _numbers(call) == "half" and _columns(call) <= 128
+    return call.segments is not None and is_narrow and bool(kind_of_gpu(call.query))
 
 
 def _backward(call: Call) -> Gradients:

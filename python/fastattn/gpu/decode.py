@@ -19,15 +19,14 @@ from fastattn.gpu import configs, tuning
 from fastattn.gpu.call import Call
 from fastattn.gpu.config_tables import Tiles
 from fastattn.gpu.forward import attend_all, is_plain, normalised
+from fastattn.gpu.rows import head_base, matrix, places
 from fastattn.gpu.tile import (
     INF,
     LN2,
     LOG2E,
-    head_base,
     key_count,
     key_ranges,
-    matrix,
-    places,
+    query_count,
     query_offset,
     rules_of,
 )
@@ -36,7 +35,7 @@ from fastattn.gpu.tile import (
 def decode(call: Call, out: Tensor, lse: Tensor | None) -> None:
     """Write `out` (B, Hq, Lq, Dv) and, unless it is None, `lse` (B, Hq, Lq), float32."""
     batch, heads, seqlen_q, head_dim = call.query.shape
-    kv_heads, seqlen_k, value_dim = call.key.shape[1], call.key.shape[2], call.value.shape[3]
+    kv_heads, seqlen_k, value_dim = call.key.shape[1], call.seqlen_k, call.value.shape[3]
     chunk = configs.decode_chunk(seqlen_k)
     chunks = max(1, triton.cdiv(seqlen_k, chunk))
     rules, value_block = rules_of(call), configs.padded(value_dim)
@@ -122,17 +121,20 @@ def chunk_kernel(
     batch_head = batch * kv_heads * GROUP + head
     columns = tl.arange(0, BLOCK_DIM)[None, :]
     at = places(head_base(query, batch, head[:, None]), query, rows[:, None], columns)
-    q = tl.load(at, mask=(rows < seqlen_q)[:, None] & (columns < HEAD_DIM), other=0.0)
+    queries = query_count(rules, batch, seqlen_q)
+    q = tl.load(at, mask=(rows < queries)[:, None] & (columns < HEAD_DIM), other=0.0)
 
     count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
     first = block * BLOCK_M // GROUP
-    last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, seqlen_q - 1)
-    start, inner_start, inner_end, end = key_ranges(first, last, offset, count, rules, BLOCK_N)
+    last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, queries - 1)
+    start, inner_start, inner_end, end = key_ranges(
+        rules, batch, first, last, offset, count, BLOCK_M, BLOCK_N
+    )
     low, high = chunk * CHUNK, chunk * CHUNK + CHUNK
     level, total, acc = attend_all(
         q, key, value, rules, batch, head[:, None], batch_head[:, None], kv_head, rows,
         within(start, low, high), within(inner_start, low, high), within(inner_end, low, high),
-        within(end, low, high), seqlen_q, offset, count,
+        within(end, low, high), queries, seqlen_k, offset, count,
         HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     mean, _ = normalised(level, total, acc)

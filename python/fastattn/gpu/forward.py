@@ -18,6 +18,18 @@ from torch import Tensor
 from fastattn.gpu import configs, tuning
 from fastattn.gpu.call import Call
 from fastattn.gpu.config_tables import Tiles
+from fastattn.gpu.rows import (
+    key_base,
+    load_keys,
+    load_rows,
+    load_scales,
+    matrix,
+    number_base,
+    numbers_of,
+    query_base,
+    store_rows,
+)
+from fastattn.gpu.schedule import cached_heads, own_block, programs, schedule_of
 from fastattn.gpu.tile import (
     INF,
     LN2,
@@ -25,37 +37,34 @@ from fastattn.gpu.tile import (
     adjusted,
     beyond,
     dropout_factors,
-    head_base,
     key_count,
     key_ranges,
-    load_rows,
-    matrix,
+    query_count,
     query_offset,
+    row_count,
     rules_of,
-    store_rows,
     visible,
 )
-
-# Heads whose keys and values stay in the second-level cache together: half of the 50 MB of an H100.
-CACHED_BYTES = 24 << 20
 
 
 def forward(call: Call, out: Tensor, lse: Tensor | None) -> None:
     """Write `out` (B, Hq, Lq, Dv) and, unless it is None, `lse` (B, Hq, Lq), float32."""
-    batch, heads, seqlen_q, head_dim = call.query.shape
-    kv_heads, seqlen_k, value_dim = call.key.shape[1], call.key.shape[2], call.value.shape[3]
+    batch, (heads, seqlen_q, head_dim) = call.batch, call.query.shape[1:]
+    kv_heads, seqlen_k, value_dim = call.key.shape[1], call.seqlen_k, call.value.shape[3]
 
     def launch(tiles: Tiles) -> None:
-        blocks = triton.cdiv(seqlen_q, tiles.rows)
+        schedule = schedule_of(call.ragged and call.ragged.queries, seqlen_q, tiles.rows)
+        blocks = programs(schedule, triton.cdiv(seqlen_q, tiles.rows), batch)
         kv_bytes = seqlen_k * (head_dim + value_dim) * call.key.element_size()
-        width = min(batch * heads, max(1, CACHED_BYTES // max(kv_bytes, 1)) * (heads // kv_heads))
-        forward_kernel[(blocks * batch * heads,)](
+        width = min(batch * heads, cached_heads(kv_bytes) * (heads // kv_heads))
+        forward_kernel[(blocks * heads,)](
             matrix(call.query),
             matrix(call.key),
             matrix(call.value),
             matrix(out),
             lse,
             rules_of(call),
+            schedule,
             batch * heads,
             heads,
             width,
@@ -80,17 +89,6 @@ def is_plain(call: Call) -> bool:
     return not call.softcap and call.bias is None and call.alibi_slopes is None and call.scale > 0
 
 
-@triton.jit
-def block_and_head(blocks, batch_heads, width):
-    """Longest blocks of queries first, among as many heads as the cache holds keys and values of."""
-    pid = tl.program_id(0)
-    section = pid // (blocks * width)
-    rest = pid - section * (blocks * width)
-    here = tl.minimum(width, batch_heads - section * width)
-    rank = rest // here
-    return blocks - 1 - rank, section * width + rest - rank * here
-
-
 @triton.jit(do_not_specialize=["batch_heads", "heads", "width", "seqlen_q", "seqlen_k"])
 def forward_kernel(
     query,
@@ -99,6 +97,7 @@ def forward_kernel(
     out,
     lse,
     rules,
+    schedule,
     batch_heads,
     heads,
     width,
@@ -115,15 +114,17 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """One block of queries of one head."""
-    block, batch_head = block_and_head(tl.cdiv(seqlen_q, BLOCK_M), batch_heads, width)
-    batch, head = batch_head // heads, batch_head % heads
+    block, batch, head, batch_head = own_block(
+        schedule, tl.cdiv(seqlen_q, BLOCK_M), batch_heads, heads, width
+    )
     kv_head = head // GROUP
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    queries = query_count(rules, batch, seqlen_q)
     q = load_rows(
-        head_base(query, batch, head),
+        query_base(query, rules, batch, head, seqlen_q),
         query,
         block * BLOCK_M,
-        seqlen_q,
+        queries,
         BLOCK_M,
         HEAD_DIM,
         BLOCK_DIM,
@@ -131,20 +132,25 @@ def forward_kernel(
         True,
     )
     count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
-    last = tl.minimum(block * BLOCK_M + BLOCK_M, seqlen_q) - 1
-    start, inner_start, inner_end, end = key_ranges(block * BLOCK_M, last, offset, count, rules, BLOCK_N)
+    last = tl.minimum(block * BLOCK_M + BLOCK_M, queries) - 1
+    start, inner_start, inner_end, end = key_ranges(
+        rules, batch, block * BLOCK_M, last, offset, count, BLOCK_M, BLOCK_N
+    )
 
     level, total, acc = attend_all(
         q, key, value, rules, batch, head, batch_head, kv_head, rows, start, inner_start, inner_end, end,
-        seqlen_q, offset, count, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION,
+        queries, seqlen_k, offset, count, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION,
         BLOCK_M, BLOCK_N,
     )  # fmt: skip
     if rules.sinks is not None:
         level, total, acc = with_sink(level, total, acc, tl.load(rules.sinks + head))
     acc, row_lse = normalised(level, total, acc)
-    store_rows(head_base(out, batch, head), out, rows, seqlen_q, acc, VALUE_DIM, BLOCK_VALUE)
+    there = row_count(rules, queries, seqlen_q)
+    base = query_base(out, rules, batch, head, seqlen_q)
+    store_rows(base, out, rows, there, acc, VALUE_DIM, BLOCK_VALUE)
     if lse is not None:
-        tl.store(lse + batch_head.to(tl.int64) * seqlen_q + rows, row_lse, mask=rows < seqlen_q)
+        at = number_base(rules, batch, head, batch_head, seqlen_q) + rows
+        tl.store(lse + at, row_lse, mask=rows < there)
 
 
 @triton.jit
@@ -179,7 +185,8 @@ def attend_all(
     inner_start,
     inner_end,
     end,
-    seqlen_q,
+    queries,
+    seqlen_k,
     offset,
     count,
     HEAD_DIM: tl.constexpr,
@@ -198,24 +205,28 @@ def attend_all(
     level = tl.full([BLOCK_M], -INF, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_VALUE], tl.float32)
-    if rules.left is not None:
+    if rules.left is not None or rules.starts is not None:
         level, total, acc = attend(
             level, total, acc, q, key, value, rules, batch, head, batch_head, kv_head, rows,
-            start, inner_start, seqlen_q, offset, count,
+            start, inner_start, queries, seqlen_k, offset, count,
             HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, True,
         )  # fmt: skip
     level, total, acc = attend(
         level, total, acc, q, key, value, rules, batch, head, batch_head, kv_head, rows,
-        inner_start, inner_end, seqlen_q, offset, count,
+        inner_start, inner_end, queries, seqlen_k, offset, count,
         HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, False,
     )  # fmt: skip
     level, total, acc = attend(
         level, total, acc, q, key, value, rules, batch, head, batch_head, kv_head, rows,
-        inner_end, end, seqlen_q, offset, count,
+        inner_end, end, queries, seqlen_k, offset, count,
         HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, True,
     )  # fmt: skip
     if PLAIN:
         level = level * rules.scale
+    if rules.query_lengths is not None:  # rows that no tile was checked for
+        there = rows < queries
+        level = tl.where(there, level, -INF)
+        total, acc = tl.where(there, total, 0.0), tl.where(there[:, None], acc, 0.0)
     if rules.slopes is not None:
         level -= tl.reshape(beyond(rules, batch, head, rows[:, None], offset, count), [BLOCK_M])
     return level, total, acc
@@ -237,7 +248,8 @@ def attend(
     rows,
     start,
     end,
-    seqlen_q,
+    queries,
+    seqlen_k,
     offset,
     count,
     HEAD_DIM: tl.constexpr,
@@ -250,19 +262,22 @@ def attend(
     CHECKED: tl.constexpr,
 ):
     """Go over the keys [start, end). `level` is the highest score so far, before its scale if PLAIN."""
-    key_base, value_base = head_base(key, batch, kv_head), head_base(value, batch, kv_head)
+    keys_at = key_base(key, rules, batch, kv_head, seqlen_k)
+    values_at = key_base(value, rules, batch, kv_head, seqlen_k)
     factor = rules.scale * LOG2E if PLAIN else LOG2E
     for first in tl.range(start, end, BLOCK_N):
         first = tl.multiple_of(first, BLOCK_N)
         keys = first + tl.arange(0, BLOCK_N)
-        k = load_rows(key_base, key, first, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, True, CHECKED)
-        scores = tl.dot(q, k, input_precision=PRECISION)
+        k = load_keys(keys_at, key, rules, batch, first, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, True, CHECKED)
+        scores = tl.dot(q, numbers_of(k, q.dtype), input_precision=PRECISION)
+        if rules.key_scales is not None:
+            scores *= load_scales(rules.key_scales, rules, batch, kv_head, keys, count, seqlen_k)[None, :]
         if not PLAIN:
             scores = adjusted(
-                scores, rules, batch, head, rows[:, None], keys[None, :], seqlen_q, offset, count
+                scores, rules, batch, head, rows[:, None], keys[None, :], queries, offset, count
             )
         if CHECKED:
-            seen = visible(rules, batch, head, rows[:, None], keys[None, :], seqlen_q, offset, count)
+            seen = visible(rules, batch, head, rows[:, None], keys[None, :], queries, offset, count)
             scores = tl.where(seen, scores, -INF)
         highest = tl.maximum(level, tl.max(scores, 1))
         reference = tl.where(highest == -INF, 0.0, highest)
@@ -274,7 +289,12 @@ def attend(
         total = total * shrink + tl.sum(p, 1)
         if rules.dropout_scale is not None:
             p = p * dropout_factors(rules, batch_head, rows, first, BLOCK_N, False)
-        v = load_rows(value_base, value, first, count, BLOCK_N, VALUE_DIM, BLOCK_VALUE, False, CHECKED)
+        v = load_keys(
+            values_at, value, rules, batch, first, count, BLOCK_N, VALUE_DIM, BLOCK_VALUE, False, CHECKED
+        )
+        if rules.value_scales is not None:
+            p *= load_scales(rules.value_scales, rules, batch, kv_head, keys, count, seqlen_k)[None, :]
+            v = numbers_of(v, tl.float32 if q.dtype == tl.float32 else tl.bfloat16)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         level = highest
     return level, total, acc

@@ -164,9 +164,9 @@ def _sizes(call: Call, batch_heads: int, width: int) -> tuple[float | int, ...]:
 
 def _cached_heads(tensor: Tensor) -> int:
     """Count the heads of `tensor`, and of another like it, that the L2 cache holds at once."""
-    from fastattn.gpu.forward import CACHED_BYTES
+    from fastattn.gpu.schedule import cached_heads
 
-    return max(1, CACHED_BYTES // (2 * tensor.shape[2] * tensor.shape[3] * tensor.element_size()))
+    return cached_heads(2 * tensor.shape[2] * tensor.shape[3] * tensor.element_size())
 
 
 def _target(tensor: Tensor | None, like: Tensor) -> Tensor:
@@ -269,6 +269,12 @@ def _argument_reasons(call: Call) -> list[str]:
         "mask": call.mask is not None,
         "bias": call.bias is not None,
         "kv_lengths": call.kv_lengths is not None,
+        "kv_starts": call.kv_starts is not None,
+        "query_lengths": call.query_lengths is not None,
+        "segment_ids": call.segments is not None,
+        "a block_table": call.block_table is not None,
+        "a quantised cache": call.key_scale is not None,
+        "cu_seqlens": call.ragged is not None,
         "a query_offset for each sequence": call.query_offsets is not None,
         "window": windowed,
         "alibi_slopes": call.alibi_slopes is not None,

@@ -17,7 +17,17 @@ from torch import Tensor
 from fastattn.gpu import configs, tuning
 from fastattn.gpu.call import Call
 from fastattn.gpu.config_tables import Tiles
-from fastattn.gpu.forward import CACHED_BYTES, block_and_head, is_plain
+from fastattn.gpu.forward import is_plain
+from fastattn.gpu.rows import (
+    key_base,
+    load_keys,
+    load_rows,
+    matrix,
+    number_base,
+    query_base,
+    store_rows,
+)
+from fastattn.gpu.schedule import cached_heads, own_block, programs, schedule_of
 from fastattn.gpu.score_gradient import (
     Incoming,
     load_terms,
@@ -27,15 +37,14 @@ from fastattn.gpu.score_gradient import (
     weight_factors,
 )
 from fastattn.gpu.tile import (
-    head_base,
     hidden_zeros,
     key_count,
-    load_rows,
-    matrix,
+    query_count,
     query_offset,
     query_ranges,
+    row_count,
     rules_of,
-    store_rows,
+    stored_length,
 )
 
 
@@ -51,15 +60,16 @@ def key_gradient(
     `query_sums` (B, Hq, Lq, D), float32, contiguous: that of query is added to it, by atomic additions whose
     order is left to chance; not yet multiplied by the scale.
     """
-    batch, heads, seqlen_q, head_dim = call.query.shape
+    batch, (heads, seqlen_q, head_dim) = call.batch, call.query.shape[1:]
     kv_heads, seqlen_k, value_dim = call.key.shape[1], call.key.shape[2], call.value.shape[3]
     if seqlen_k * batch * kv_heads == 0:
         return
 
     def launch(tiles: Tiles) -> None:
-        blocks = triton.cdiv(seqlen_k, tiles.columns)
+        schedule = schedule_of(call.ragged and call.ragged.keys, seqlen_k, tiles.columns)
+        blocks = programs(schedule, triton.cdiv(seqlen_k, tiles.columns), batch)
         query_bytes = seqlen_q * (head_dim + value_dim) * call.query.element_size() * (heads // kv_heads)
-        key_gradient_kernel[(blocks * batch * kv_heads,)](
+        key_gradient_kernel[(blocks * kv_heads,)](
             matrix(call.query),
             matrix(call.key),
             matrix(call.value),
@@ -68,9 +78,10 @@ def key_gradient(
             matrix(grad_value),
             query_sums,
             rules_of(call),
+            schedule,
             batch * kv_heads,
             kv_heads,
-            min(batch * kv_heads, max(1, CACHED_BYTES // max(query_bytes, 1))),
+            min(batch * kv_heads, cached_heads(query_bytes)),
             seqlen_q,
             seqlen_k,
             GROUP=heads // kv_heads,
@@ -98,6 +109,7 @@ def key_gradient_kernel(
     grad_value,
     query_sums,
     rules,
+    schedule,
     batch_heads,
     kv_heads,
     width,
@@ -115,19 +127,28 @@ def key_gradient_kernel(
 ):
     """One block of keys of one key/value head."""
     blocks = tl.cdiv(seqlen_k, BLOCK_N)
-    block, batch_head = block_and_head(blocks, batch_heads, width)
-    first_key = (blocks - 1 - block) * BLOCK_N  # under the causal rule the first keys are seen most
-    batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
+    block, batch, kv_head, batch_head = own_block(schedule, blocks, batch_heads, kv_heads, width)
+    # Under the causal rule the first keys are seen most.
+    first_key = (blocks - 1 - block) * BLOCK_N if schedule is None else block * BLOCK_N
     keys = first_key + tl.arange(0, BLOCK_N)
     count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
-    base = head_base(key, batch, kv_head)
-    k = load_rows(base, key, first_key, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, False, True)
-    base = head_base(value, batch, kv_head)
-    v = load_rows(base, value, first_key, count, BLOCK_N, VALUE_DIM, BLOCK_VALUE, False, True)
+    base = key_base(key, rules, batch, kv_head, seqlen_k)
+    k = load_keys(base, key, rules, batch, first_key, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, False, True)
+    base = key_base(value, rules, batch, kv_head, seqlen_k)
+    v = load_keys(base, value, rules, batch, first_key, count, BLOCK_N, VALUE_DIM, BLOCK_VALUE, False, True)
     last_key = tl.minimum(first_key + BLOCK_N, count) - 1
-    there = tl.where(first_key < count, seqlen_q, 0)
-    start, inner_start, inner_end, end = query_ranges(first_key, last_key, offset, there, rules, BLOCK_M)
+    queries = query_count(rules, batch, seqlen_q)
+    there = tl.where(first_key < count, queries, 0)
+    start, inner_start, inner_end, end = query_ranges(
+        rules, batch, first_key, last_key, offset, there, BLOCK_M, BLOCK_N
+    )
     whole = first_key + BLOCK_N <= count
+    inside = keys < count
+    if rules.starts is not None:
+        low = stored_length(rules.starts, batch, count)
+        end = tl.where(low < first_key + BLOCK_N, end, start)
+        whole &= low <= first_key
+        inside &= keys >= low
     inner_start = tl.where(whole, inner_start, start)
     inner_end = tl.where(whole, inner_end, start)
 
@@ -136,28 +157,28 @@ def key_gradient_kernel(
     if rules.right is not None:
         dk, dv = gather(
             dk, dv, k, v, query, incoming, query_sums, rules, batch, kv_head, batch_head, first_key, start,
-            inner_start, seqlen_q, offset, count, grad_key is not None, grad_value is not None, GROUP,
-            HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N, True,
+            inner_start, queries, seqlen_q, offset, count, grad_key is not None, grad_value is not None,
+            GROUP, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N, True,
         )  # fmt: skip
     dk, dv = gather(
         dk, dv, k, v, query, incoming, query_sums, rules, batch, kv_head, batch_head, first_key, inner_start,
-        inner_end, seqlen_q, offset, count, grad_key is not None, grad_value is not None, GROUP, HEAD_DIM,
-        VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N, False,
+        inner_end, queries, seqlen_q, offset, count, grad_key is not None, grad_value is not None, GROUP,
+        HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N, False,
     )  # fmt: skip
     dk, dv = gather(
         dk, dv, k, v, query, incoming, query_sums, rules, batch, kv_head, batch_head, first_key, inner_end,
-        end, seqlen_q, offset, count, grad_key is not None, grad_value is not None, GROUP, HEAD_DIM,
+        end, queries, seqlen_q, offset, count, grad_key is not None, grad_value is not None, GROUP, HEAD_DIM,
         VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N, True,
     )  # fmt: skip
-    inside = (keys < count)[:, None]
+    stored = row_count(rules, count, seqlen_k)
     if grad_key is not None:
-        dk = tl.where(inside, dk * rules.scale, 0.0)
-        base = head_base(grad_key, batch, kv_head)
-        store_rows(base, grad_key, keys, seqlen_k, dk, HEAD_DIM, BLOCK_DIM)
+        dk = tl.where(inside[:, None], dk * rules.scale, 0.0)
+        base = key_base(grad_key, rules, batch, kv_head, seqlen_k)
+        store_rows(base, grad_key, keys, stored, dk, HEAD_DIM, BLOCK_DIM)
     if grad_value is not None:
-        dv = tl.where(inside, dv, 0.0)
-        base = head_base(grad_value, batch, kv_head)
-        store_rows(base, grad_value, keys, seqlen_k, dv, VALUE_DIM, BLOCK_VALUE)
+        dv = tl.where(inside[:, None], dv, 0.0)
+        base = key_base(grad_value, rules, batch, kv_head, seqlen_k)
+        store_rows(base, grad_value, keys, stored, dv, VALUE_DIM, BLOCK_VALUE)
 
 
 @triton.jit
@@ -176,6 +197,7 @@ def gather(
     first_key,
     start,
     end,
+    queries,
     seqlen_q,
     offset,
     count,
@@ -201,28 +223,20 @@ def gather(
         first = tl.multiple_of(start + (step - member * tiles) * BLOCK_M, BLOCK_M)
         head, batch_head = kv_head * GROUP + member, batch_kv_head * GROUP + member
         rows = first + tl.arange(0, BLOCK_M)
-        q = load_rows(
-            head_base(query, batch, head),
-            query,
-            first,
-            seqlen_q,
-            BLOCK_M,
-            HEAD_DIM,
-            BLOCK_DIM,
-            False,
-            CHECKED,
-        )
-        level, excess, delta = load_terms(incoming.terms, batch_head, first, seqlen_q, BLOCK_M, CHECKED)
+        base = query_base(query, rules, batch, head, seqlen_q)
+        q = load_rows(base, query, first, queries, BLOCK_M, HEAD_DIM, BLOCK_DIM, False, CHECKED)
+        numbers = number_base(rules, batch, head, batch_head, seqlen_q)
+        level, excess, delta = load_terms(incoming.terms, numbers, first, queries, BLOCK_M, CHECKED)
         products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         p, scores = probabilities(
-            products, level[None, :], excess[None, :], rules, batch, head, rows[None, :], keys, seqlen_q,
+            products, level[None, :], excess[None, :], rules, batch, head, rows[None, :], keys, queries,
             offset, count, PLAIN, CHECKED,
         )  # fmt: skip
         factors = weight_factors(rules, batch_head, rows, first_key, BLOCK_N, True)
-        grad_base = head_base(incoming.grad_out, batch, head)
+        base = query_base(incoming.grad_out, rules, batch, head, seqlen_q)
         do = load_rows(
-            grad_base, incoming.grad_out, first, seqlen_q, BLOCK_M, VALUE_DIM, BLOCK_VALUE, False, CHECKED
-        )  # fmt: skip
+            base, incoming.grad_out, first, queries, BLOCK_M, VALUE_DIM, BLOCK_VALUE, False, CHECKED
+        )
         if OF_KEY or query_sums is not None:  # before the other product: fewer tiles to keep meanwhile
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if OF_VALUE:
@@ -230,7 +244,7 @@ def gather(
             dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
         if OF_KEY or query_sums is not None:
             ds = score_gradients(
-                p, dp, factors, delta[None, :], incoming, rules, batch, head, rows[None, :], keys, seqlen_q,
+                p, dp, factors, delta[None, :], incoming, rules, batch, head, rows[None, :], keys, queries,
                 count, CHECKED,
             )  # fmt: skip
             ds = product_gradients(ds, scores, rules).to(q.dtype)
@@ -238,13 +252,13 @@ def gather(
                 dk = tl.dot(ds, q, dk, input_precision=PRECISION)
             if query_sums is not None:
                 dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
-                add_rows(query_sums, batch_head, rows[:, None], seqlen_q, dq, HEAD_DIM, BLOCK_DIM)
+                add_rows(query_sums, numbers, rows[:, None], queries, dq, HEAD_DIM, BLOCK_DIM)
     return dk, dv
 
 
 @triton.jit
-def add_rows(sums, batch_head, rows, seqlen_q, values, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+def add_rows(sums, base, rows, queries, values, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """Add to rows of contiguous sums (B, Hq, Lq, D), atomically."""
     columns = tl.arange(0, BLOCK_DIM)[None, :]
-    at = sums + (batch_head.to(tl.int64) * seqlen_q + rows) * HEAD_DIM + columns
-    tl.atomic_add(at, values, mask=(rows < seqlen_q) & (columns < HEAD_DIM), sem="relaxed")
+    at = sums + (base + rows) * HEAD_DIM + columns
+    tl.atomic_add(at, values, mask=(rows < queries) & (columns < HEAD_DIM), sem="relaxed")

@@ -9,8 +9,11 @@ import torch
 
 from fastattn._flags import flag
 from fastattn.arrays import Strided
+from fastattn.cache_problem import CacheUpdate
+from fastattn.cache_problem import Rotary as CacheRotary
 from fastattn.gpu import choice
-from fastattn.gpu.call import Gradients, from_problem, tensor
+from fastattn.gpu.append import Rotary, Update, append
+from fastattn.gpu.call import Gradients, from_problem, moved, tensor
 from fastattn.gpu.weights import weights as write_weights
 from fastattn.outputs import Gradients as Memory
 from fastattn.outputs import Outputs
@@ -34,6 +37,33 @@ def forward(problem: AttentionProblem, outputs: Outputs) -> None:
         write_weights(call, lse, tensor(outputs.weights))
 
 
+def update_cache(problem: AttentionProblem, update: CacheUpdate) -> AttentionProblem:
+    """Write the new rows; return the problem to run then, whose query is turned if it is to be."""
+    if update.new_key is None and update.rotary is None:
+        return problem
+    query, turned = tensor(problem.query), None
+    if update.rotary is not None:
+        turned = problem.library.empty(problem.query.shape, problem.dtype, problem.query.array)
+    with on_device(query.device):
+        call = from_problem(problem)
+        rows = Update(
+            query,
+            _optional(turned),
+            _optional(update.new_key),
+            _optional(update.new_value),
+            call.key,
+            call.value,
+            call.key_scale,
+            call.value_scale,
+            call.block_table,
+            _positions(update.start, query),
+            max(update.capacity, 1),
+            None if update.rotary is None else _rotary(update.rotary, query),
+        )
+        append(rows)
+    return problem if turned is None else problem._replace(query=turned)
+
+
 def backward(problem: AttentionProblem, outputs: Outputs, incoming: Outputs, memory: Memory) -> None:
     """Write `memory`; sums have one order, but for FASTATTN_ATOMIC=1 where torch allows any."""
     out, lse = tensor(outputs.out), _optional(outputs.lse)
@@ -50,6 +80,17 @@ def backward(problem: AttentionProblem, outputs: Outputs, incoming: Outputs, mem
         call, wanted = from_problem(problem), Gradients(*map(_optional, memory))
         kernel = choice.of_backward(call, wanted, grad_weights, atomic)
         kernel.launch(call, out, lse, grad_out, grad_lse)
+
+
+def _rotary(rotary: CacheRotary, query: torch.Tensor) -> Rotary:
+    starts = _positions(rotary.query_start, query)
+    return Rotary(tensor(rotary.cos), tensor(rotary.sin), rotary.interleaved, starts, rotary.query_step)
+
+
+def _positions(positions: Any, query: torch.Tensor) -> torch.Tensor:
+    vector = moved("cache_seqlens", positions, torch.int64, query.device)
+    assert vector is not None
+    return vector
 
 
 def described(problem: AttentionProblem) -> dict[str, str]:

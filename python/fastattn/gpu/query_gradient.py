@@ -9,7 +9,17 @@ from torch import Tensor
 from fastattn.gpu import configs, tuning
 from fastattn.gpu.call import Call
 from fastattn.gpu.config_tables import Tiles
-from fastattn.gpu.forward import CACHED_BYTES, block_and_head, is_plain
+from fastattn.gpu.forward import is_plain
+from fastattn.gpu.rows import (
+    key_base,
+    load_keys,
+    load_rows,
+    matrix,
+    number_base,
+    query_base,
+    store_rows,
+)
+from fastattn.gpu.schedule import cached_heads, own_block, programs, schedule_of
 from fastattn.gpu.score_gradient import (
     Incoming,
     load_terms,
@@ -20,14 +30,12 @@ from fastattn.gpu.score_gradient import (
 )
 from fastattn.gpu.tile import (
     distance,
-    head_base,
     key_count,
     key_ranges,
-    load_rows,
-    matrix,
+    query_count,
     query_offset,
+    row_count,
     rules_of,
-    store_rows,
 )
 
 
@@ -35,15 +43,16 @@ def query_gradient(
     call: Call, incoming: Incoming, grad_query: Tensor | None, slope_terms: Tensor | None
 ) -> None:
     """Write the gradient of query, and that of the slopes as each row's part, (B, Hq, Lq) float32."""
-    batch, heads, seqlen_q, head_dim = call.query.shape
+    batch, (heads, seqlen_q, head_dim) = call.batch, call.query.shape[1:]
     kv_heads, seqlen_k, value_dim = call.key.shape[1], call.key.shape[2], call.value.shape[3]
     if seqlen_q * batch * heads == 0:
         return
 
     def launch(tiles: Tiles) -> None:
-        blocks = triton.cdiv(seqlen_q, tiles.rows)
+        schedule = schedule_of(call.ragged and call.ragged.queries, seqlen_q, tiles.rows)
+        blocks = programs(schedule, triton.cdiv(seqlen_q, tiles.rows), batch)
         kv_bytes = seqlen_k * (head_dim + value_dim) * call.key.element_size()
-        query_gradient_kernel[(blocks * batch * heads,)](
+        query_gradient_kernel[(blocks * heads,)](
             matrix(call.query),
             matrix(call.key),
             matrix(call.value),
@@ -51,9 +60,10 @@ def query_gradient(
             matrix(grad_query),
             slope_terms,
             rules_of(call),
+            schedule,
             batch * heads,
             heads,
-            min(batch * heads, max(1, CACHED_BYTES // max(kv_bytes, 1)) * (heads // kv_heads)),
+            min(batch * heads, cached_heads(kv_bytes) * (heads // kv_heads)),
             seqlen_q,
             seqlen_k,
             GROUP=heads // kv_heads,
@@ -79,6 +89,7 @@ def query_gradient_kernel(
     grad_query,
     slope_terms,
     rules,
+    schedule,
     batch_heads,
     heads,
     width,
@@ -95,45 +106,51 @@ def query_gradient_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """One block of queries of one head."""
-    block, batch_head = block_and_head(tl.cdiv(seqlen_q, BLOCK_M), batch_heads, width)
-    batch, head = batch_head // heads, batch_head % heads
+    block, batch, head, batch_head = own_block(
+        schedule, tl.cdiv(seqlen_q, BLOCK_M), batch_heads, heads, width
+    )
     first_row = block * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
-    q = load_rows(
-        head_base(query, batch, head), query, first_row, seqlen_q, BLOCK_M, HEAD_DIM, BLOCK_DIM, False, True
-    )
-    do = load_rows(
-        head_base(incoming.grad_out, batch, head), incoming.grad_out, first_row, seqlen_q, BLOCK_M, VALUE_DIM,
-        BLOCK_VALUE, False, True
-    )  # fmt: skip
-    level, excess, delta = load_terms(incoming.terms, batch_head, first_row, seqlen_q, BLOCK_M, True)
+    queries = query_count(rules, batch, seqlen_q)
+    base = query_base(query, rules, batch, head, seqlen_q)
+    q = load_rows(base, query, first_row, queries, BLOCK_M, HEAD_DIM, BLOCK_DIM, False, True)
+    base = query_base(incoming.grad_out, rules, batch, head, seqlen_q)
+    do = load_rows(base, incoming.grad_out, first_row, queries, BLOCK_M, VALUE_DIM, BLOCK_VALUE, False, True)
+    numbers = number_base(rules, batch, head, batch_head, seqlen_q)
+    level, excess, delta = load_terms(incoming.terms, numbers, first_row, queries, BLOCK_M, True)
     count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
-    last = tl.minimum(first_row + BLOCK_M, seqlen_q) - 1
-    start, inner_start, inner_end, end = key_ranges(first_row, last, offset, count, rules, BLOCK_N)
+    last = tl.minimum(first_row + BLOCK_M, queries) - 1
+    start, inner_start, inner_end, end = key_ranges(
+        rules, batch, first_row, last, offset, count, BLOCK_M, BLOCK_N
+    )
 
     dq = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
     slope = tl.zeros([BLOCK_M], tl.float32)
-    if rules.left is not None:
+    if rules.left is not None or rules.starts is not None:
         dq, slope = gather(
             dq, slope, q, do, level, excess, delta, key, value, incoming, rules, batch, head, heads, rows,
-            start, inner_start, seqlen_q, offset, count, grad_query is not None, slope_terms is not None,
-            GROUP, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, True,
+            start, inner_start, queries, seqlen_k, offset, count, grad_query is not None,
+            slope_terms is not None, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION,
+            BLOCK_N, True,
         )  # fmt: skip
     dq, slope = gather(
         dq, slope, q, do, level, excess, delta, key, value, incoming, rules, batch, head, heads, rows,
-        inner_start, inner_end, seqlen_q, offset, count, grad_query is not None, slope_terms is not None,
-        GROUP, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, False,
+        inner_start, inner_end, queries, seqlen_k, offset, count, grad_query is not None,
+        slope_terms is not None, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION,
+        BLOCK_N, False,
     )  # fmt: skip
     dq, slope = gather(
         dq, slope, q, do, level, excess, delta, key, value, incoming, rules, batch, head, heads, rows,
-        inner_end, end, seqlen_q, offset, count, grad_query is not None, slope_terms is not None, GROUP,
-        HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, True,
+        inner_end, end, queries, seqlen_k, offset, count, grad_query is not None, slope_terms is not None,
+        GROUP, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, True,
     )  # fmt: skip
+    there = row_count(rules, queries, seqlen_q)
     if grad_query is not None:
         dq *= rules.scale
-        store_rows(head_base(grad_query, batch, head), grad_query, rows, seqlen_q, dq, HEAD_DIM, BLOCK_DIM)
+        base = query_base(grad_query, rules, batch, head, seqlen_q)
+        store_rows(base, grad_query, rows, there, dq, HEAD_DIM, BLOCK_DIM)
     if slope_terms is not None:
-        tl.store(slope_terms + batch_head.to(tl.int64) * seqlen_q + rows, slope, mask=rows < seqlen_q)
+        tl.store(slope_terms + numbers + rows, slope, mask=rows < there)
 
 
 @triton.jit
@@ -155,7 +172,8 @@ def gather(
     rows,
     start,
     end,
-    seqlen_q,
+    queries,
+    seqlen_k,
     offset,
     count,
     OF_QUERY: tl.constexpr,
@@ -171,22 +189,25 @@ def gather(
     CHECKED: tl.constexpr,
 ):
     """Add what the keys [start, end) give to the queries of a block."""
-    key_base, value_base = head_base(key, batch, head // GROUP), head_base(value, batch, head // GROUP)
+    keys_at = key_base(key, rules, batch, head // GROUP, seqlen_k)
+    values_at = key_base(value, rules, batch, head // GROUP, seqlen_k)
     for first in tl.range(start, end, BLOCK_N):
         first = tl.multiple_of(first, BLOCK_N)
         keys = first + tl.arange(0, BLOCK_N)
-        k = load_rows(key_base, key, first, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, False, CHECKED)
+        k = load_keys(keys_at, key, rules, batch, first, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, False, CHECKED)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         p, scores = probabilities(
             products, level[:, None], excess[:, None], rules, batch, head, rows[:, None], keys[None, :],
-            seqlen_q, offset, count, PLAIN, CHECKED,
+            queries, offset, count, PLAIN, CHECKED,
         )  # fmt: skip
-        v = load_rows(value_base, value, first, count, BLOCK_N, VALUE_DIM, BLOCK_VALUE, True, CHECKED)
+        v = load_keys(
+            values_at, value, rules, batch, first, count, BLOCK_N, VALUE_DIM, BLOCK_VALUE, True, CHECKED
+        )
         dp = tl.dot(do, v, input_precision=PRECISION)
         factors = weight_factors(rules, batch * heads + head, rows, first, BLOCK_N, False)
         ds = score_gradients(
             p, dp, factors, delta[:, None], incoming, rules, batch, head, rows[:, None], keys[None, :],
-            seqlen_q, count, CHECKED,
+            queries, count, CHECKED,
         )  # fmt: skip
         if OF_SLOPES:
             slope -= tl.sum(ds * distance(rows[:, None], keys[None, :], offset), 1)

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastattn.gpu.tile import INF, LOG2E, capped, dropout_factors, head_base, moved, places, visible
+from fastattn.gpu.rows import head_base, places
+from fastattn.gpu.tile import INF, LOG2E, capped, dropout_factors, moved, visible
 
 
 class Incoming(NamedTuple):
@@ -19,24 +20,24 @@ class Incoming(NamedTuple):
 
 
 @triton.jit
-def load_terms(terms, batch_head, first, seqlen_q, BLOCK_M: tl.constexpr, CHECKED: tl.constexpr):
-    """Level, excess and delta of BLOCK_M rows; of rows past the end such that P and dS are 0."""
-    at = batch_head.to(tl.int64) * seqlen_q + first
-    level = load_term(terms.level + at, first, seqlen_q, INF, BLOCK_M, CHECKED)
-    delta = load_term(terms.delta + at, first, seqlen_q, 0.0, BLOCK_M, CHECKED)
+def load_terms(terms, base, first, queries, BLOCK_M: tl.constexpr, CHECKED: tl.constexpr):
+    """Level, excess and delta of BLOCK_M rows; of rows past the last query such that P and dS are 0."""
+    at = base + first
+    level = load_term(terms.level + at, first, queries, INF, BLOCK_M, CHECKED)
+    delta = load_term(terms.delta + at, first, queries, 0.0, BLOCK_M, CHECKED)
     if terms.excess is None:
         excess = delta  # which nobody looks at
     else:
-        excess = load_term(terms.excess + at, first, seqlen_q, 0.0, BLOCK_M, CHECKED)
+        excess = load_term(terms.excess + at, first, queries, 0.0, BLOCK_M, CHECKED)
     return level, excess, delta
 
 
 @triton.jit
-def load_term(at, first, seqlen_q, other, BLOCK_M: tl.constexpr, CHECKED: tl.constexpr):
+def load_term(at, first, queries, other, BLOCK_M: tl.constexpr, CHECKED: tl.constexpr):
     """Load one number for each row, by as many threads."""
     steps = tl.arange(0, BLOCK_M)[:, None]
     if CHECKED:
-        term = tl.load(at + steps, mask=first + steps < seqlen_q, other=other)
+        term = tl.load(at + steps, mask=first + steps < queries, other=other)
     else:
         term = tl.load(at + steps)
     # The compiler would have each thread load all that it needs of a tile; no layout passes by a sum.

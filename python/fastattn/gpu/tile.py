@@ -1,7 +1,7 @@
 """What every kernel does with one tile of scores: where it lies, what may be seen in it, what is added to it.
 
-A kernel takes its tensors as `Matrix` and everything else about a call as `Rules`, both named tuples. A field
-that is None does not exist in the compiled kernel. Positions of keys are 32-bit, addresses 64-bit.
+A kernel takes its tensors as `rows.Matrix` and everything else about a call as `Rules`, both named tuples. A
+field that is None does not exist in the compiled kernel.
 """
 
 from __future__ import annotations
@@ -14,21 +14,13 @@ import triton
 import triton.language as tl
 
 from fastattn.gpu.call import Call
+from fastattn.gpu.rows import Pages, head_base, matrix, places, sequence_rows
+from fastattn.gpu.segments import live_blocks, same_segment
 from fastattn.problem import UNBOUNDED
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
-
-
-class Matrix(NamedTuple):
-    """A tensor (B, H, rows, columns) in memory; strides in elements."""
-
-    pointer: Any
-    batch: Any
-    head: Any
-    row: Any
-    column: Any
 
 
 class Rules(NamedTuple):
@@ -41,6 +33,13 @@ class Rules(NamedTuple):
     offset: Any  # the key position of query 0 ...
     offsets: Any  # ... or (B,) int64, one for each sequence
     lengths: Any  # (B,) int64
+    starts: Any  # (B,) int64, the first key there is
+    query_lengths: Any  # (B,) int64
+    segments: Any  # Segments
+    ragged: Any  # Ragged
+    pages: Any  # Pages
+    key_scales: Any  # Matrix of one column, float32
+    value_scales: Any
     mask: Any  # Matrix, uint8
     bias: Any  # Matrix
     slopes: Any  # (B, Hq) float32, ...
@@ -52,11 +51,6 @@ class Rules(NamedTuple):
     dropout_offset: Any
     dropout_threshold: Any  # a weight is kept where its word is at least this, in 0 .. 2^32
     dropout_scale: Any  # what a kept weight is multiplied by
-
-
-def matrix(tensor: Any) -> Matrix | None:
-    """`tensor` as a kernel's argument."""
-    return None if tensor is None else Matrix(tensor, *tensor.stride())
 
 
 def rules_of(call: Call) -> Rules:
@@ -71,6 +65,13 @@ def rules_of(call: Call) -> Rules:
         call.query_offset if call.query_offsets is None else None,
         call.query_offsets,
         call.kv_lengths,
+        call.kv_starts,
+        call.query_lengths,
+        call.segments,
+        call.ragged,
+        _pages(call),
+        None if call.key_scale is None else matrix(call.key_scale.unsqueeze(3)),
+        None if call.value_scale is None else matrix(call.value_scale.unsqueeze(3)),
         None if mask is None else matrix(mask.view(torch.uint8)),
         matrix(call.bias),
         slopes,
@@ -85,61 +86,17 @@ def rules_of(call: Call) -> Rules:
     )
 
 
+def _pages(call: Call) -> Pages | None:
+    if call.block_table is None:
+        return None
+    table = call.block_table
+    return Pages(table, table.stride(0), table.stride(1), call.key.shape[2], call.key.shape[0] - 1)
+
+
 def _signed(word: int, bits: int) -> int:
     """The number whose two's complement `word` is: unsigned arguments would be typed by their size."""
     half = 1 << bits - 1
     return (word + half) % (2 * half) - half
-
-
-@triton.jit
-def head_base(matrix, batch, head):
-    """Where the rows of one head begin."""
-    return matrix.pointer + batch.to(tl.int64) * matrix.batch + head.to(tl.int64) * matrix.head
-
-
-@triton.jit
-def places(base, matrix, rows, columns):
-    """Addresses of a tile: `rows` and `columns` are index tensors that broadcast together."""
-    return base + rows.to(tl.int64) * matrix.row + columns.to(tl.int64) * matrix.column
-
-
-@triton.jit
-def load_rows(
-    base,
-    matrix,
-    first,
-    count,
-    BLOCK: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    CHECKED: tl.constexpr,
-):
-    """Load (BLOCK, BLOCK_DIM) from row `first`, or the transpose; 0 past DIM, and past `count` if CHECKED."""
-    # Places are computed anew for each tile: with the part that stays the same hoisted out of a loop, ptxas
-    # (12.8) orders the products of a Hopper one after another, and the kernel loses a tenth.
-    rows, columns = first + tl.arange(0, BLOCK), tl.arange(0, BLOCK_DIM)
-    r = rows[None, :] if TRANSPOSED else rows[:, None]
-    c = columns[:, None] if TRANSPOSED else columns[None, :]
-    at = places(base, matrix, r, c)
-    if CHECKED and BLOCK_DIM != DIM:
-        tile = tl.load(at, mask=(r < count) & (c < DIM), other=0.0)
-    elif CHECKED:
-        tile = tl.load(at, mask=r < count, other=0.0)
-    elif BLOCK_DIM != DIM:
-        tile = tl.load(at, mask=c < DIM, other=0.0)
-    else:
-        tile = tl.load(at)
-    return tile
-
-
-@triton.jit
-def store_rows(base, matrix, rows, count, values, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """Store (rows, BLOCK_DIM) rounded to the matrix's dtype, but for what lies past `count` rows or DIM."""
-    columns = tl.arange(0, BLOCK_DIM)[None, :]
-    r = rows[:, None]
-    at = places(base, matrix, r, columns)
-    tl.store(at, values.to(matrix.pointer.dtype.element_ty), mask=(r < count) & (columns < DIM))
 
 
 @triton.jit
@@ -155,13 +112,40 @@ def hidden_zeros(number, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def key_count(rules, batch, seqlen_k):
-    """How many keys the sequence has; no stored length leads past the end."""
-    if rules.lengths is None:
+    """Up to where the sequence has keys; no stored length leads past the end."""
+    if rules.ragged is not None:
+        first, end = sequence_rows(rules.ragged.keys, batch, seqlen_k)
+        count = end - first
+    elif rules.lengths is None:
         count = seqlen_k
     else:
-        length = tl.load(rules.lengths + batch)
-        count = tl.minimum(tl.maximum(length, 0), seqlen_k).to(tl.int32)
+        count = stored_length(rules.lengths, batch, seqlen_k)
     return count
+
+
+@triton.jit
+def query_count(rules, batch, seqlen_q):
+    """How many queries the sequence has."""
+    if rules.ragged is not None:
+        first, end = sequence_rows(rules.ragged.queries, batch, seqlen_q)
+        count = end - first
+    elif rules.query_lengths is None:
+        count = seqlen_q
+    else:
+        count = stored_length(rules.query_lengths, batch, seqlen_q)
+    return count
+
+
+@triton.jit
+def row_count(rules, queries, seqlen_q):
+    """How many rows the sequence has in outputs: those of queries that do not exist are written, too."""
+    return seqlen_q if rules.ragged is None else queries
+
+
+@triton.jit
+def stored_length(lengths, batch, most):
+    """A length in memory, within what there is."""
+    return tl.minimum(tl.maximum(tl.load(lengths + batch), 0), most).to(tl.int32)
 
 
 @triton.jit
@@ -175,15 +159,56 @@ def query_offset(rules, batch):
 
 
 @triton.jit
-def key_ranges(first, last, offset, count, rules, BLOCK_N: tl.constexpr):
-    """Split the keys that queries `first` to `last` may attend to; see `tile_ranges`."""
-    return tile_ranges(first, last, offset, count, rules.left, rules.right, rules.mask is not None, BLOCK_N)
+def key_ranges(rules, batch, first, last, offset, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Split the keys that queries `first` to `last`, BLOCK_M at most, may attend to; see `tile_ranges`."""
+    if rules.query_lengths is not None or rules.ragged is not None:
+        count = tl.where(first <= last, count, 0)
+    start, inner_start, inner_end, end = tile_ranges(
+        first, last, offset, count, rules.left, rules.right, rules.mask is not None, BLOCK_N
+    )
+    if rules.starts is not None:
+        low = stored_length(rules.starts, batch, count)
+        start = tl.maximum(start, low // BLOCK_N * BLOCK_N)
+        inner_start = tl.maximum(inner_start, (low + BLOCK_N - 1) // BLOCK_N * BLOCK_N)
+        inner_end = tl.maximum(inner_end, inner_start)
+    if rules.segments is not None:
+        segments = rules.segments
+        start, end = live_blocks(
+            segments.queries + batch.to(tl.int64) * segments.queries_batch,
+            first,
+            last,
+            segments.key_bounds + batch.to(tl.int64) * segments.key_bounds_batch,
+            start,
+            end,
+            BLOCK_M,
+            BLOCK_N,
+        )
+        inner_start = start
+        inner_end = start
+    return start, inner_start, inner_end, end
 
 
 @triton.jit
-def query_ranges(first, last, offset, count, rules, BLOCK_M: tl.constexpr):
+def query_ranges(rules, batch, first, last, offset, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Split the queries, `count` of them, that may attend to keys `first` to `last`; see `tile_ranges`."""
-    return tile_ranges(first, last, -offset, count, rules.right, rules.left, rules.mask is not None, BLOCK_M)
+    start, inner_start, inner_end, end = tile_ranges(
+        first, last, -offset, count, rules.right, rules.left, rules.mask is not None, BLOCK_M
+    )
+    if rules.segments is not None:
+        segments = rules.segments
+        start, end = live_blocks(
+            segments.keys + batch.to(tl.int64) * segments.keys_batch,
+            first,
+            last,
+            segments.query_bounds + batch.to(tl.int64) * segments.query_bounds_batch,
+            start,
+            end,
+            BLOCK_N,
+            BLOCK_M,
+        )
+        inner_start = start
+        inner_end = start
+    return start, inner_start, inner_end, end
 
 
 @triton.jit
@@ -230,6 +255,10 @@ def visible(rules, batch, head, rows, keys, seqlen_q, offset, count):
         seen = keys <= clamped(rows, offset, rules.right, -1, count - 1)
     if rules.left is not None:
         seen &= keys >= clamped(rows, offset, -rules.left, 0, count)
+    if rules.starts is not None:
+        seen &= keys >= tl.load(rules.starts + batch)
+    if rules.segments is not None:
+        seen &= same_segment(rules.segments, batch, rows, keys, seqlen_q, count)
     if rules.mask is not None:
         at = places(head_base(rules.mask, batch, head), rules.mask, rows, keys)
         seen &= tl.load(at, mask=(rows < seqlen_q) & (keys < count), other=0) != 0

@@ -10,17 +10,15 @@ from fastattn.gpu import configs
 from fastattn.gpu.call import Call
 from fastattn.gpu.forward import is_plain
 from fastattn.gpu.row_terms import excess_of
+from fastattn.gpu.rows import head_base, key_base, load_keys, load_rows, matrix, places
 from fastattn.gpu.tile import (
     INF,
     LOG2E,
     adjusted,
     beyond,
     dropout_factors,
-    head_base,
     key_count,
-    load_rows,
-    matrix,
-    places,
+    query_count,
     query_offset,
     rules_of,
     visible,
@@ -83,17 +81,19 @@ def weights_kernel(
     batch, head = batch_head // heads, batch_head % heads
     rows, keys = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
+    queries = query_count(rules, batch, seqlen_q)
     q = load_rows(
-        head_base(query, batch, head), query, row, seqlen_q, BLOCK_M, HEAD_DIM, BLOCK_DIM, False, True
+        head_base(query, batch, head), query, row, queries, BLOCK_M, HEAD_DIM, BLOCK_DIM, False, True
     )
-    k = load_rows(
-        head_base(key, batch, head // GROUP), key, column, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, True, True
-    )
+    base = key_base(key, rules, batch, head // GROUP, seqlen_k)
+    k = load_keys(base, key, rules, batch, column, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, True, True)
     r, c = rows[:, None], keys[None, :]
     scores = adjusted(
-        tl.dot(q, k, input_precision=PRECISION), rules, batch, head, r, c, seqlen_q, offset, count
+        tl.dot(q, k, input_precision=PRECISION), rules, batch, head, r, c, queries, offset, count
     )
-    seen = visible(rules, batch, head, r, c, seqlen_q, offset, count) & (scores != -INF)
+    seen = visible(rules, batch, head, r, c, queries, offset, count) & (scores != -INF)
+    if rules.query_lengths is not None:
+        seen &= r < queries
     at = batch_head.to(tl.int64) * seqlen_q + rows
     level = tl.load(lse + at, mask=rows < seqlen_q, other=0.0)
     if rules.slopes is not None:

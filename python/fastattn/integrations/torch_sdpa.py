@@ -196,7 +196,9 @@ def as_autocast_would(*tensors: Tensor | None) -> tuple[Any, ...]:
     dtype = torch.get_autocast_dtype(device)
     return tuple(
         tensor.to(dtype)
-        if tensor is not None and tensor.is_floating_point() and tensor.dtype is not torch.float64
+        if tensor is not None
+        and tensor.dtype.is_floating_point
+        and tensor.dtype not in (dtype, torch.float64)
         else tensor
         for tensor in tensors
     )

@@ -21,13 +21,14 @@ from fastattn.varlen import attention_varlen
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    from fastattn.integrations.transformers_cache import PagedCache, PagedStates
     from fastattn.integrations.transformers_masks import RuleMask, make_mask
 except ImportError as error:
     raise ImportError(
         "fastattn.integrations.transformers needs transformers >= 4.57: pip install 'fastattn[hf]'"
     ) from error
 
-__all__ = ["RuleMask", "attention_forward", "make_mask", "register"]
+__all__ = ["PagedCache", "RuleMask", "attention_forward", "make_mask", "register"]
 
 # Arguments that models hand to every attention function and that change nothing here: bookkeeping of the
 # caller, or (deterministic) a promise that always holds.
@@ -49,6 +50,9 @@ _HARMLESS = frozenset(
 )
 # Sequences packed into one row. A mask, where there is one, already keeps them apart; else the first two do.
 _PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+# Arguments of `fastattn.attention` that `fastattn.attention_with_kvcache` has, too.
+_OF_CACHES = frozenset({"scale", "softcap", "sinks", "causal", "window"})
+_PADDING = frozenset({"mask", "kv_starts", "kv_lengths"})  # how a rule says that keys are padding
 
 
 def register(name: str = "fastattn") -> None:
@@ -170,6 +174,13 @@ def attention_forward(
         return _attend_packed(query, key, value, packed, arguments, dropout if module.training else 0.0), None
     if output_attentions is None:
         output_attentions = getattr(getattr(module, "config", None), "output_attentions", None)
+    if isinstance(key, PagedStates) and isinstance(value, PagedStates):
+        drops = dropout and module.training
+        plain = position_bias is indices is head_mask is None and not (output_attentions or drops)
+        out = _over_pages(query, key, attention_mask, arguments) if plain else None
+        if out is not None:
+            return out, None
+        key, value = key.dense(), value.dense()
     result = attention(
         *(rows.transpose(1, 2) for rows in (query, key, value)),
         layout="bshd",
@@ -246,6 +257,18 @@ def _mask_arguments(mask: torch.Tensor, query: torch.Tensor, seqlen_k: int) -> d
     if mask.dtype == torch.bool:
         return {"mask": mask}
     return {"bias": _as_bias(mask, query)}
+
+
+def _over_pages(
+    query: torch.Tensor, key: PagedStates, mask: torch.Tensor | None, arguments: dict[str, Any]
+) -> torch.Tensor | None:
+    """Attention to keys and values where they lie, or None where the call is more than pages know of."""
+    rule = mask.rule if isinstance(mask, RuleMask) else None
+    if rule is not None and rule.begins is not None:  # padding on the left, for which there are no pages
+        arguments = {name: given for name, given in arguments.items() if name not in _PADDING}
+    if not arguments.keys() <= _OF_CACHES:
+        return None
+    return key.appended.attend(query, None if rule is None else rule.begins, arguments)
 
 
 def _chosen(indices: torch.Tensor, seqlen_k: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ else (packed sequences, chunks, image blocks) becomes a dense bool mask.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ class Rule:
     key_mask: torch.Tensor | None = None
     kv_starts: torch.Tensor | None = None
     kv_lengths: torch.Tensor | None = None
+    # Where each sequence begins, if what queries may see of padding is on the left: for a cache without it.
+    begins: tuple[int, ...] | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Return the rule as arguments of `fastattn.attention`."""
@@ -187,9 +189,12 @@ def make_mask(
 
     causal, window = band
     offset = int(q_offset) - kv_offset
-    padding = _padding(attention_mask, kv_length, kv_offset, seen=offset + q_length if causal else kv_length)
+    seen = offset + q_length if causal else kv_length
+    padding = _padding(attention_mask, kv_length, kv_offset, seen=seen)
     window = _cutting(window, causal, offset, q_length, kv_length)
     rule = Rule(causal, window, None if offset + q_length == kv_length else offset, *padding)
+    if padding[0] is not None:
+        rule = replace(rule, begins=_begins(padding[0][:, :seen]))
     return RuleMask(rule, (batch_size, 1, q_length, kv_length), torch.device(device))
 
 
@@ -227,6 +232,13 @@ def _closure(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
     names = function.__code__.co_freevars
     for name, cell in zip(names, getattr(function, "__closure__", None) or (), strict=True):
         yield name, cell.cell_contents
+
+
+def _begins(mask: torch.Tensor) -> tuple[int, ...] | None:
+    """Where the tokens of each sequence begin in a padding mask; None where padding comes after them."""
+    begins = mask.shape[1] - mask.sum(1)
+    on_the_left = mask == (torch.arange(mask.shape[1], device=mask.device) >= begins[:, None])
+    return tuple(begins.tolist()) if on_the_left.all() else None
 
 
 def _cutting(window: Window, causal: bool, offset: int, q_length: int, kv_length: int) -> Window:

@@ -1,0 +1,202 @@
+"""The memory of a paged cache, in NumPy arrays or torch tensors: written, read and moved by page numbers."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastattn.arrays import FLOATS, Array, is_tensor, type_name
+from fastattn.float8 import LARGEST_CODE, QUANTISED
+from fastattn.problem import Layout
+
+__all__ = ["PagePool"]
+
+
+class PagePool:
+    """Arrays of all layers: keys and values and, if they are quantised, their scales, without the last axis.
+
+    Their axes are (layers, pages, rows, Hkv, dim), or with layout "bhsd" (layers, pages, Hkv, rows, dim).
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        dims: tuple[int, int],
+        dtype: Any,
+        device: Any,
+        layout: Layout,
+    ) -> None:
+        """`shape`: (layers, pages, page_size, Hkv). `dims`: of keys and of values."""
+        self._library = _library_of(dtype, device)
+        self.dtype = self._library.name(dtype)
+        if self.dtype not in (*FLOATS, *QUANTISED):
+            raise TypeError(f"dtype must be one of {', '.join((*FLOATS, *QUANTISED))}, got {self.dtype}")
+        self.quantised = self.dtype in QUANTISED
+        self.page_size = shape[2]
+        self._heads_first = layout == "bhsd"
+        layers, pages, rows, heads = shape
+        axes = (layers, pages, heads, rows) if self._heads_first else shape
+        self.arrays: dict[str, Array] = {
+            "key_cache": self._library.empty((*axes, dims[0]), dtype),
+            "value_cache": self._library.empty((*axes, dims[1]), dtype),
+        }
+        if self.quantised:
+            for name in ("key_scale", "value_scale"):
+                self.arrays[name] = self._library.empty(axes, self._library.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all arrays."""
+        return sum(int(pool.nbytes) for pool in self.arrays.values())
+
+    def integers(self, values: NDArray[np.int32]) -> Array:
+        """`values` as an array beside the pool."""
+        return self._library.integers(values)
+
+    def copy(self, old: list[int], new: list[int]) -> None:
+        """Copy pages, in every layer."""
+        if old:
+            for pool in self.arrays.values():
+                pool[:, new] = pool[:, old]
+
+    def reorder(self, old: NDArray[np.int32]) -> None:
+        """Let page ``old[i]`` become page ``i``; one layer at a time is held twice."""
+        numbers = self._library.integers(old)
+        for pool in self.arrays.values():
+            for layer in pool:
+                layer[: len(old)] = layer[numbers]
+
+    def grow(self, num_pages: int) -> None:
+        """Move to memory for so many pages."""
+        for name, pool in self.arrays.items():
+            self.arrays[name] = self._library.empty((pool.shape[0], num_pages, *pool.shape[2:]), pool.dtype)
+            self.arrays[name][:, : pool.shape[1]] = pool
+
+    def write(self, name: str, layer: int, pages: NDArray[Any], rows: NDArray[Any], given: Array) -> None:
+        """Store `given`, in the axes of a call, as the tokens at (pages, rows), each (B, n).
+
+        `name` is key or value.
+        """
+        given = given.swapaxes(1, 2) if self._heads_first else given  # (B, n, Hkv, dim)
+        index = self._index(pages, rows)
+        if self.quantised:
+            given, scale = self._quantised(given)
+            self.arrays[f"{name}_scale"][layer][index] = scale
+        self.arrays[f"{name}_cache"][layer][index] = given
+
+    def read(self, name: str, layer: int, pages: NDArray[Any], rows: NDArray[Any]) -> Array:
+        """Return a copy of the tokens at (pages, rows), each (n,), as (n, Hkv, dim) or (Hkv, n, dim)."""
+        index = self._index(pages, rows)
+        found = self.arrays[f"{name}_cache"][layer][index]
+        if self.quantised:
+            scale = self.arrays[f"{name}_scale"][layer][index]
+            found = self._library.cast(found, self._library.float32) * scale[..., None]
+        return found.swapaxes(0, 1) if self._heads_first else found
+
+    def check(self, name: str, given: Array, shape: tuple[int, int], like: str) -> None:
+        """Raise unless `given` can be written as (batch, tokens) = `shape` of the pool called `like`."""
+        self._library.check(name, given)
+        heads, dim = (self.arrays[like].shape[axis] for axis in (2 if self._heads_first else 3, 4))
+        batch, tokens = shape
+        expected = (batch, heads, tokens, dim) if self._heads_first else (batch, tokens, heads, dim)
+        if tuple(given.shape) != expected:
+            raise ValueError(f"{name} must have shape {expected}, got {tuple(given.shape)}")
+        dtype = self._library.name(given.dtype)
+        if dtype not in (FLOATS if self.quantised else (self.dtype,)):
+            expected_dtype = "a float dtype" if self.quantised else f"the dtype of the cache, {self.dtype}"
+            raise TypeError(f"{name} must have {expected_dtype}, got {dtype}")
+
+    def _index(self, pages: NDArray[Any], rows: NDArray[Any]) -> tuple[Any, ...]:
+        """Where (pages, rows) are in the pool of a layer; the axes that are left follow."""
+        at = self._library.integers(pages), self._library.integers(rows)
+        return (at[0], slice(None), at[1]) if self._heads_first else at
+
+    def _quantised(self, given: Array) -> tuple[Array, Array]:
+        """(codes, scales), as `attention_with_kvcache` stores rows."""
+        functions, largest = self._library.functions, LARGEST_CODE[self.dtype]
+        given = self._library.cast(given, self._library.float32)
+        magnitude = functions.amax(functions.abs(given), -1)
+        scale = functions.where(functions.isfinite(magnitude), magnitude / largest, math.nan)
+        usable = (scale > 0)[..., None]
+        codes = functions.where(usable, given / functions.where(usable, scale[..., None], 1), 0)
+        if self.dtype == "int8":
+            codes = functions.round(codes)
+        codes = functions.clip(codes, -largest, largest)
+        return self._library.cast(codes, self.arrays["key_cache"].dtype), scale
+
+
+class _Numpy:
+    """What differs between the libraries: NumPy's side."""
+
+    functions: Any = np
+    float32: Any = np.float32
+
+    def name(self, dtype: Any) -> str:
+        return str(_numpy_dtype(dtype).name)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        return np.empty(shape, _numpy_dtype(dtype))
+
+    def integers(self, values: NDArray[Any]) -> Array:
+        return values
+
+    def cast(self, array: Array, dtype: Any) -> Array:
+        return array.astype(dtype, copy=False)
+
+    def check(self, name: str, array: Any) -> None:
+        if type(array) not in (np.ndarray, np.memmap):
+            raise TypeError(f"{name} must be a NumPy array, as the cache is, got {type_name(array)}")
+
+
+class _Torch:
+    """Torch's side. The pool is no tensor of inference mode: it may be written outside of it, too."""
+
+    def __init__(self, device: Any) -> None:
+        self.functions: Any = sys.modules["torch"]
+        self.float32 = self.functions.float32
+        with self.functions.inference_mode(False):
+            self.device = self.functions.empty(0, device=device).device  # with its index
+
+    def name(self, dtype: Any) -> str:
+        return str(dtype).removeprefix("torch.")
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        with self.functions.inference_mode(False):
+            return self.functions.empty(shape, dtype=dtype, device=self.device)
+
+    def integers(self, values: NDArray[Any]) -> Array:
+        return self.functions.from_numpy(values).to(self.device)
+
+    def cast(self, array: Array, dtype: Any) -> Array:
+        return array.to(dtype)
+
+    def check(self, name: str, array: Any) -> None:
+        if not is_tensor(array):
+            raise TypeError(f"{name} must be a torch tensor, as the cache is, got {type_name(array)}")
+        if array.device != self.device:
+            raise RuntimeError(f"{name} is on device '{array.device}', expected '{self.device}'")
+        if array.requires_grad and self.functions.is_grad_enabled():
+            raise RuntimeError(f"{name} requires grad, and a cache keeps no graph: pass {name}.detach()")
+
+
+def _library_of(dtype: Any, device: Any) -> Any:
+    if type(dtype).__module__ == "torch":
+        return _Torch(device)
+    if device is not None:
+        raise TypeError(f"device: a cache of tensors needs a torch.dtype, got dtype {dtype!r}")
+    return _Numpy()
+
+
+def _numpy_dtype(dtype: Any) -> np.dtype[Any]:
+    try:
+        if dtype is not None:  # which NumPy takes for float64
+            known: np.dtype[Any] = np.dtype(dtype)
+            return known
+    except TypeError:
+        pass
+    hint = "import ml_dtypes for NumPy to know bfloat16 and float8"
+    raise TypeError(f"dtype must be a dtype, got {dtype!r} ({hint})")
