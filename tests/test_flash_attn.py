@@ -310,6 +310,15 @@ def test_padding_is_taken_out_and_put_back() -> None:
 
 
 def test_graphs_of_torch_compile() -> None:
-    q, k = rows(5), rows(9, 2)
-    compiled = torch.compile(fl.flash_attn_func, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(q, k, k, causal=True), fl.flash_attn_func(q, k, k, causal=True))
+    """Whole ones, of every function that does not look for pages."""
+    q, k = rows(5), rows(5, 2)
+    cu_seqlens = torch.tensor([0, 4, 10], dtype=torch.int32)
+
+    def call(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> Tensor:
+        dense = fl.flash_attn_func(q, k, k, causal=True)
+        loose = (q.flatten(0, 1), *[k.flatten(0, 1)] * 2, cu_seqlens, cu_seqlens, 6, 6)
+        ragged = fl.flash_attn_varlen_func(*loose, causal=True).view_as(q)
+        return dense + ragged + fl.flash_attn_with_kvcache(q, k, k.clone(), cache_seqlens=4)
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(q, k, cu_seqlens), call(q, k, cu_seqlens))

@@ -45,7 +45,11 @@ def test_with_kvcache(case: SimpleNamespace) -> None:
 
 
 @pytest.mark.slow
-@select({"lengths": [(16, 20000), (1, 128 * 1024), (16, 128 * 1024)], **CACHE_FEATURES}, quick=12, slow=12)
+@select(
+    {"lengths": [(16, 20000), (1, 128 * 1024), (16, 128 * 1024)], **CACHE_FEATURES, "head_dim": [32, 59, 64]},
+    quick=12,
+    slow=12,
+)
 def test_with_long_kvcache(case: SimpleNamespace) -> None:
     check_with_kvcache(case)
 

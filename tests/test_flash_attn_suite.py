@@ -15,9 +15,7 @@ from flash_reference import alibi, assert_as_good, attend, select, visible
 
 HEAD_DIMS = [32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256]
 LENGTHS = [(113, 203), (128, 217), (113, 211), (108, 256), (256, 512), (512, 256), (97, 97), (200, 200)]
-CAUSAL_LENGTHS = [(1, 239), (3, 799), (127, 512), (127, 513), (113, 203), (239, 1), (799, 3), (512, 127)]
 LONG = [(1024, 1024), (1023, 1024), (1024, 1023), (2048, 2048)]
-CACHE_LENGTHS = [(1, 128), (1, 339), (3, 1024), (64, 800), (64, 256), (3, 799), (64, 2048), (128, 128)]
 LOW = [torch.float16, torch.bfloat16]
 FLAGS = [False, True]
 KV_HEADS = {"mha": 6, "gqa": 2, "mqa": 1}
@@ -35,8 +33,25 @@ FEATURES: dict[str, Any] = {
 }
 
 
-@select({"lengths": [*LENGTHS, *CAUSAL_LENGTHS], **FEATURES}, quick=16, slow=160)
+# Few queries or keys, of which no other feature is asked.
+CAUSAL: dict[str, Any] = {
+    "lengths": [(1, 239), (3, 799), (127, 512), (127, 513), (113, 203), (239, 1), (799, 3), (512, 127)],
+    **FEATURES,
+    "causal": [True],
+    "alibi": [False],
+    "softcap": [0.0],
+    "dropout_p": [0.0],
+    "packed": ["no", "kv"],
+}
+
+
+@select({"lengths": LENGTHS, **FEATURES}, quick=12, slow=120)
 def test_func(case: SimpleNamespace) -> None:
+    check_func(case)
+
+
+@select(CAUSAL, quick=8, slow=80)
+def test_causal_func(case: SimpleNamespace) -> None:
     check_func(case)
 
 
@@ -63,8 +78,17 @@ def check_func(case: SimpleNamespace) -> None:
     check(case, options, inputs, out, signed, full, seen)
 
 
-@select({"lengths": [(1, 147), *LENGTHS, *CAUSAL_LENGTHS], **FEATURES}, quick=17, slow=170)
+@select({"lengths": [(1, 147), *LENGTHS], **FEATURES}, quick=12, slow=120)
 def test_varlen_func(case: SimpleNamespace) -> None:
+    check_varlen_func(case)
+
+
+@select(CAUSAL, quick=8, slow=80)
+def test_causal_varlen_func(case: SimpleNamespace) -> None:
+    check_varlen_func(case)
+
+
+def check_varlen_func(case: SimpleNamespace) -> None:
     """Sequences of random lengths, unpadded and padded again, against the padded ones."""
     inputs = draw_inputs(case)
     q, k, _ = unpacked(case, inputs, 2)
