@@ -2,8 +2,8 @@
 // all run in one. Bits are those of each call alone.
 #pragma once
 
-#include "algorithm/forward.h"
 #include "algorithm/merged_loop.h"
+#include "algorithm/quantised.h"
 
 namespace fastattn {
 namespace {
