@@ -181,34 +181,21 @@ def pages() -> dict[str, Any]:
 def test_pages_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where sequences have as many queries and nothing has a gradient."""
     where, cu_seqlens = pages(), (torch.tensor([0, 2, 4]), torch.tensor([0, 4, 10]))
-    q = torch.randn(4, 4, 16)
+    q, sink = torch.randn(4, 4, 16), torch.randn(4, requires_grad=True)
     k, v = (where[name][where["block_table"]].flatten(1, 2) for name in "kv")
-    loose = (torch.cat([x[0, :4], x[1, :6]]) for x in (k, v))
-    wanted = fl.flash_attn_varlen_func(q, *loose, *cu_seqlens, 2, 6, causal=True, return_attn_probs=True)
-    gathered = fl.flash_attn_varlen_func(
-        q.requires_grad_(),
-        **where,
-        cu_seqlens_q=cu_seqlens[0],
-        cu_seqlens_k=cu_seqlens[1],
-        max_seqlen_q=2,
-        max_seqlen_k=6,
-        causal=True,
-        return_attn_probs=True,
-    )
+    loose = [torch.cat([x[0, :4], x[1, :6]]) for x in (k, v)]
+    options: dict[str, Any] = {"causal": True, "learnable_sink": sink, "return_attn_probs": True}
+
+    def call(k: Tensor, v: Tensor, **paged: Tensor) -> Any:
+        return fl.flash_attn_varlen_func(q, k, v, *cu_seqlens, 2, 6, **paged, **options)
+
+    wanted, gathered = call(*loose), call(**where)
     assert torch.equal(gathered[0], wanted[0])
+    gathered[0].sum().backward()
+    assert sink.grad is not None
     monkeypatch.setattr(flash_attn_functions, "_gathered", None)
     with torch.no_grad():
-        read = fl.flash_attn_varlen_func(
-            q,
-            where["k"],
-            where["v"],
-            *cu_seqlens,
-            2,
-            6,
-            causal=True,
-            block_table=where["block_table"],
-            return_attn_probs=True,
-        )
+        read = call(**where)
     torch.testing.assert_close(read[0], wanted[0])
     torch.testing.assert_close(read[1], wanted[1])
     assert read[2].shape == (0,)

@@ -219,22 +219,20 @@ def flash_attn_varlen_func(
     rules = rules_of(softmax_scale, causal, window_size, softcap, alibi_slopes, learnable_sink)
     longest = (int(max_seqlen_q), int(max_seqlen_k))
     if block_table is not None:
-        plain = not dropout_p and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
+        differing = (q, k, v, alibi_slopes, learnable_sink)
+        plain = not dropout_p and not (torch.is_grad_enabled() and any(map(_differs, differing)))
         if plain and _of_one_length(q, cu_seqlens_q, longest[0]):
             out, lse = _paged(q, k, v, cu_seqlens_k.diff(), block_table, longest[0], rules)
             return (out, as_flash_lse(lse), q.new_empty(0)) if return_attn_probs else out
         k, v = _gathered(q, k, v, cu_seqlens_k.diff(), block_table)
     rows = (q, k, v, cu_seqlens_q, cu_seqlens_k)
-    options: dict[str, Any] = {
-        "max_seqlen_q": longest[0],
-        "max_seqlen_k": longest[1],
-        "dropout_p": dropout_p,
-        **rules,
-    }
+    options: dict[str, Any] = {"max_seqlen_q": longest[0], "max_seqlen_k": longest[1], **rules}
     if not return_attn_probs:
-        return attention_varlen(*rows, **options)
+        return attention_varlen(*rows, dropout_p=dropout_p, **options)
     seed = _seed(dropout_p)
-    out, lse = attention_varlen(*rows, dropout_seed=seed, return_lse=True, **options)
+    out, lse = attention_varlen(*rows, dropout_p=dropout_p, dropout_seed=seed, return_lse=True, **options)
+    if not dropout_p:
+        return out, as_flash_lse(lse), q.new_empty(0)
     padded = (_padded(q, cu_seqlens_q, longest[0]), *(_padded(x, cu_seqlens_k, longest[1]) for x in (k, v)))
     lengths = {"query_lengths": cu_seqlens_q.diff(), "kv_lengths": cu_seqlens_k.diff()}
     offset = lengths["kv_lengths"] - lengths["query_lengths"]
@@ -362,6 +360,10 @@ def _padded(rows: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     padded = rows.new_zeros(*there.shape, *rows.shape[1:])
     padded[there] = rows.detach()
     return padded
+
+
+def _differs(given: Tensor | None) -> bool:
+    return given is not None and given.requires_grad
 
 
 def _of_one_length(q: Tensor, cu_seqlens: Tensor, length: int) -> bool:
