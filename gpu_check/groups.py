@@ -185,9 +185,10 @@ def torch_checks() -> list[Item]:
 
 
 def serving() -> list[Item]:
+    from gpu_check import flash
     from gpu_check.serving import CHECKS
 
-    return list(CHECKS)
+    return [*CHECKS, *flash.CHECKS]
 
 
 GROUPS: dict[str, Callable[[], Sequence[Item]]] = {

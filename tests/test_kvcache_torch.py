@@ -98,6 +98,13 @@ def test_a_fake_call_says_what_shapes_come_out(rng: np.random.Generator) -> None
             fa.attention_with_kvcache(**arrays, **call.options)
 
 
+def test_sinks_that_require_grad_are_refused(rng: np.random.Generator) -> None:
+    call, _ = make(SETTINGS["whole"], rng)
+    sinks = torch.zeros(call.arrays["query"].shape[2], requires_grad=True)
+    with pytest.raises(RuntimeError, match="sinks requires grad, and attention over caches has no gradient"):
+        fa.attention_with_kvcache(**call.arrays, **{**call.options, "sinks": sinks})
+
+
 @pytest.mark.parametrize("backend", [None, "cpu", "math", "reference"])
 @pytest.mark.parametrize("target", ["query", "key_cache", "new_value"])
 def test_what_requires_grad_is_refused(backend: str | None, target: str, rng: np.random.Generator) -> None:

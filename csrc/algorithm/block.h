@@ -17,10 +17,12 @@ struct ForwardTask {
   RowRange rows;
   char* scratch;
   KeyValueView whole;
-  int panels;
+  int panels;           // of all sequences
   int64_t keys;         // that exist
   int64_t chunk_begin;  // the chunks that are this task's, [begin, end)
   int64_t chunk_end;
+  int sequence_panels;             // panels of each
+  int64_t sequences[kMaxMembers];  // that share the task's keys, its own first
 
   Panel<E>* panel(int i) const { return reinterpret_cast<Panel<E>*>(scratch) + i; }
   Scalar* probs() const { return reinterpret_cast<Scalar*>(scratch + plan.probs_at); }

@@ -20,12 +20,13 @@ template <class E>
 struct ForwardCall {
   const AttentionParams& p;
   const ForwardPlan<E>& plan;
-  char* scratch;       // [threads][thread_bytes]
-  char* packed;        // [wave][head_bytes]
-  char* dense;         // [dense_batches][dense_spans][span_panels][dense_bytes]
-  char* sums;          // [wave][head_tasks][panels][sums_bytes], where chunks are tasks
-  int32_t* arrived;    // [wave][head_tasks / task_chunks]: chunks that are done
-  int64_t first_head;  // of the wave, counted over batch and key/value heads
+  char* scratch;        // [threads][thread_bytes]
+  char* packed;         // [wave][head_bytes]
+  char* dense;          // [dense_batches][dense_spans][span_panels][dense_bytes]
+  char* sums;           // [wave][head_tasks][panels][sums_bytes], where chunks are tasks
+  int32_t* arrived;     // [wave][head_tasks / task_chunks]: chunks that are done
+  int64_t first_head;   // of the wave, counted over batch and key/value heads
+  SharedChunks shared;  // where a task may have several sequences
 };
 
 // The keys of one tile, whatever block it lies in; where the task packs for itself, these alone.
@@ -111,16 +112,23 @@ inline ForwardTask<E> make_task(const ForwardCall<E>& call, int64_t index, int t
   const int64_t end = min64(begin + task_rows, (span + 1) * plan.span_rows);
   const RowRange rows{head / p.kv_heads, head % p.kv_heads, begin, end};
   const bool all = plan.task_chunks == 1;
-  return {p,
-          plan,
-          rows,
-          call.scratch + thread * plan.thread_bytes,
-          whole_view<E>(p, plan.layout, rows.batch, rows.kv_head, call.packed + local_head * plan.head_bytes,
-                        plan.packed_keys()),
-          static_cast<int>((end - begin + E::kLanes - 1) / E::kLanes),
-          existing_keys(p, rows.batch),
-          all ? 0 : chunk,
-          all ? plan.chunks : chunk + 1};
+  const int panels = static_cast<int>((end - begin + E::kLanes - 1) / E::kLanes);
+  ForwardTask<E> task{p,
+                      plan,
+                      rows,
+                      call.scratch + thread * plan.thread_bytes,
+                      whole_view<E>(p, plan.layout, rows.batch, rows.kv_head,
+                                    call.packed + local_head * plan.head_bytes, plan.packed_keys()),
+                      panels,
+                      existing_keys(p, rows.batch),
+                      all ? 0 : chunk,
+                      all ? plan.chunks : chunk + 1,
+                      panels,
+                      {rows.batch}};
+  if (plan.members > 1) {
+    task.panels *= call.shared.members(chunk, rows.batch, task.sequences);
+  }
+  return task;
 }
 
 // Where mask and bias of a panel of a span stand transposed; null where each task reads them for itself.
@@ -164,14 +172,16 @@ template <class E>
 inline void place_panels(const ForwardCall<E>& call, const ForwardTask<E>& task) {
   using Scalar = typename E::Scalar;
   const ForwardPlan<E>& plan = call.plan;
-  const int64_t batch = task.rows.batch;
   for (int i = 0; i < task.panels; ++i) {
     Panel<E>& panel = *task.panel(i);
+    const int64_t batch = task.sequences[i / task.sequence_panels];
+    const int own = i % task.sequence_panels;
+    const RowRange rows{batch, task.rows.kv_head, task.rows.begin, task.rows.end};
     panel.query = reinterpret_cast<Scalar*>(task.scratch + plan.query_at + i * plan.query_bytes);
     panel.output = reinterpret_cast<Scalar*>(task.scratch + plan.output_at) + i * E::kLanes * plan.rules.output_stride;
-    place_rows<E>(panel, task.p, task.rows, task.rows.begin + i * E::kLanes);
+    place_rows<E>(panel, task.p, rows, rows.begin + own * E::kLanes);
     panel.dense = dense_table<E>(call, batch, task.rows.kv_head * plan.spans + task.rows.begin / plan.span_rows,
-                                 task.rows.begin % plan.span_rows / E::kLanes + i);
+                                 task.rows.begin % plan.span_rows / E::kLanes + own);
     if (panel.first_min < panel.last_max) {  // some row of it sees a key
       if constexpr (E::kMethod == Method::rows) {
         copy_query<E>(panel, task.p, batch, plan.query_factor);
@@ -241,26 +251,28 @@ inline void attend_chunks(const ForwardTask<E>& task) {
   }
 }
 
-// Puts the sums of the task's chunk where those of the other tasks of its rows are. The last of these to come adds all
-// of them up in order, and has the panels with the result; the others are done.
+// Puts what a sequence's panels have summed over the task's chunk, from panel `from` on, where the other chunks of its
+// rows are; `index` is the task that is the sequence's own. The last to come adds all of them up in order, and has the
+// panels with the result; the others are done.
 template <class E>
-inline bool gather_chunks(const ForwardCall<E>& call, const ForwardTask<E>& task, int64_t index) {
+inline bool gather_chunks(const ForwardCall<E>& call, const ForwardTask<E>& task, int from, int64_t index) {
   const ForwardPlan<E>& plan = call.plan;
   const int64_t stride = plan.rules.output_stride;
   const int64_t first = index - index % plan.task_chunks;
   const auto sums = [&](int64_t chunk, int panel) {
     return ChunkSums<E>::at(call.sums + ((first + chunk) * plan.panels + panel) * plan.sums_bytes);
   };
-  for (int i = 0; i < task.panels; ++i) {
+  for (int i = 0; i < task.sequence_panels; ++i) {
+    Panel<E>& panel = *task.panel(from + i);
     const ChunkSums<E> own = sums(index - first, i);
     own.clear();
-    add_chunk<E>(own, ChunkSums<E>::of(*task.panel(i)), task.panel(i)->live, stride, 1);
+    add_chunk<E>(own, ChunkSums<E>::of(panel), panel.live, stride, 1);
   }
   if (__atomic_add_fetch(call.arrived + first / plan.task_chunks, 1, __ATOMIC_ACQ_REL) != plan.task_chunks) {
     return false;
   }
-  for (int i = 0; i < task.panels; ++i) {
-    Panel<E>& panel = *task.panel(i);
+  for (int i = 0; i < task.sequence_panels; ++i) {
+    Panel<E>& panel = *task.panel(from + i);
     const ChunkSums<E> whole = ChunkSums<E>::of(panel);
     const int64_t rows = E::kMethod == Method::tiles ? E::kLanes : panel.live;
     memset(panel.output, 0, sizeof(typename E::Scalar) * static_cast<size_t>(rows * stride));
@@ -273,24 +285,37 @@ inline bool gather_chunks(const ForwardCall<E>& call, const ForwardTask<E>& task
   return true;
 }
 
+// Output of a sequence's panels, from panel `from` on.
+template <class E>
+inline void finish_panels(const ForwardTask<E>& task, int from, int64_t batch) {
+  for (int i = from; i < from + task.sequence_panels; ++i) {
+    Normaliser normalisers[E::kLanes];
+    finish_rows<E>(*task.panel(i), task.p, task.plan.rules, batch, normalisers);
+    if (task.p.weights != nullptr) {
+      TileContext<E> context = tile_context<E>(task, i);
+      write_weights<E>(task, context, normalisers);
+    }
+  }
+}
+
 template <class E>
 void run_task(void* opaque, int64_t index, int thread) {
   const auto& call = *static_cast<const ForwardCall<E>*>(opaque);
   const ForwardPlan<E>& plan = call.plan;
   const ForwardTask<E> task = make_task<E>(call, index, thread);
+  if (plan.members > 1 && call.shared.follows(task.chunk_begin, task.rows.batch)) {
+    return;  // the task of another sequence has it
+  }
   E::enter();
   const typename E::V::FlushDenormals flush;
   task.finite().block = -1;
   place_panels<E>(call, task);
   attend_chunks<E>(task);
-  if (plan.task_chunks == 1 || gather_chunks<E>(call, task, index)) {
-    for (int i = 0; i < task.panels; ++i) {
-      Normaliser normalisers[E::kLanes];
-      finish_rows<E>(*task.panel(i), task.p, plan.rules, task.rows.batch, normalisers);
-      if (task.p.weights != nullptr) {
-        TileContext<E> context = tile_context<E>(task, i);
-        write_weights<E>(task, context, normalisers);
-      }
+  for (int from = 0; from < task.panels; from += task.sequence_panels) {
+    const int64_t batch = task.sequences[from / task.sequence_panels];
+    const int64_t own = index + (batch - task.rows.batch) * task.p.kv_heads * plan.head_tasks;
+    if (plan.task_chunks == 1 || gather_chunks<E>(call, task, from, own)) {
+      finish_panels<E>(task, from, batch);
     }
   }
   E::leave();
@@ -336,12 +361,18 @@ void run_forward(const AttentionParams& p) {
   const int64_t sums_bytes = plan.wave * plan.all_sums_bytes();
   const int64_t counters = plan.task_chunks > 1 ? plan.wave * plan.head_tasks / plan.task_chunks : 0;
   const auto counters_bytes = static_cast<size_t>(counters) * sizeof(int32_t);
-  const Workspace workspace(static_cast<size_t>(thread_bytes + packed_bytes + dense_bytes + sums_bytes) +
+  const int64_t shared_bytes = plan.members > 1 ? SharedChunks::bytes(plan.chunks, p.batch) : 0;
+  const Workspace workspace(static_cast<size_t>(thread_bytes + packed_bytes + dense_bytes + sums_bytes + shared_bytes) +
                             counters_bytes);
   char* packed = workspace.data() + thread_bytes;
   char* dense = packed + packed_bytes;
   char* sums = dense + dense_bytes;
-  ForwardCall<E> call{p, plan, workspace.data(), packed, dense, sums, reinterpret_cast<int32_t*>(sums + sums_bytes), 0};
+  char* counted = sums + sums_bytes;
+  ForwardCall<E> call{p, plan, workspace.data(), packed, dense, sums, reinterpret_cast<int32_t*>(counted), 0, {}};
+  if (plan.members > 1) {
+    call.shared = find_shared_chunks(p, plan.chunks, kChunkKeys<E>, counted + counters_bytes);
+  }
+
   if (plan.dense_bytes > 0) {
     parallel_for(tables, plan.threads, dense_task<E>, &call, p.num_threads);
   }
@@ -355,51 +386,6 @@ void run_forward(const AttentionParams& p) {
     }
     parallel_for(wave * plan.head_tasks, plan.threads, run_task<E>, &call, p.num_threads);
   }
-}
-
-// Few queries of any type over quantised keys and values, as float32: the queries and their results are few.
-template <class Source, template <class> class Rows>
-void run_quantised(const AttentionParams& p) {
-  void (*run)(const AttentionParams&) = p.kv_dtype == DType::int8            ? run_forward<Rows<Int8>>
-                                        : p.kv_dtype == DType::float8_e4m3fn ? run_forward<Rows<Float8E4M3>>
-                                                                             : run_forward<Rows<Float8E5M2>>;
-  if (p.dtype == DType::float32) {
-    run(p);
-    return;
-  }
-  const int64_t rows = p.batch * p.query_heads * p.seqlen_q;
-  const Workspace workspace(static_cast<size_t>(rows * (p.head_dim + p.value_dim)) * sizeof(float));
-  auto* query = reinterpret_cast<float*>(workspace.data());
-  float* out = query + rows * p.head_dim;
-  AttentionParams wide = p;
-  wide.dtype = DType::float32;
-  wide.query = query;
-  wide.out = out;
-  const auto each_row = [&](const int64_t* strides, auto visit) {
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t head = row / p.seqlen_q;
-      visit(row, head / p.query_heads * strides[0] + head % p.query_heads * strides[1] + row % p.seqlen_q * strides[2]);
-    }
-  };
-  const auto pack = [&](int64_t (&strides)[4], int64_t columns) {
-    strides[3] = 1;
-    strides[2] = columns;
-    strides[1] = columns * p.seqlen_q;
-    strides[0] = strides[1] * p.query_heads;
-  };
-  pack(wide.query_strides, p.head_dim);
-  pack(wide.out_strides, p.value_dim);
-  each_row(p.query_strides, [&](int64_t row, int64_t index) {
-    for (int64_t d = 0; d < p.head_dim; ++d) {
-      query[row * p.head_dim + d] = to_scalar(*at<Source>(p.query, index + d * p.query_strides[3]));
-    }
-  });
-  run(wide);
-  each_row(p.out_strides, [&](int64_t row, int64_t index) {
-    for (int64_t d = 0; d < p.value_dim; ++d) {
-      from_scalar(out[row * p.value_dim + d], static_cast<Source*>(p.out) + index + d * p.out_strides[3]);
-    }
-  });
 }
 
 }  // namespace

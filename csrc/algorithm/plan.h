@@ -6,6 +6,7 @@
 #include "algorithm/operands.h"
 #include "algorithm/row_products.h"
 #include "algorithm/score_tile.h"
+#include "algorithm/shared_chunks.h"
 #include "algorithm/tile_softmax.h"
 #include "parallel.h"
 #include "workspace.h"
@@ -107,6 +108,7 @@ struct ForwardPlan {
   int64_t chunks;       // that its keys are attended to by, each for itself
   int64_t task_chunks;  // tasks that these are dealt to: all to one, or one to each
   int64_t sums_bytes;   // of what a panel sums over a chunk
+  int members;          // sequences that a task reads shared pages for, at most
   // Each task packs block by block into its own scratch: where a key/value head has one task, or is too long to be
   // packed as a whole.
   bool pack_in_task;
@@ -138,10 +140,11 @@ inline void plan_scratch(ForwardPlan<E>& plan, const AttentionParams& p) {
     bytes += round_up(size, kScratchAlign);
     return start;
   };
-  take(plan.panels * static_cast<int64_t>(sizeof(Panel<E>)));
+  const int64_t panels = int64_t{plan.panels} * plan.members;
+  take(panels * static_cast<int64_t>(sizeof(Panel<E>)));
   plan.query_bytes = query_row_lanes<E>(p) * E::kLanes * kScalar;
-  plan.query_at = take(plan.panels * plan.query_bytes);
-  plan.output_at = take(plan.panels * E::kLanes * plan.rules.output_stride * kScalar);
+  plan.query_at = take(panels * plan.query_bytes);
+  plan.output_at = take(panels * E::kLanes * plan.rules.output_stride * kScalar);
   plan.probs_at = take(E::kPlanes * kPlaneSize<E> * kScalar);
   plan.kept_at = take(p.dropout.threshold > 0 ? int64_t{E::kKeys} * E::kLanes * kScalar : 0);
   plan.raw_at = take(E::kMethod == Method::tiles ? int64_t{E::kBlockKeys} * E::kLanes * kScalar : 0);
@@ -252,9 +255,11 @@ inline void plan_chunks(ForwardPlan<E>& plan, const AttentionParams& p) {
   plan.chunks = p.seqlen_q < kManyQueries ? max64((plan.keys + kChunkKeys<E> - 1) / kChunkKeys<E>, 1) : 1;
   plan.sums_bytes = ChunkSums<E>::bytes(plan.rules.output_stride);
   const int64_t tasks = p.batch * p.kv_heads * plan.spans * plan.span_tasks;
-  const bool few = tasks < kTasksOfThread * p.num_threads &&
-                   tasks * plan.chunks * plan.panels * plan.sums_bytes <= kPackedBudget && p.weights == nullptr;
-  plan.task_chunks = few ? plan.chunks : 1;
+  const bool fits = tasks * plan.chunks * plan.panels * plan.sums_bytes <= kPackedBudget && p.weights == nullptr;
+  const bool shares = fits && plan.chunks > 1 && plan.spans * plan.span_tasks == 1 && p.mask == nullptr &&
+                      p.bias == nullptr && shares_pages(p, kChunkKeys<E>);
+  plan.members = shares ? static_cast<int>(min64(p.batch, kMaxMembers)) : 1;
+  plan.task_chunks = fits && (shares || tasks < kTasksOfThread * p.num_threads) ? plan.chunks : 1;
 }
 
 template <class E>

@@ -2,8 +2,8 @@
 // all run in one. Bits are those of each call alone.
 #pragma once
 
-#include "algorithm/forward.h"
 #include "algorithm/merged_loop.h"
+#include "algorithm/quantised.h"
 
 namespace fastattn {
 namespace {
@@ -37,8 +37,8 @@ void place_ragged(RaggedForward& one, int64_t heads, char* scratch, int64_t thre
   char* sums = room + heads * plan->head_bytes;
   char* counters = sums + heads * plan->all_sums_bytes();
   memset(counters, 0, static_cast<size_t>(heads * counter_bytes(*plan)));
-  const ForwardCall<E> call{*one.p,   *plan, scratch, room, nullptr, sums, reinterpret_cast<int32_t*>(counters),
-                            one.taken};
+  const ForwardCall<E> call{*one.p,    *plan, scratch, room, nullptr, sums, reinterpret_cast<int32_t*>(counters),
+                            one.taken, {}};
   memcpy(one.call, &call, sizeof call);
 }
 

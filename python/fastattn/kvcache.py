@@ -192,8 +192,8 @@ def attend(
     if is_tensor(query):
         from fastattn import torch_ops  # registers operators, the first time
 
-        new = {name: options[name] for name in ("new_key", "new_value")}
-        torch_ops.refuse_graph(query=query, key_cache=key_cache, value_cache=value_cache, **new, out=out)
+        others = {name: options[name] for name in ("new_key", "new_value", "alibi_slopes", "sinks")}
+        torch_ops.refuse_graph(query=query, key_cache=key_cache, value_cache=value_cache, **others, out=out)
         if not composed and (is_traced() or torch_ops.is_watched(query, key_cache, value_cache)):
             check_flags(return_lse, False)
             return torch_ops.operator_with_kvcache(

@@ -97,7 +97,7 @@ def attend_cached(
     if _torch_lane is None or not _torch_lane.is_ordinary():
         return None
     if _torch_lane.records():
-        for array in (query, *caches, *new):
+        for array in (query, *caches, *new, *rest):
             if getattr(array, "requires_grad", False):
                 return None
     results = _core.attention_cached(query, *caches, *new, *rest, resolve_num_threads())
