@@ -21,6 +21,7 @@ import fastattn.torch
 from fastattn import _core
 from fastattn.backends import plain
 from fastattn.torch_ops import graph
+from fastattn.torch_ops.arguments import Operands, Rules
 
 CALLS = 200  # in a round: some milliseconds, less than a time slice
 
@@ -49,7 +50,8 @@ def actions() -> dict[str, Action]:
     out, lse = fa.attention(query, key, value, return_lse=True)
     call = plain.PlainCall(False, None, False, False)
     kept, wanted = (query, key, value, out, lse), (True, True, True)
-    operands = (*[None] * 7, "", None, None, None, 0.0, None, 0.0, None, 0, "bhsd", None, False)
+    rules = Rules("", None, None, None, 0.0, None, 0.0, None, 0, "bhsd", None, None, None)
+    operands = (*[None] * len(Operands._fields), *rules, False)
     mask = torch.ones(1, 1, dtype=torch.bool)
     new, caches = (key, value), torch.zeros(2, 1, 4, 1, 64).unbind(0)
     appended = {"new_key": key, "new_value": value, "cache_seqlens": 0}

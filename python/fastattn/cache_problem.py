@@ -193,7 +193,7 @@ def _lengths(library: ArrayLibrary, lengths: Any, query: Strided, limit: int, ro
     if wrong.size or limit < 0:
         got = f"{values[wrong[0]]} for sequence {wrong[0]}" if wrong.size else f"room for {limit} others"
         raise ValueError(f"cache_seqlens must be from 0 to {limit} in a cache of {room}, got {got}")
-    return values.astype(np.int64) if kept is None else kept.long()
+    return values.astype(np.int64, order="C") if kept is None else kept.long()
 
 
 def _checked_pages(tensors: CacheTensors, table: Any, start: Any, capacity: int) -> Strided:

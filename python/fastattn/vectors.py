@@ -24,7 +24,7 @@ def counts(name: str, whose: str, library: ArrayLibrary, given: Any, batch: int,
     if wrong.size:
         at = wrong[0]
         raise ValueError(f"{name} must be from 0 to {whose} length {length}, got {values[at]} at index {at}")
-    return values.astype(np.int64) if kept is None else kept
+    return values.astype(np.int64, order="C") if kept is None else kept
 
 
 def segment_ids(
@@ -35,7 +35,7 @@ def segment_ids(
     ids = []
     for at, rows in enumerate((seqlen_q, seqlen_k)):
         values, kept = vector(f"segment_ids[{at}]", library, given[at], INTEGERS, [(batch, rows)])
-        ids.append(values.astype(np.int64) if kept is None else kept)
+        ids.append(values.astype(np.int64, order="C") if kept is None else kept)
     return ids[0], ids[1]
 
 
@@ -57,7 +57,7 @@ def cu_seqlens(
         values, kept = vector(name, library, rows, INTEGERS, None)
         if values.size:
             _check_rising(name, values, total)
-        starts.append(values.astype(np.int64) if kept is None else kept)
+        starts.append(values.astype(np.int64, order="C") if kept is None else kept)
     if starts[0].shape != starts[1].shape:
         got = f"{tuple(starts[0].shape)} and {tuple(starts[1].shape)}"
         raise ValueError(f"cu_seqlens_q and cu_seqlens_k must have one shape (sequences + 1,), got {got}")
@@ -89,7 +89,7 @@ def query_offset(library: ArrayLibrary, offset: Any, batch: int) -> int | Vector
             raise ValueError(f"query_offset must be within 2**60 of 0, got {extreme}")
     if single:
         return int(offset)
-    return values.astype(np.int64) if kept is None else kept
+    return values.astype(np.int64, order="C") if kept is None else kept
 
 
 def alibi_slopes(library: ArrayLibrary, slopes: Any, batch: int, heads: int) -> Vector:
