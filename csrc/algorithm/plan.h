@@ -255,7 +255,8 @@ inline void plan_chunks(ForwardPlan<E>& plan, const AttentionParams& p) {
   plan.chunks = p.seqlen_q < kManyQueries ? max64((plan.keys + kChunkKeys<E> - 1) / kChunkKeys<E>, 1) : 1;
   plan.sums_bytes = ChunkSums<E>::bytes(plan.rules.output_stride);
   const int64_t tasks = p.batch * p.kv_heads * plan.spans * plan.span_tasks;
-  const bool fits = tasks * plan.chunks * plan.panels * plan.sums_bytes <= kPackedBudget && p.weights == nullptr;
+  const bool fits = plan.keys <= kPackedBudget && p.weights == nullptr &&  // longer ones may exceed 64 bits
+                    tasks * plan.chunks * plan.panels * plan.sums_bytes <= kPackedBudget;
   const bool shares = fits && plan.chunks > 1 && plan.spans * plan.span_tasks == 1 && p.mask == nullptr &&
                       p.bias == nullptr && shares_pages(p, kChunkKeys<E>);
   plan.members = shares ? static_cast<int>(min64(p.batch, kMaxMembers)) : 1;
