@@ -25,11 +25,10 @@ struct InsightPlan {
   int64_t rounds;  // of up to forward.panels panels each, that a query head's rows fall into
   int64_t groups;  // that these are dealt to
   bool keeps_all;
-  int64_t room_keys;   // for what panels keep of keys, whole blocks
   int64_t mass_keys;   // of a group's sums
   int64_t part_bytes;  // of a group's sums: [mass_keys] of E::Scalar, then [edge_count + 1] doubles
   // byte offsets of a thread's scratch
-  int64_t candidates_at, shifts_at, probs_at, first_at, panel_bytes, own_at;
+  int64_t candidates_at, probs_at, shifts_at, first_at, panel_bytes, own_at;
 };
 
 template <class E>
@@ -53,7 +52,6 @@ inline void plan_observations(InsightPlan<E>& plan, const AttentionParams& p) {
   constexpr auto kScalar = static_cast<int64_t>(sizeof(Scalar));
   const int64_t extent = seen_extent<E>(p);
   plan.keeps_all = extent <= kKeptKeys;
-  plan.room_keys = round_up(extent, E::kBlockKeys) + E::kBlockKeys;  // both ends may lie within a block
   int64_t bytes = 0;
   const auto take = [&](int64_t size) {
     const int64_t start = bytes;
@@ -61,13 +59,14 @@ inline void plan_observations(InsightPlan<E>& plan, const AttentionParams& p) {
     return start;
   };
   plan.candidates_at = take(E::kLanes * candidate_room(plan.top_k) * static_cast<int64_t>(sizeof(ScoredKey)));
-  plan.shifts_at = take(plan.room_keys / E::kBlockKeys * E::kLanes * kScalar);
-  plan.probs_at = take((plan.keeps_all ? plan.room_keys : E::kBlockKeys) * E::kLanes * kScalar);
+  const int64_t kept = plan.keeps_all ? round_up(extent, E::kBlockKeys) + E::kBlockKeys  // both ends lie within a block
+                                      : E::kBlockKeys;
+  plan.probs_at = take(kept * E::kLanes * kScalar);
+  plan.shifts_at = take(kept / E::kGroupKeys * E::kLanes * kScalar);
+  plan.first_at = take((Observation<E>::kFirstKeys + Observation<E>::kFirstGroups) * E::kLanes * kScalar);
   plan.panel_bytes = bytes;
-  const int64_t first_bytes = (E::kBlockKeys + Observation<E>::kTiles) * E::kLanes * kScalar;
   plan.own_at = plan.forward.thread_bytes;
-  plan.first_at = plan.own_at + plan.forward.panels * plan.panel_bytes;
-  plan.forward.thread_bytes = round_up(plan.first_at + first_bytes, 4096);
+  plan.forward.thread_bytes = round_up(plan.own_at + plan.forward.panels * plan.panel_bytes, 4096);
 }
 
 template <class E>
@@ -121,44 +120,54 @@ inline void place_observations(const InsightCall<E>& call, const ForwardTask<E>&
     panel.probs = reinterpret_cast<Scalar*>(own + plan.probs_at);
     panel.origin = round_down(panel.first_min, E::kBlockKeys);
     panel.keeps_all = plan.keeps_all;
-    panel.first_scores = reinterpret_cast<Scalar*>(task.scratch + plan.first_at);
-    panel.first_peaks = panel.first_scores + E::kBlockKeys * E::kLanes;
+    panel.first_scores = reinterpret_cast<Scalar*>(own + plan.first_at);
+    panel.first_peaks = panel.first_scores + Observation<E>::kFirstKeys * E::kLanes;
   }
 }
 
-// totals[key] = the sum over the lanes of scale * probs[key][lane], for `count` keys.
-template <class E, int kActive>
-FASTATTN_NOINLINE void weigh_keys(const typename E::Scalar* probs, const typename E::Scalar* scale, int64_t count,
-                                  typename E::Scalar* totals) {
+// What multiplies a group's probabilities to make them weights: the normaliser's inverse, and how far the shift has
+// come since. A lane that had seen nothing by then may have had any shift.
+template <class E>
+FASTATTN_NOINLINE void find_scales(const Panel<E>& panel, const ScoreRules<E>& rules, const typename E::Scalar* shifts,
+                                   const typename E::Scalar* inverse, typename E::Scalar* scale) {
   using V = typename E::V;
-  typename E::Reg factor[kActive];
-  for (int v = 0; v < kActive; ++v) {
-    factor[v] = V::load(scale + v * E::kWidth);
+  const auto to_log2 = V::set1(static_cast<typename E::Scalar>(rules.to_log2()));
+  for (int v = 0; v < E::kVectors; ++v) {
+    const auto rise = V::sub(V::load(shifts + v * E::kWidth), V::load(panel.shift + v * E::kWidth));
+    const auto power = exp2<V>(V::mul(V::min(rise, V::zero()), to_log2));
+    V::store(scale + v * E::kWidth, V::mul(power, V::load(inverse + v * E::kWidth)));
   }
-  for (int64_t key = 0; key < count; key += 8) {
-    typename E::Reg sums[8];
+}
+
+// totals[key] = the sum over the lanes of scale * probs[key][lane], for one group of keys.
+template <class E, int kActive>
+FASTATTN_INLINE void weigh_group(const typename E::Scalar* probs, const typename E::Scalar* scale,
+                                 typename E::Scalar* totals) {
+  using V = typename E::V;
+  static_assert(E::kGroupKeys <= 8);
+  typename E::Reg sums[8];
 #pragma GCC unroll 8
-    for (int r = 0; r < 8; ++r) {
-      sums[r] = V::zero();
-      if (key + r < count) {
-        const auto* row = probs + (key + r) * E::kLanes;
+  for (int r = 0; r < 8; ++r) {
+    sums[r] = V::zero();
+    if (r < E::kGroupKeys) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kActive; ++v) {
-          sums[r] = V::fma(V::load(row + v * E::kWidth), factor[v], sums[r]);
-        }
+      for (int v = 0; v < kActive; ++v) {
+        sums[r] = V::fma(V::load(probs + r * E::kLanes + v * E::kWidth), V::load(scale + v * E::kWidth), sums[r]);
       }
     }
-    V::sum_lanes(sums, totals + key);
   }
+  V::sum_lanes(sums, totals);
 }
 
-// The same of lanes whose scale is no number: those keys alone that the lane sees.
+// The same where the scale of some lane is no number: it reaches those keys alone that the lane sees.
 template <class E>
-FASTATTN_NOINLINE void weigh_broken(const typename E::Scalar* probs, double scale, int64_t count,
-                                    typename E::Scalar* totals) {
-  for (int64_t key = 0; key < count; ++key) {
-    if (probs[key * E::kLanes] != 0) {
-      totals[key] += static_cast<typename E::Scalar>(probs[key * E::kLanes] * scale);
+FASTATTN_NOINLINE void weigh_broken(const Panel<E>& panel, const typename E::Scalar* probs,
+                                    const typename E::Scalar* scale, typename E::Scalar* totals) {
+  for (int r = 0; r < E::kGroupKeys; ++r) {
+    totals[r] = 0;
+    for (int lane = 0; lane < panel.live; ++lane) {
+      const auto prob = probs[r * E::kLanes + lane];
+      totals[r] += prob == 0 ? 0 : prob * scale[lane];
     }
   }
 }
@@ -173,62 +182,75 @@ inline int64_t bucket_of(const InsightParams& p, int64_t distance) {
   return low;
 }
 
-// Adds what `count` keys from `begin` on have received to the buckets of their distances. Eight keys and the rows of a
-// panel are mostly in one bucket.
+// Adds what the group of keys from `begin` on has received to the buckets of their distances. Eight keys and the rows
+// of a panel are mostly in one bucket.
 template <class E>
-FASTATTN_NOINLINE void add_distances(const InsightParams& p, const Panel<E>& panel, int64_t begin, int64_t count,
+FASTATTN_NOINLINE void add_distances(const InsightParams& p, const Panel<E>& panel, int64_t begin,
                                      const typename E::Scalar* probs, const typename E::Scalar* scale,
                                      const typename E::Scalar* totals, double* distances) {
-  for (int64_t key = 0; key < count; key += 8) {
-    const int64_t stop = min64(key + 8, count);
-    const int64_t nearest = bucket_of(p, panel.position[0] - (begin + stop - 1));
-    if (nearest == bucket_of(p, panel.position[panel.live - 1] - (begin + key))) {
-      for (int64_t i = key; i < stop; ++i) {
-        distances[nearest] += static_cast<double>(totals[i]);
-      }
+  const int64_t nearest = bucket_of(p, panel.position[0] - (begin + E::kGroupKeys - 1));
+  const bool one = nearest == bucket_of(p, panel.position[panel.live - 1] - begin);
+  for (int r = 0; r < E::kGroupKeys; ++r) {
+    if (one) {
+      distances[nearest] += static_cast<double>(totals[r]);
       continue;
     }
-    for (int64_t i = key; i < stop; ++i) {
-      for (int lane = 0; lane < panel.live; ++lane) {
-        const auto prob = static_cast<double>(probs[i * E::kLanes + lane]);
-        if (prob != 0) {
-          distances[bucket_of(p, panel.position[lane] - (begin + i))] += prob * static_cast<double>(scale[lane]);
-        }
+    for (int lane = 0; lane < panel.live; ++lane) {
+      const auto prob = static_cast<double>(probs[r * E::kLanes + lane]);
+      if (prob != 0) {
+        distances[bucket_of(p, panel.position[lane] - (begin + r))] += prob * static_cast<double>(scale[lane]);
       }
     }
   }
 }
 
-// What multiplies a block's probabilities to make them weights: the normaliser's inverse, and how far the shift has
-// come since.
-template <class E>
-inline void block_scales(const ForwardTask<E>& task, const Panel<E>& panel, int64_t block,
-                         const Normaliser* normalisers, typename E::Scalar* scale) {
-  using V = typename E::V;
+// Adds up the weights of a panel over its rows, for the keys of one block that it sees.
+template <class E, int kActive>
+FASTATTN_NOINLINE void add_block_mass(const InsightCall<E>& call, const Panel<E>& panel, int64_t block, int64_t begin,
+                                      int64_t end, const typename E::Scalar* inverse, const InsightPart<E>& part) {
   using Scalar = typename E::Scalar;
-  const auto to_log2 = V::set1(static_cast<Scalar>(task.plan.rules.to_log2()));
-  for (int v = 0; v < E::kVectors; ++v) {
-    const auto then = V::load((panel.keeps_all ? panel.block_shifts(block) : panel.shift) + v * E::kWidth);
-    const auto rise = V::mul(V::sub(then, V::load(panel.shift + v * E::kWidth)), to_log2);
-    V::store(scale + v * E::kWidth, exp2<V>(rise));
-  }
-  for (int lane = 0; lane < E::kLanes; ++lane) {
-    scale[lane] = lane < panel.live ? static_cast<Scalar>(scale[lane] * normalisers[lane].inverse) : 0;
+  alignas(64) Scalar scale[E::kLanes];
+  const Scalar* under = nullptr;  // the shifts that the scale is for
+  bool broken = false;
+  for (int64_t key = begin; key < end; key += E::kGroupKeys) {
+    const Scalar* shifts = panel.group_shifts(block, key - block);
+    if (under == nullptr || memcmp(shifts, under, sizeof scale) != 0) {
+      under = shifts;
+      find_scales<E>(panel, call.plan.forward.rules, shifts, inverse, scale);
+      broken = false;
+      for (int lane = 0; lane < panel.live; ++lane) {
+        broken |= scale[lane] - scale[lane] != 0;
+      }
+    }
+    const Scalar* probs = panel.block_probs(block) + (key - block) * E::kLanes;
+    alignas(64) Scalar totals[8];
+    if (FASTATTN_UNLIKELY(broken)) {
+      weigh_broken<E>(panel, probs, scale, totals);
+    } else {
+      weigh_group<E, kActive>(probs, scale, totals);
+    }
+    for (int r = 0; r < E::kGroupKeys; ++r) {
+      part.mass[key + r] += totals[r];
+    }
+    if (call.p.distance_mass != nullptr) {
+      add_distances<E>(call.p, panel, key, probs, scale, totals, part.distances);
+    }
   }
 }
 
-// Adds up the weights of a panel over its rows.
 template <class E>
-FASTATTN_NOINLINE void add_mass(const InsightCall<E>& call, const ForwardTask<E>& task, TileContext<E>& context,
-                                const Normaliser* normalisers, const InsightPart<E>& part) {
+inline void add_mass(const InsightCall<E>& call, const ForwardTask<E>& task, TileContext<E>& context,
+                     const Normaliser* normalisers, const InsightPart<E>& part) {
   using Scalar = typename E::Scalar;
   Panel<E>& panel = context.panel;
-  for (int lane = 0; lane < E::kLanes; ++lane) {  // where scores are computed again, under the shifts as they are
+  alignas(64) Scalar inverse[E::kLanes];
+  for (int lane = 0; lane < E::kLanes; ++lane) {
+    inverse[lane] = lane < panel.live ? static_cast<Scalar>(normalisers[lane].inverse) : 0;
+    // Where scores are computed again, shifts stay, and nothing is taken.
     panel.limit[lane] = panel.threshold[lane] = static_cast<Scalar>(__builtin_inf());
   }
-  alignas(64) Scalar scale[E::kLanes];
-  alignas(64) Scalar totals[E::kBlockKeys];
-  for (int64_t block = round_down(panel.first_min, E::kBlockKeys); block < panel.last_max; block += E::kBlockKeys) {
+  const auto add = panel.live > E::kWidth ? add_block_mass<E, E::kVectors> : add_block_mass<E, 1>;
+  for (int64_t block = panel.origin; block < panel.last_max; block += E::kBlockKeys) {
     int64_t begin;
     int64_t end;
     if (!seen_of_block<E>(task, panel, block, &begin, &end)) {
@@ -238,27 +260,7 @@ FASTATTN_NOINLINE void add_mass(const InsightCall<E>& call, const ForwardTask<E>
       prepare_block<E>(task, context, block, &begin, &end);
       score_block<E>(task, context, block_view<E>(task, block), begin, end);
     }
-    block_scales<E>(task, panel, block, normalisers, scale);
-    const Scalar* probs = panel.block_probs(block) + (begin - block) * E::kLanes;
-    alignas(64) Scalar sound[E::kLanes];
-    bool broken = false;
-    for (int lane = 0; lane < E::kLanes; ++lane) {
-      const bool finite = scale[lane] - scale[lane] == 0;
-      sound[lane] = finite ? scale[lane] : 0;
-      broken |= !finite;
-    }
-    (panel.live > E::kWidth ? weigh_keys<E, E::kVectors> : weigh_keys<E, 1>)(probs, sound, end - begin, totals);
-    for (int lane = 0; broken && lane < panel.live; ++lane) {
-      if (scale[lane] - scale[lane] != 0) {
-        weigh_broken<E>(probs + lane, scale[lane], end - begin, totals);
-      }
-    }
-    for (int64_t key = 0; key < end - begin; ++key) {
-      part.mass[begin + key] += totals[key];
-    }
-    if (call.p.distance_mass != nullptr) {
-      add_distances<E>(call.p, panel, begin, end - begin, probs, scale, totals, part.distances);
-    }
+    add(call, panel, block, begin, end, inverse, part);
   }
 }
 
@@ -310,7 +312,8 @@ FASTATTN_NOINLINE void write_insight_rows(const InsightParams& p, const ScoreRul
         auto score = static_cast<Scalar>(candidates[i].score);
         score = rules.natural ? score : score * rules.factor;
         const double above = static_cast<double>(score) - static_cast<double>(panel.shift[lane]);
-        weights[i] = static_cast<Result>(::exp2(above * rules.to_log2()) * normalisers[lane].inverse);
+        const double weight = ::exp2(above * rules.to_log2()) * normalisers[lane].inverse;
+        weights[i] = static_cast<Result>(weight > 1 ? 1 : weight);  // the sum's exponentials are not as exact
       }
     }
   }
@@ -345,6 +348,7 @@ void insight_task(void* opaque, int64_t index, int thread) {
     for (int i = 0; i < task.panels; ++i) {
       Normaliser normalisers[E::kLanes];
       Panel<E>& panel = *task.panel(i);
+      panel.finish(min64(panel.last_max, task.keys));
       finish_rows<E>(panel, task.p, task.plan.rules, task.rows.batch, normalisers);
       write_insight_rows<E>(call.p, task.plan.rules, panel, normalisers);
       TileContext<E> context = tile_context<E>(task, i);
