@@ -287,35 +287,38 @@ inline double row_entropy(const Panel<E>& panel, const AttentionParams& p, const
   return entropy < 0 ? 0 : entropy;
 }
 
+// The weights of a row's keys, written with their numbers.
+template <class E>
+inline void write_top_keys(const InsightParams& p, const ScoreRules<E>& rules, const Panel<E>& panel, int lane,
+                           double inverse, int64_t* keys, typename E::Scalar* weights) {
+  using V = typename E::V;
+  using Scalar = typename E::Scalar;
+  ScoredKey* best = panel.candidates + lane * candidate_room(panel.top_k);
+  const int64_t count = sort_best(best, panel.count[lane], panel.top_k);
+  for (int64_t i = 0; i < p.top_k; ++i) {
+    keys[i] = i < count ? best[i].key : -1;
+    weights[i] = i < count ? static_cast<Scalar>(best[i].score) : 0;
+  }
+  for (int64_t i = 0; i < count; i += E::kWidth) {  // as the softmax has them
+    const int rest = static_cast<int>(min64(E::kWidth, count - i));
+    auto x = V::load_partial(weights + i, rest);
+    x = rules.natural ? x : V::mul(x, V::set1(rules.factor));
+    x = V::mul(V::sub(x, V::set1(panel.shift[lane])), V::set1(static_cast<Scalar>(rules.to_log2())));
+    x = V::mul(exp2<V>(x), V::set1(static_cast<Scalar>(inverse)));
+    V::store_partial(weights + i, V::min(V::set1(1), x), rest);  // one of all may come out at 1 + 2^-23
+  }
+}
+
 // Keys, weights and entropy of a panel's rows.
 template <class E>
-FASTATTN_NOINLINE void write_insight_rows(const InsightParams& p, const ScoreRules<E>& rules, Panel<E>& panel,
+FASTATTN_NOINLINE void write_insight_rows(const InsightParams& p, const ScoreRules<E>& rules, const Panel<E>& panel,
                                           const Normaliser* normalisers) {
-  using Scalar = typename E::Scalar;
-  using Result = Scalar;
+  using Result = typename E::Scalar;
   for (int lane = 0; lane < panel.live; ++lane) {
     const int64_t row = (panel.batch * p.forward.query_heads + panel.head[lane]) * p.forward.seqlen_q + panel.row[lane];
     static_cast<Result*>(p.entropy)[row] = static_cast<Result>(row_entropy<E>(panel, p.forward, rules, lane));
-    ScoredKey* candidates = panel.candidates + lane * candidate_room(panel.top_k);
-    int64_t count = panel.count[lane];
-    if (count > panel.top_k) {
-      keep_best(candidates, count, panel.top_k);
-      count = panel.top_k;
-    }
-    sort_best(candidates, count);
-    int64_t* keys = p.keys + row * p.top_k;
-    auto* weights = static_cast<Result*>(p.weights) + row * p.top_k;
-    for (int64_t i = 0; i < p.top_k; ++i) {
-      keys[i] = i < count ? candidates[i].key : -1;
-      weights[i] = 0;
-      if (i < count) {
-        auto score = static_cast<Scalar>(candidates[i].score);
-        score = rules.natural ? score : score * rules.factor;
-        const double above = static_cast<double>(score) - static_cast<double>(panel.shift[lane]);
-        const double weight = ::exp2(above * rules.to_log2()) * normalisers[lane].inverse;
-        weights[i] = static_cast<Result>(weight > 1 ? 1 : weight);  // the sum's exponentials are not as exact
-      }
-    }
+    write_top_keys<E>(p, rules, panel, lane, normalisers[lane].inverse, p.keys + row * p.top_k,
+                      static_cast<Result*>(p.weights) + row * p.top_k);
   }
 }
 
@@ -367,21 +370,18 @@ void gather_mass(void* opaque, int64_t index, int /*thread*/) {
   const int64_t local_head = index / plan.forward.spans;
   const int64_t span = index % plan.forward.spans;
   const int64_t head = (call.forward.first_head + local_head) * plan.forward.spans + span;  // over batch and heads
-  const auto part = [&](int64_t group) { return InsightPart<E>::at(call, local_head, span, group); };
-  for (int64_t key = 0; key < p.seqlen_k; ++key) {
-    double sum = 0;
-    for (int64_t group = 0; group < plan.groups; ++group) {
-      sum += static_cast<double>(part(group).mass[key]);
-    }
-    static_cast<Result*>(call.p.key_mass)[head * p.seqlen_k + key] = static_cast<Result>(sum);
-  }
+  auto* key_mass = static_cast<Result*>(call.p.key_mass) + head * p.seqlen_k;
   const int64_t buckets = call.p.distance_mass == nullptr ? 0 : call.p.edge_count + 1;
-  for (int64_t bucket = 0; bucket < buckets; ++bucket) {
-    double sum = 0;
-    for (int64_t group = 0; group < plan.groups; ++group) {
-      sum += part(group).distances[bucket];
+  auto* distance_mass = static_cast<Result*>(call.p.distance_mass) + (buckets == 0 ? 0 : head * buckets);
+  for (int64_t group = 0; group < plan.groups; ++group) {
+    const InsightPart<E> part = InsightPart<E>::at(call, local_head, span, group);
+    for (int64_t key = 0; key < p.seqlen_k; ++key) {
+      key_mass[key] = group == 0 ? part.mass[key] : key_mass[key] + part.mass[key];
     }
-    static_cast<Result*>(call.p.distance_mass)[head * buckets + bucket] = static_cast<Result>(sum);
+    for (int64_t bucket = 0; bucket < buckets; ++bucket) {
+      const double before = group == 0 ? 0 : static_cast<double>(distance_mass[bucket]);
+      distance_mass[bucket] = static_cast<Result>(before + part.distances[bucket]);
+    }
   }
 }
 

@@ -116,13 +116,16 @@ struct Observation<E, true> {
   // Takes from a group of scores, [kGroupKeys][kLanes], those above their lanes' thresholds.
   FASTATTN_NOINLINE void take(const Scalar* scores, int64_t first_key) {
     for (int r = 0; r < E::kGroupKeys; ++r) {
+      const Scalar* row = scores + r * E::kLanes;
+      uint32_t lanes = 0;
+#pragma GCC unroll 4
       for (int v = 0; v < E::kVectors; ++v) {
         const auto limits = V::load(threshold + v * E::kWidth);
-        uint32_t lanes = V::bits(V::less(limits, V::load(scores + r * E::kLanes + v * E::kWidth)));
-        for (; lanes != 0; lanes &= lanes - 1) {
-          const int lane = v * E::kWidth + __builtin_ctz(lanes);
-          add(lane, scores[r * E::kLanes + lane], first_key + r);
-        }
+        lanes |= V::bits(V::less(limits, V::load(row + v * E::kWidth))) << (v * E::kWidth);
+      }
+      for (; lanes != 0; lanes &= lanes - 1) {
+        const int lane = __builtin_ctz(lanes);
+        add(lane, row[lane], first_key + r);
       }
     }
   }
