@@ -99,6 +99,17 @@ def test_one_cell_for_several_pairs_has_the_largest():
     assert figure.axes[1].get_ylabel() == "attention weight, the largest of 5 x 1 pairs"
 
 
+def test_more_is_darker():
+    """For eyes of every kind, and in print: lightness falls all the way, by much."""
+    from matplotlib import colormaps
+
+    colour_map = viz.heatmap(np.eye(2)).axes[0].images[0].get_cmap()
+    assert colour_map.name in colormaps
+    lightness = colour_map(np.linspace(0, 1, 100))[:, :3] @ [0.2126, 0.7152, 0.0722]
+    assert (np.diff(lightness) < 0).all()
+    assert lightness[0] > 0.9 > 0.2 > lightness[-1]
+
+
 def test_an_axes_of_the_callers():
     from matplotlib.figure import Figure
 
