@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn.viz.recording import Layer, Recording, record
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-__all__ = ["plot_attention", "plot_heads"]
+__all__ = ["Layer", "Recording", "plot_attention", "plot_heads", "record"]
 
 Weights: TypeAlias = Any  # numpy.ndarray or torch.Tensor; torch is not imported for an annotation
 FloatArray: TypeAlias = NDArray[np.float64]
