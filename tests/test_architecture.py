@@ -64,7 +64,8 @@ PYTHON_ARROWS: dict[str, set[str]] = {
         *("functional", "varlen", "backends", "kvcache", "paged_cache", "problem", "observers"),
     },
     "viz": {"functional", "problem", "strided", "float8", "integrations"},
-    "cli": {"__init__"},
+    "demo": {"__init__", "integrations", "viz"},
+    "cli": {"__init__", "_config", "_core", "demo", "integrations", "viz"},
 }
 
 
