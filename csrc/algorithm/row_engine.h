@@ -68,6 +68,7 @@ struct RowEngine {
   static constexpr int kValueRows = kValueRows_;
   static constexpr bool kConvert = false;
   static constexpr bool kPacksValue = false;
+  static constexpr bool kObserves = false;
   static constexpr bool kQuantised = !kSame<Source, Stored>;
 
   static void enter() {}
