@@ -46,7 +46,7 @@ def measure(
     try:
         expected = {id(job): _truth(job)}
     except ModuleNotFoundError as error:  # of a model
-        row.contestants["fastattn"] = Contestant("absent", f"{error}: `make demo` installs what models need")
+        row.contestants["fastattn"] = Contestant("absent", f"{error}; `make demo` does so, too")
         return row
     contests = [(peer, job) for peer in peers]
     if job.base is not None:

@@ -131,6 +131,9 @@ inline Sight tile_sight(const TileContext<E>& context, int64_t block, int64_t ke
   return inside || sight == Sight::none ? sight : Sight::edge;
 }
 
+template <class E>
+constexpr int64_t kTileScores = int64_t{E::kKeys} * E::kLanes;
+
 // Probabilities 0 for the tile at `block_key`.
 template <class E>
 inline void clear_probs(typename E::Scalar* probs, int64_t block_key) {
@@ -256,6 +259,10 @@ inline BlockExtent<E> score_block(const ForwardTask<E>& task, TileContext<E>& co
       if (started) {
         clear_probs<E>(context.probs, block_key);
       }
+      if constexpr (E::kObserves) {
+        memset(context.panel.block_probs(block) + block_key * E::kLanes, 0,
+               sizeof(typename E::Scalar) * kTileScores<E>);
+      }
       continue;
     }
     if (!started) {
@@ -311,15 +318,22 @@ inline void add_values(const ForwardTask<E>& task, const TileContext<E>& context
                        layout.pack_value);
 }
 
-// Enters a key block: the keys of it that the panel sees at all, and its dense arguments. False if there are none.
+// The keys of a block that the panel sees at all; whether there are any.
+template <class E>
+inline bool seen_of_block(const ForwardTask<E>& task, const Panel<E>& panel, int64_t block, int64_t* begin,
+                          int64_t* end) {
+  *begin = block + round_down(clamp64(panel.first_min - block, 0, E::kBlockKeys), E::kKeys);
+  *end = min64(panel.last_max, task.block_end(block));
+  return *begin < *end;
+}
+
+// Enters a key block, with its dense arguments. False if the panel sees none of it.
 template <class E>
 inline bool prepare_block(const ForwardTask<E>& task, TileContext<E>& context, int64_t block, int64_t* begin,
                           int64_t* end) {
   Panel<E>& panel = context.panel;
   const int64_t block_end = task.block_end(block);
-  *begin = block + round_down(clamp64(panel.first_min - block, 0, E::kBlockKeys), E::kKeys);
-  *end = min64(panel.last_max, block_end);
-  if (*begin >= *end) {
+  if (!seen_of_block<E>(task, panel, block, begin, end)) {
     return false;
   }
   enter_block<E>(panel, block);
@@ -338,11 +352,14 @@ inline void run_block(const ForwardTask<E>& task, TileContext<E>& context, const
   }
   const BlockExtent<E> extent = score_block<E>(task, context, view, begin, end);
   Panel<E>& panel = context.panel;
-  if (extent.end > extent.begin) {
+  if (extent.end > extent.begin && (!E::kObserves || task.p.out != nullptr)) {
     add_values<E>(task, context, view, extent);
   }
   for (int lane = 0; lane < panel.placed; ++lane) {
     panel.sum[lane] += panel.block_sum[lane];
+  }
+  if constexpr (E::kObserves) {
+    panel.leave_block(view.start, panel.shift, panel.limit);
   }
 }
 

@@ -69,6 +69,7 @@ struct RowEngine {
   static constexpr int kWideRows = kValueRows > 3 ? 3 : 0;  // the same with twice as many columns
   static constexpr bool kConvert = false;
   static constexpr bool kPacksValue = false;
+  static constexpr bool kObserves = false;
   static constexpr bool kQuantised = !kSame<Source, Stored>;
 
   static void enter() {}
