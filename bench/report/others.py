@@ -140,7 +140,8 @@ def _gpu_check(content: dict[str, Any]) -> Section:
         f"gpu-{content['record']}", f"gpu-check: {told.get('chip', '')}",
         "every kernel against float64, and how fast it is",
         facts, [_marks(content), _checks(content), *rates],
-        [_gpu_bars(title, rows) for title, rows in _kinds(content["rows"])], content["notes"],
+        [_gpu_bars(title, rows) for title, rows in _kinds(content["rows"])],
+        [*content["notes"], *_failures(content)],
     )  # fmt: skip
 
 
@@ -178,10 +179,20 @@ def _checks(content: dict[str, Any]) -> Table:
         worst = [x for outcome in outcomes for name, x in outcome["found"].items() if name != "lse"]
         rows.append([
             Cell(group), *(Cell(str(count.count(status))) for status in ("right", "skipped", "left out")),
-            Cell(str(wrong), SHORT if wrong else ""), Cell(f"{max(worst):.1e}" if worst else ""),
+            Cell(str(wrong)), Cell(f"{max(worst):.1e}" if worst else ""),
         ])  # fmt: skip
     header = ("group", "right", "skipped", "left out", "wrong", "worst error")
     return Table("Checks against float64", header, rows)
+
+
+def _failures(content: dict[str, Any]) -> list[str]:
+    """A line for each check that found something wrong."""
+    return [
+        f"{group}, {outcome['label']}: {outcome['status']}: {outcome['why']}"
+        for group, outcomes in content["checks"].items()
+        for outcome in outcomes
+        if outcome["status"] in _BAD
+    ]
 
 
 def _kinds(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:

@@ -113,7 +113,7 @@ def _cells(suite: str, isa: str, measured: Measured, peers: list[str], held: boo
     last = Cell(measured.record[-15:], "", f"{measured.record}, commit {run.git['commit'][:7]}")
     if found is None:
         empty = 3 + held + len(peers) + bool(peers)
-        return [Cell(row.name), Cell(row.dtype), Cell(ours.status, "short", ours.why), *[Cell("")] * empty,
+        return [Cell(row.name), Cell(row.dtype), Cell(ours.status, "", ours.why), *[Cell("")] * empty,
                 Cell(""), last]  # fmt: skip
     share = f"{found.share:.0%}" if row.quotes_ceiling and found.share else "-"
     cells = [
