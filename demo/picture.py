@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 
-from fastattn.viz import plot_attention
+from fastattn import viz
 
 SENTENCE = "The animal did not cross the street because it was too tired."
 # Found by looking: verbs, and the pronoun, look back at their subject.
@@ -19,12 +18,9 @@ PATH = Path(__file__).with_name("output") / "attention.png"
 @torch.inference_mode()
 def draw(model: Any, tokenizer: Any) -> Path:
     """Write the picture and return where."""
-    matplotlib.use("Agg")
     model.set_attn_implementation("fastattn")
     inputs = tokenizer(SENTENCE, return_tensors="pt")
     weights = model(**inputs, output_attentions=True).attentions[LAYER][0, HEAD]
     tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
-    axes = plot_attention(weights, tokens, title=f"SmolLM2-135M, layer {LAYER}, head {HEAD}")
-    PATH.parent.mkdir(exist_ok=True)
-    axes.figure.savefig(PATH, dpi=200)
-    return PATH
+    figure = viz.heatmap(weights, tokens, title=f"SmolLM2-135M, layer {LAYER}, head {HEAD}")
+    return viz.save(figure, PATH, dpi=200)

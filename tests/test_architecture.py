@@ -123,7 +123,7 @@ def test_reference_imports_no_kernel() -> None:
 
 
 def test_import_does_not_bring_torch() -> None:
-    heavy = {"torch", "triton", "matplotlib", "transformers", "rich"}
+    heavy = {"torch", "triton", "matplotlib", "plotly", "transformers", "rich"}
     code = f"import sys, fastattn; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
