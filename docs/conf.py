@@ -32,18 +32,18 @@ exclude_patterns = ["_build"]
 nitpicky = False  # types in docstrings are for readers: "(B, Hq) floats" is no name
 
 html_theme = "furo"
+html_static_path, html_css_files = ["_static"], ["site.css"]
 html_title = f"fastattn {version}"
 html_show_sphinx = html_show_sourcelink = html_copy_source = False
 html_math_renderer = "mathml"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
-autodoc_default_options = {"members": True, "member-order": "bysource", "show-inheritance": True}
+autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "none"  # types and shapes are in the text
 autodoc_preserve_defaults = True
 napoleon_google_docstring = False
 napoleon_use_rtype = False
-napoleon_use_ivar = True
 
 # Pages of the root of the repository, by the page of the site that shows their text.
 ROOT_PAGES = {

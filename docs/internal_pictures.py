@@ -118,7 +118,7 @@ def _one_tile(ax: Axes) -> None:
     )
     ax.set(xlim=(0, 10.6), ylim=(-1.2, 10))
     ax.set_axis_off()
-    ax.set_title("one tile of AVX-512, one column of Q and K at a time")
+    ax.set_title("one tile of AVX-512, column by column")
 
 
 def online() -> Figure:

@@ -25,6 +25,7 @@ from bench.report.records import Records, read
 from bench.results import FOLDER, Row, Run
 from bench.samples import Contestant, Reading, Sample
 from bench.suites import SUITES, select
+from browser import Browser
 from fastattn import _core
 
 PEAK = Reading(100.0, 1.0)
@@ -146,7 +147,19 @@ def test_the_page_of_what_is_kept(tmp_path: Path) -> None:
     suites = {json.loads(path.read_text()).get("suite") for path in FOLDER.glob("*.json")} - {None}
     assert set(titles) == {"Goals", "gpu-check"} | suites
     assert "NVIDIA H200" in text and "goals measured" in console.file.getvalue()
-    assert text.count("Plotly.newPlot(") > len(titles)
+    assert text.count('class="plotly-graph-div"') > len(titles)
     # The JavaScript is in the page, once, and nothing is asked of another place.
     assert len(re.findall(r"<script[^>]*\bsrc=", text)) == 0
     assert len(re.findall(r"plotly\.js v\d", text)) == 1
+
+
+def test_a_browser_shows_the_page(tmp_path: Path, browser: Browser) -> None:
+    """Every picture is drawn, nothing is fetched, and the console stays silent."""
+    out = tmp_path / "report.html"
+    page.main(["--out", str(out)], Console(file=io.StringIO()))
+    browser.open(out)
+    pictures = out.read_text().count('class="plotly-graph-div"')
+    drawn = "return document.querySelectorAll('.js-plotly-plot:has(.trace)').length == arguments[0]"
+    assert pictures > 20 and browser.wait(drawn, pictures)
+    assert browser.run("return document.querySelectorAll('td.short').length") > 0
+    assert browser.complaints() == [] and browser.fetched() == []
