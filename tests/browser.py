@@ -71,7 +71,7 @@ class Browser:
         """Addresses that the page asked for besides itself and what it carries."""
         self._read_logs()
         own = self.driver.current_url
-        carried = ("data:", "blob:", "about:")
+        carried = ("data:", "blob:", "about:", "chrome:", "chrome-untrusted:")  # the last two: its first tab
         return [address for address in self._fetched if address != own and not address.startswith(carried)]
 
     def _read_logs(self) -> None:

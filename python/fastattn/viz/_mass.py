@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from fastattn.viz._arrays import ArrayLike, FloatArray, Head
 
-_LEGEND = "attention received, summed over queries"
+_LEGEND = "attention received\n(sum over queries)"
 _WIDTH = 8.0  # inches
 _MOST_BARS = 800
 _LETTER = 0.602  # width of a letter of DejaVu Sans Mono, of its size
@@ -84,7 +84,7 @@ def _bars(received: FloatArray, names: list[str], named: bool, title: str | None
     _style.name_tokens(ax.xaxis, names, width)
     ax.set_xlabel("key" if named else "position of the key", fontsize=_style.FONT_POINTS)
     ax.set_ylabel(
-        "attention received\n" + (f"(highest of {step} keys)" if step > 1 else "(sum over queries)"),
+        _LEGEND if step == 1 else f"attention received\n(highest of {step} keys)",
         fontsize=_style.FONT_POINTS,
     )
     ax.tick_params(axis="y", labelsize=_style.FONT_POINTS)
@@ -103,7 +103,7 @@ def _text(received: FloatArray, names: list[str], title: str | None) -> Figure:
         raise ValueError(
             f"tokens: they fill {lines} lines, and a picture has {_MOST_LINES}; style='bars' takes any"
         )
-    figure = _style.new_figure(_WIDTH + 1.2, max(1.6, lines * _LINE + (0.3 if title is None else 0.7)))
+    figure = _style.new_figure(_WIDTH + 1.2, max(1.8, lines * _LINE + (0.3 if title is None else 0.7)))
     ax = figure.add_subplot()
     ax.set(xlim=(0, letters), ylim=(lines, 0))
     ax.set_axis_off()
