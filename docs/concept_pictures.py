@@ -80,7 +80,7 @@ def variants() -> Figure:
         ("masked", "the same, and no look ahead", query, key, {"causal": True}),
         ("cross-attention", "Q of X, K and V of another", query, other @ to_key, {}),
     )
-    figure = Figure(figsize=(10.2, 2.9), layout="constrained")
+    figure = Figure(figsize=(10.2, 2.45), layout="constrained")
     panels = figure.subplots(1, 5)
     for panel, (title, told, asked, keys, options) in zip(panels, shown, strict=False):
         _matrix(panel, _weights(asked, keys, **options))

@@ -61,7 +61,7 @@ def mend_links(_: Sphinx, page: str, source: list[str]) -> None:
             source[0] = (DOCS.parent / name).read_text().replace("](docs/", "](/")
     if page == "performance":  # has the tables of the README, which `python -m bench figures` writes
         readme = (DOCS.parent / "README.md").read_text()
-        source[0] += readme.split("<!-- figures -->")[1].replace("](docs/", "](/")
+        source[0] += re.split(r"<!-- /?figures -->", readme)[1].replace("](docs/", "](/")
     for name, shown in ROOT_PAGES.items():
         source[0] = re.sub(rf"\]\((?:\.\./)*{re.escape(name)}", f"](/{shown}.md", source[0])
     source[0] = re.sub(r"\[([^]]+)\]\(([./]+/bench/results/[^)]+)\)", r"{download}`\1 <\2>`", source[0])
