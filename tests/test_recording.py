@@ -221,8 +221,10 @@ def check_insight(layer, weights) -> None:
         assert len(seen) == min(16, (row > 0).sum()) == len(set(seen))
         np.testing.assert_allclose(strongest[index][: len(seen)], row[seen], **CLOSE)
         np.testing.assert_allclose(row[seen], np.sort(row)[::-1][: len(seen)], **CLOSE)
-    logs = np.log(np.where(weights > 0, weights, 1))
-    np.testing.assert_allclose(layer.insight.entropy, -(weights * logs).sum(-1), rtol=0, atol=1e-5)
+    sink = np.clip(1 - weights.sum(-1, keepdims=True), 0, 1) * weights.any(-1, keepdims=True)
+    shares = np.concatenate([weights, sink], -1)
+    logs = np.log(np.where(shares > 0, shares, 1))
+    np.testing.assert_allclose(layer.insight.entropy, -(shares * logs).sum(-1), rtol=0, atol=1e-5)
     np.testing.assert_allclose(layer.insight.key_mass, weights.sum(2), rtol=0, atol=1e-4)
 
 
