@@ -184,13 +184,19 @@ def test_operations_meet_where_the_counts_say() -> None:
 
 def test_costs_are_measured() -> None:
     settings = CostSettings(
-        kinds=("window", "rnn"), lengths=(16, 32), memory_lengths=(), threads=(1,), width=32, seconds=1e-3
+        kinds=("window", "rnn"),
+        lengths=(16, 32),
+        memory_lengths=(),
+        threads=(1,),
+        width=32,
+        seconds=1e-3,
+        rounds=2,
     )
     threads, told = torch.get_num_threads(), []
     cost = compare.measure_cost(settings, lambda *heard: told.append(heard))
     assert torch.get_num_threads() == threads
-    assert len(cost.timings) == len(told) == 8 and {total for _, total, _ in told} == {8}
-    assert all(t.seconds > 0 and t.calls >= 1 for t in cost.timings)
+    assert len(cost.timings) == 8 and len(told) == 16 and {total for _, total, _ in told} == {16}
+    assert all(t.seconds > 0 and t.calls >= 2 for t in cost.timings)
     assert cost.seconds("rnn", True, 1).keys() == {16, 32}
     assert cost.peaks[0] > 0
 
@@ -240,7 +246,7 @@ def test_pictures_have_the_lines_and_say_which(tmp_path: Path) -> None:
     cost, recall, order = RESULTS
     times = pictures.draw_times(cost)
     forward, _ = times.axes
-    assert [text.get_text() for text in forward.texts] == ["100"]  # where the lines meet
+    assert [text.get_text() for text in forward.texts] == ["LSTM 100"]  # where the lines meet
     measured = forward.lines[0]
     assert list(measured.get_xdata()) == [16, 64, 256]
     assert list(measured.get_ydata()) == pytest.approx([0.128, 2.048, 32.768])

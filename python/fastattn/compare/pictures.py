@@ -48,7 +48,7 @@ def draw_times(cost: Cost) -> Figure:
             }
             ax.plot(list(floors), list(floors.values()), ":", color=_COLOURS[kind], linewidth=1)
         _mark_crossings(ax, cost, training, threads)
-        ax.set_yscale("log")
+        _logarithmic(ax)
     peak = f"its FLOPs at the machine's peak, {cost.peaks[-1]:.0f} GFLOP/s"
     _finish(figure, cost, f"time of one layer on {_count(threads, 'thread')}", {":": peak, "o": "they meet"})
     return figure
@@ -63,7 +63,7 @@ def draw_memory(cost: Cost) -> Figure:
             _line(ax, kind, cost.bytes(kind, training), 2**-20)
         scores = [4 * cost.settings.heads * length**2 / 2**20 for length in lengths]
         ax.plot(lengths, scores, "--", color=_GREY, linewidth=1)
-        ax.set_yscale("log")
+        _logarithmic(ax)
         ax.set_ylim(bottom=0.05)
     _finish(figure, cost, "memory of one layer", {"--": "scores of all pairs, were they kept"})
     return figure
@@ -148,10 +148,14 @@ def _lengths(ax: Axes, lengths: Sequence[int]) -> None:
     ax.set_xticks(lengths[:: 1 + len(lengths) // 8], minor=False)
     ax.set_xticks([], minor=True)
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.grid(True, color="#e8e6e1", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def _logarithmic(ax: Axes) -> None:
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _line(ax: Axes, kind: str, values: Mapping[int, float], unit: float = 1.0) -> None:
@@ -175,8 +179,9 @@ def _mark_crossings(ax: Axes, cost: Cost, training: bool, threads: int) -> None:
         height = 1e3 * seconds[low] ** (1 - share) * seconds[high] ** share
         ax.plot(length, height, "o", markersize=11, markerfacecolor="none", markeredgecolor="black")
         ax.annotate(
-            f"{length:.0f}", (length, height), (7, -11), textcoords="offset points", fontsize=8, va="top"
-        )
+            f"{_name(kind)} {length:.0f}", (length, height), (6, -8), textcoords="offset points", fontsize=8,
+            va="top", bbox={"color": "white", "alpha": 0.75, "pad": 1},
+        )  # fmt: skip
 
 
 def _shares(ax: Axes, chance: float, told: str) -> None:
