@@ -59,7 +59,7 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "explanation": {"dispatch", "problem", "arrays"},
     "_config": {"_core", "_threads", "backends"},
     "nn": {"functional"},
-    "compare": {"nn", "_core"},
+    "compare": {"nn", "_core", "_threads"},
     "integrations": {"functional", "varlen", "backends", "kvcache", "paged_cache"},
     "viz": set(),
     "cli": {"__init__"},

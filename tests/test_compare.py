@@ -15,6 +15,7 @@ pytest.importorskip("torch")
 
 import torch
 
+import fastattn
 from fastattn import compare
 from fastattn.compare import pictures, tables, tasks, training
 from fastattn.compare.cost import Cost, CostSettings, Memory, Timing
@@ -192,9 +193,9 @@ def test_costs_are_measured() -> None:
         seconds=1e-3,
         rounds=2,
     )
-    threads, told = torch.get_num_threads(), []
+    threads, told = (torch.get_num_threads(), fastattn.get_num_threads()), []
     cost = compare.measure_cost(settings, lambda *heard: told.append(heard))
-    assert torch.get_num_threads() == threads
+    assert (torch.get_num_threads(), fastattn.get_num_threads()) == threads
     assert len(cost.timings) == 8 and len(told) == 16 and {total for _, total, _ in told} == {16}
     assert all(t.seconds > 0 and t.calls >= 2 for t in cost.timings)
     assert cost.seconds("rnn", True, 1).keys() == {16, 32}
@@ -246,7 +247,9 @@ def test_pictures_have_the_lines_and_say_which(tmp_path: Path) -> None:
     cost, recall, order = RESULTS
     times = pictures.draw_times(cost)
     forward, _ = times.axes
-    assert [text.get_text() for text in forward.texts] == ["LSTM 100"]  # where the lines meet
+    assert [text.get_text() for text in forward.texts] == [
+        "full attention meets\nLSTM 100"
+    ]  # where the lines meet
     measured = forward.lines[0]
     assert list(measured.get_xdata()) == [16, 64, 256]
     assert list(measured.get_ydata()) == pytest.approx([0.128, 2.048, 32.768])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from fastattn._threads import set_num_threads
 from fastattn.compare.layers import make_call
 
 _FORGET = Path("/proc/self/clear_refs")  # of Linux: 5 makes a process as large at most as it is now
@@ -45,6 +46,7 @@ def tell() -> None:
     """Measure what standard input asks for, in a process that has done nothing else, and print the bytes."""
     kind, length, training, threads, sizes = json.loads(sys.stdin.read())
     torch.set_num_threads(threads)
+    set_num_threads(threads)
     make_call(kind, _SHORT, training, **sizes)()
     call = make_call(kind, length, training, **sizes)
     gc.collect()

@@ -50,7 +50,12 @@ def draw_times(cost: Cost) -> Figure:
         _mark_crossings(ax, cost, training, threads)
         _logarithmic(ax)
     peak = f"its FLOPs at the machine's peak, {cost.peaks[-1]:.0f} GFLOP/s"
-    _finish(figure, cost, f"time of one layer on {_count(threads, 'thread')}", {":": peak, "o": "they meet"})
+    _finish(
+        figure,
+        cost,
+        f"time of one layer on {_count(threads, 'thread')}",
+        {":": peak, "o": "full attention meets a recurrent one"},
+    )
     return figure
 
 
@@ -110,7 +115,7 @@ def draw_order(order: Order) -> Figure:
     for result in order.results:
         steps, shares = zip(*result.curve, strict=True)
         ax.plot(steps, shares, color=_COLOURS[result.position], linewidth=1.8)
-    _shares(ax, order.chance, "guessing between the two")
+    _shares(ax, order.chance, "guessing between the two", least=0.4)
     ax.set_xlim(left=0)
     ax.set_xlabel(f"steps of {settings.batch} sequences of {settings.length} rows")
     handles = [_handle(result.position, marker="") for result in order.results]
@@ -165,32 +170,35 @@ def _line(ax: Axes, kind: str, values: Mapping[int, float], unit: float = 1.0) -
 
 
 def _mark_crossings(ax: Axes, cost: Cost, training: bool, threads: int) -> None:
-    """Ring the points where full attention takes as long as a recurrent network, and write the length."""
+    """Ring the points where full attention takes as long as a recurrent network, and list their lengths."""
     if "full" not in cost.settings.kinds:
         return
-    for kind in (kind for kind in RECURRENT if kind in cost.settings.kinds):
-        length = cost.crossing("full", kind, training, threads)
-        if not 0 < length < math.inf:
-            continue
+    lengths = {
+        kind: cost.crossing("full", kind, training, threads)
+        for kind in RECURRENT
+        if kind in cost.settings.kinds
+    }
+    met = {kind: length for kind, length in lengths.items() if 0 < length < math.inf}
+    for kind, length in met.items():
         seconds = cost.seconds(kind, training, threads)
         low = max(known for known in seconds if known <= length)
         high = min(known for known in seconds if known >= length)
         share = math.log(length / low) / math.log(high / low) if high > low else 0.0
         height = 1e3 * seconds[low] ** (1 - share) * seconds[high] ** share
         ax.plot(length, height, "o", markersize=11, markerfacecolor="none", markeredgecolor="black")
-        ax.annotate(
-            f"{_name(kind)} {length:.0f}", (length, height), (6, -8), textcoords="offset points", fontsize=8,
-            va="top", bbox={"color": "white", "alpha": 0.75, "pad": 1},
-        )  # fmt: skip
+    if met:
+        found = [f"{_name(kind)} {met[kind]:.0f}" for kind in sorted(met, key=met.__getitem__)]
+        told = "\n".join(["full attention meets", *found])
+        ax.text(0.98, 0.03, told, ha="right", fontsize=8.5, linespacing=1.4, transform=ax.transAxes)
 
 
-def _shares(ax: Axes, chance: float, told: str) -> None:
-    """An axis of right answers, with what guessing gives."""
+def _shares(ax: Axes, chance: float, told: str, least: float = 0.0) -> None:
+    """An axis of right answers from `least` up, with what guessing gives."""
     ax.axhline(chance, color=_GREY, linewidth=1, linestyle="--")
     ax.text(
         0.995, chance + 0.015, told, ha="right", color=_GREY, fontsize=8, transform=ax.get_yaxis_transform()
     )
-    ax.set(ylim=(0, 1.05), ylabel="right answers")
+    ax.set(ylim=(least, 1.05 - 0.03 * (least > 0)), ylabel="right answers")
     ax.grid(True, color="#e8e6e1", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from fastattn._threads import num_threads_and_source, set_num_threads
 from fastattn.compare.layers import ATTENTION, make_layer
 from fastattn.compare.tasks import SYMBOLS, VOCABULARY
 from fastattn.nn import LearnedPositionalEncoding, RelativePositionBias, SinusoidalPositionalEncoding
@@ -123,11 +124,13 @@ def accuracy(model: nn.Module, tokens: Tensor, answers: Tensor) -> float:
 @contextmanager
 def seeded(seed: int, threads: int) -> Iterator[None]:
     """Draw from `seed` and compute on so many threads; afterwards both are what they were."""
-    before = torch.get_num_threads()
+    before, (ours, source) = torch.get_num_threads(), num_threads_and_source()
     torch.set_num_threads(threads)
+    set_num_threads(threads)  # which the environment may have set to another
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             yield
     finally:
         torch.set_num_threads(before)
+        set_num_threads(ours if source == "set_num_threads" else None)
