@@ -60,7 +60,8 @@ def page(
         or (layers, H, Lq, Lk), or what ``fastattn.insight`` returns. Or a list with one of these a layer, as
         are the `attentions` of a model of transformers'. A batch has one sequence.
     tokens : sequence of str, optional
-        The queries, and the keys if there are as many; positions by default.
+        The queries, and the keys if there are as many; those of the recording, or positions, by default. A
+        causal layer of a recording may have fewer: its queries are then the last of its keys.
     path : path-like, optional
         Where to write the page; folders that are missing are made.
     key_tokens : sequence of str, optional

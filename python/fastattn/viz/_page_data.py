@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from fastattn.viz import _arrays, _edges, _style
 
 # Of all layers together, before base64 makes 4/3 of it. 12 layers of 12 heads over 60 tokens take 1 MB.
 _MOST_BYTES = 12 * 2**20
+_MOST_KEYS = 32  # of a query, where not all are kept
 _STEPS = 65535  # of a weight from 0 to 1, in 16 bits
 _NONE = 0xFFFFFFFF  # the key of an empty place, as the page reads it
 
@@ -29,61 +31,74 @@ class LayerData(TypedDict):
     weights: str  # base64 of little-endian uint16, which 65535 divides
 
 
-def layers_of(source: Any, tokens: Sequence[str] | None, key_tokens: Sequence[str] | None) -> list[LayerData]:
+class _Source(NamedTuple):
+    """One layer as it was given."""
+
+    name: str
+    attention: Any  # an insight, or weights (..., queries, keys)
+    causal: bool
+
+
+def layers_of(
+    recording: Any, tokens: Sequence[str] | None, key_tokens: Sequence[str] | None
+) -> list[LayerData]:
     """Read a recording, an array of weights, an insight, or a sequence of either, one a layer."""
-    named = _named(source)
-    if not named:
+    sources = _recorded(recording) if hasattr(recording, "layers") else _given(recording)
+    if not sources:
         raise ValueError("recording: expected at least one layer, got none")
-    budget = _MOST_BYTES // len(named)
-    return [_layer(name, layer, tokens, key_tokens, budget) for name, layer in named]
+    budget = _MOST_BYTES // len(sources)
+    if tokens is None:
+        tokens = getattr(recording, "tokens", None)
+    return [_layer(source, tokens, key_tokens, budget) for source in sources]
 
 
-def _named(source: Any) -> list[tuple[str, Any]]:
-    """Layers with their names: an insight, or weights (..., queries, keys)."""
-    if hasattr(source, "layers"):
-        found = []
-        for layer in source.layers:
-            given = layer.weights if layer.weights is not None else layer.insight
-            if given is None:
-                raise ValueError(f"recording: layer {layer.name!r} has neither weights nor an insight")
-            found.append((str(layer.name), given))
-        return found
+def _recorded(recording: Any) -> list[_Source]:
+    calls = Counter(layer.name for layer in recording.layers)
+    found = []
+    for layer in recording.layers:
+        attention = layer.weights if layer.weights is not None else layer.insight
+        if attention is None:
+            raise ValueError(f"recording: layer {layer.name!r} has neither weights nor an insight")
+        call = f", call {layer.call}" if calls[layer.name] > 1 else ""
+        found.append(_Source(f"{layer.name}{call}", attention, layer.causal))
+    return found
+
+
+def _given(source: Any) -> list[_Source]:
     if _edges.is_insight(source):
-        return [("attention", source)]
-    if (
-        isinstance(source, list | tuple)
-        and source
-        and (hasattr(source[0], "shape") or _edges.is_insight(source[0]))
-    ):
-        return [(f"layer {place}", layer) for place, layer in enumerate(source)]
+        return [_Source("attention", source, False)]
+    if isinstance(source, list | tuple) and source:
+        first = source[0]
+        if hasattr(first, "shape") or _edges.is_insight(first):
+            return [_Source(f"layer {place}", layer, False) for place, layer in enumerate(source)]
     array = source if hasattr(source, "shape") else np.asarray(source)
     if len(array.shape) == 4 and array.shape[0] != 1:
-        return [(f"layer {place}", layer) for place, layer in enumerate(array)]
-    return [("attention", array)]
+        return [_Source(f"layer {place}", layer, False) for place, layer in enumerate(array)]
+    return [_Source("attention", array, False)]
 
 
 def _layer(
-    name: str, layer: Any, tokens: Sequence[str] | None, key_tokens: Sequence[str] | None, budget: int
+    source: _Source, tokens: Sequence[str] | None, key_tokens: Sequence[str] | None, budget: int
 ) -> LayerData:
     keys: NDArray[np.int64] | None = None
-    if _edges.is_insight(layer):
-        keys, weights = _edges.strongest(layer)
-        count = _edges.key_count(layer, len(key_tokens or tokens or ()))
+    if _edges.is_insight(source.attention):
+        keys, weights = _edges.strongest(source.attention)
+        count = _edges.key_count(source.attention, len(key_tokens or tokens or ()))
     else:
-        weights = _arrays.with_heads("weights", layer, "queries, keys")
+        weights = _arrays.with_heads("weights", source.attention, "queries, keys")
         count = weights.shape[2]
     heads, queries = weights.shape[:2]
-    names_q, names_k = _names(name, queries, count, tokens, key_tokens)
+    names_q, names_k = _names(source, queries, count, tokens, key_tokens)
     if keys is None and weights.size * 2 > budget:
-        keys, weights = _cut(weights, min(count, 32))
+        keys, weights = _cut(weights, min(count, _MOST_KEYS))
     if keys is not None:
         most = max(1, budget // (6 * heads * queries))
         keys, weights = keys[..., :most], weights[..., :most]
     return {
-        "name": name,
+        "name": source.name,
         "heads": heads,
-        "queryTokens": names_q,
-        "keyTokens": names_k,
+        "queryTokens": [_style.label(name) for name in names_q],
+        "keyTokens": [_style.label(name) for name in names_k],
         "topK": 0 if keys is None else weights.shape[2],
         "keys": "" if keys is None else _packed(np.where(keys < 0, _NONE, keys), "<u4"),
         "weights": _packed(np.rint(np.minimum(weights, 1.0) * _STEPS), "<u2"),
@@ -91,20 +106,22 @@ def _layer(
 
 
 def _names(
-    layer: str, queries: int, keys: int, tokens: Sequence[str] | None, key_tokens: Sequence[str] | None
+    source: _Source, queries: int, keys: int, tokens: Sequence[str] | None, key_tokens: Sequence[str] | None
 ) -> tuple[list[str], list[str]]:
     """Tokens of the queries and of the keys of a layer: those given that are as many."""
+    if source.causal and key_tokens is None and tokens is not None and queries <= keys <= len(tokens):
+        return list(tokens[keys - queries : keys]), list(tokens[:keys])  # a step of generation
     found = []
     for side, length, choice in (
         ("queries", queries, (tokens, key_tokens)),
         ("keys", keys, (key_tokens, tokens)),
     ):
-        given = [list(names) for names in choice if names is not None]
+        given = [names for names in choice if names is not None]
         fitting = next((names for names in given if len(names) == length), None)
         if given and fitting is None:
             lengths = " and ".join(str(len(names)) for names in given)
-            raise ValueError(f"tokens: {layer!r} has {length} {side}, got {lengths} tokens")
-        found.append([_style.label(name) for name in _arrays.check_tokens("tokens", fitting, length)])
+            raise ValueError(f"tokens: {source.name!r} has {length} {side}, got {lengths} tokens")
+        found.append(_arrays.check_tokens("tokens", fitting, length))
     return found[0], found[1]
 
 

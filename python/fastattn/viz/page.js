@@ -152,7 +152,7 @@ function column(tokens, places, x, chosen) {
   };
 }
 
-function lines(layer, pairs, rowOfQuery, rowOfKey) {
+function lines(layer, pairs, rowOfQuery, rowOfKey, gamma) {
   const top = pairs.length ? pairs[0].weight : 1;
   return range(LEVELS).map((level) => {
     const share = (level + 0.5) / LEVELS, x = [], y = [], text = [];
@@ -174,7 +174,8 @@ function lines(layer, pairs, rowOfQuery, rowOfKey) {
       text.push("");
     }
     return {
-      type: "scatter", mode: "lines", x, y, text, line: { color: BLUE, width: 0.6 + 5 * share * top }, opacity: share,
+      type: "scatter", mode: "lines", x, y, text, line: { color: BLUE, width: 0.6 + 5 * share * top },
+      opacity: share ** gamma,
       hovertemplate: "%{text}<extra></extra>", showlegend: false,
     };
   });
@@ -185,7 +186,8 @@ function drawLinks(layer, head, query, first) {
   const { keys, pairs } = linked(layer, head, query, queries);
   const rowOfQuery = new Map(queries.map((each, row) => [each, (row + 0.5) / queries.length]));
   const rowOfKey = new Map(keys.map((each, row) => [each, (row + 0.5) / keys.length]));
-  const traces = lines(layer, pairs, (each) => rowOfQuery.get(each), (each) => rowOfKey.get(each));
+  const traces = lines(layer, pairs, (each) => rowOfQuery.get(each), (each) => rowOfKey.get(each),
+    query === "all" ? 1 : 0.5);
   traces.push(column(layer.queryTokens, queries, 0, query === "all" ? -1 : Number(query)));
   traces.push(column(layer.keyTokens, keys, 1, -1));
   const axis = { visible: false, fixedrange: true };
