@@ -34,6 +34,8 @@ class _Call(NamedTuple):
 
 def captured(problem: AttentionProblem, dense_up_to: int, top_k: int) -> Captured:
     """Return what is kept of a call on tensors, of any device."""
+    if not problem.query.address and 0 not in problem.query.shape:
+        raise NotImplementedError("record reads numbers, and tensors in a transform of torch.func have none")
     if problem.cu_seqlens is not None:
         total = max(problem.query.shape[2], problem.key.shape[2])
         return _packed(problem, total <= dense_up_to, top_k)

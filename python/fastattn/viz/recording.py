@@ -135,6 +135,8 @@ def record(
         numbers out of range.
     RuntimeError
         At the end of a block in which no attention of the model was seen.
+    NotImplementedError
+        From the model, for nested tensors and in transforms of ``torch.func``.
 
     Notes
     -----
