@@ -53,7 +53,7 @@ def view(
         name = _MODELS.get(model, Path(model).name)
         viz.page(recording, recording.tokens, page, title=f"What {name} looks at")
     first = recording.layers[0]
-    weights: Any = first.insight.weights if first.weights is None else first.weights
+    weights: Any = first.weights if first.insight is None else first.insight.weights
     found = f"{len(recording.layers)} layers of {weights.shape[1]} heads, {weights.shape[2]} tokens"
     size = f"{os.path.getsize(page) / 2**20:.1f} MiB"
     out().print(f"{page}: {found}, {size}", highlight=False, soft_wrap=True, markup=False)
