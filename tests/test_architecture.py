@@ -58,8 +58,9 @@ PYTHON_ARROWS: dict[str, set[str]] = {
         *("cache_problem", "cache_tensors"),
     },
     "torch": {"torch_ops"},
-    "functional": {"torch_ops", "dispatch", "problem", "outputs", "arrays"},
-    "kvcache": {"torch_ops", "dispatch", "cache_problem", "outputs", "arrays", "problem"},
+    "observers": {"problem"},
+    "functional": {"torch_ops", "dispatch", "problem", "outputs", "arrays", "observers"},
+    "kvcache": {"torch_ops", "dispatch", "cache_problem", "outputs", "arrays", "problem", "observers"},
     "varlen": {"functional", "problem", "arrays"},
     "ops": {"functional", "torch_ops", "gradients", "dispatch", "problem", "arrays"},
     "merge": {"problem", "arrays"},
@@ -70,9 +71,13 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "insights": {"torch_ops", "dispatch", "backends", "outputs", "problem", "vectors", "arrays"},
     "_config": {"_core", "_threads", "backends"},
     "nn": {"functional"},
-    "integrations": {"functional", "varlen", "backends", "kvcache", "paged_cache"},
-    "viz": set(),
-    "cli": {"__init__"},
+    "compare": {"nn", "_core", "_threads"},
+    "integrations": {
+        *("functional", "varlen", "backends", "kvcache", "paged_cache", "problem", "observers"),
+    },
+    "viz": {"functional", "insights", "problem", "strided", "float8", "integrations"},
+    "demo": {"__init__", "integrations", "viz"},
+    "cli": {"__init__", "_config", "_core", "compare", "demo", "integrations", "viz"},
 }
 
 
@@ -134,7 +139,7 @@ def test_reference_imports_no_kernel() -> None:
 
 
 def test_import_does_not_bring_torch() -> None:
-    heavy = {"torch", "triton", "matplotlib", "transformers", "rich"}
+    heavy = {"torch", "triton", "matplotlib", "plotly", "transformers", "rich"}
     code = f"import sys, fastattn; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

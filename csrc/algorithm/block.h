@@ -207,16 +207,25 @@ inline BlockExtent<E> score_rows(const ForwardTask<E>& task, TileContext<E>& con
   extent.begin = begin - block;
   extent.end = round_up(end - block, E::kKeys);
   bool hides = false;
+  int64_t seen = 0, first = 0;  // tiles one behind the other, which are multiplied together
+  const auto multiply = [&] {
+    multiply_rows<E>(context.probs + first, context.panel, view.key_rows + first, seen, task.p.head_dim);
+  };
   for (int64_t key = begin; key < end; key += E::kKeys) {
     const Sight sight = tile_sight<E>(context, block, key);
     hides |= sight != Sight::all;
     if (sight != Sight::all || (E::kQuantised && task.table().odd_scales)) {
       guard_tiles<E>(task, extent, key - block, key - block + E::kKeys);
     }
-    if (sight != Sight::none) {
-      multiply_rows<E>(context.probs + (key - block), context.panel, view.key_rows + (key - block), task.p.head_dim);
+    if (sight == Sight::none) {
+      multiply();
+      seen = 0;
+    } else {
+      first = seen == 0 ? key - block : first;
+      ++seen;
     }
   }
+  multiply();
   const float* scales[2] = {};
   if constexpr (E::kQuantised) {
     scales[0] = task.table().key_scales;

@@ -220,6 +220,12 @@ double peak(const std::string& kind, int num_threads, double seconds) {
   return rate;
 }
 
+double read_time(uintptr_t address, int64_t bytes, int num_threads) {
+  double seconds = 0;
+  without_gil([&] { seconds = read_once(reinterpret_cast<const void*>(address), bytes, num_threads); });
+  return seconds;
+}
+
 py::dict scratch() {
   const ScratchInfo s = scratch_info();
   py::dict info;
@@ -283,6 +289,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("runs_alone", runs_alone);
   m.def("scratch_info", scratch);
   m.def("measure_peak", peak, "kind"_a, "num_threads"_a, "seconds"_a);
+  m.def("read_once", read_time, "address"_a, "bytes"_a, "num_threads"_a);
 }
 
 }  // namespace fastattn
