@@ -71,6 +71,7 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "insights": {"torch_ops", "dispatch", "backends", "outputs", "problem", "vectors", "arrays"},
     "_config": {"_core", "_threads", "backends"},
     "nn": {"functional"},
+    "compare": {"nn", "_core", "_threads"},
     "integrations": {
         *("functional", "varlen", "backends", "kvcache", "paged_cache", "problem", "observers"),
     },
