@@ -48,8 +48,9 @@ PYTHON_ARROWS: dict[str, set[str]] = {
         *("cache_problem", "cache_tensors"),
     },
     "torch": {"torch_ops"},
-    "functional": {"torch_ops", "dispatch", "problem", "outputs", "arrays"},
-    "kvcache": {"torch_ops", "dispatch", "cache_problem", "outputs", "arrays", "problem"},
+    "observers": {"problem"},
+    "functional": {"torch_ops", "dispatch", "problem", "outputs", "arrays", "observers"},
+    "kvcache": {"torch_ops", "dispatch", "cache_problem", "outputs", "arrays", "problem", "observers"},
     "varlen": {"functional", "problem", "arrays"},
     "ops": {"functional", "torch_ops", "gradients", "dispatch", "problem", "arrays"},
     "merge": {"problem", "arrays"},
@@ -59,8 +60,10 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "explanation": {"dispatch", "problem", "arrays"},
     "_config": {"_core", "_threads", "backends"},
     "nn": {"functional"},
-    "integrations": {"functional", "varlen", "backends", "kvcache", "paged_cache"},
-    "viz": set(),
+    "integrations": {
+        *("functional", "varlen", "backends", "kvcache", "paged_cache", "problem", "observers"),
+    },
+    "viz": {"functional", "problem", "strided", "float8", "integrations"},
     "cli": {"__init__"},
 }
 

@@ -7,5 +7,6 @@ from fastattn.viz._mass import mass
 from fastattn.viz._overlay import overlay
 from fastattn.viz._page import page
 from fastattn.viz._save import save
+from fastattn.viz.recording import Layer, Recording, record
 
-__all__ = ["distance", "heatmap", "links", "mass", "overlay", "page", "save"]
+__all__ = ["Layer", "Recording", "distance", "heatmap", "links", "mass", "overlay", "page", "record", "save"]
