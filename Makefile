@@ -14,12 +14,13 @@ CPP := $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 CXX_AARCH64 ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test test-slow test-gpu-less gpu-resources gpu-check test-asan test-faults bench bench-peers lint ruff mypy \
+.PHONY: help install dev demo examples test test-slow test-gpu-less gpu-resources gpu-check test-asan test-faults bench bench-peers lint ruff mypy \
 	clang-format clang-tidy format docs sdist \
 	check-aarch64 clean
 
 help:
 	@echo "make demo           a real language model generating through fastattn (first run installs everything)"
+	@echo "make examples       small models that train and draw, to learn from (examples/README.md)"
 	@echo "make test           every test that takes seconds"
 	@echo "make test-slow      the others: every float32, tens of thousands of random calls, long sequences"
 	@echo "make test-gpu-less everything that can be known of kernels for GPUs without one"
@@ -94,6 +95,11 @@ dev: $(DONE)/dev-extra
 demo: $(DONE)/demo
 	@$(BIN)/python -m demo
 
+# Each trains for some minutes and draws into examples/output.
+EXAMPLES := numpy_attention image translate
+examples: $(DONE)/examples-extra
+	@for name in $(EXAMPLES); do echo "==> examples/$$name.py"; $(BIN)/python examples/$$name.py $(ARGS) || exit 1; done
+
 test: $(DONE)/test-extra
 	@echo "==> testing"
 	@$(BIN)/python -m pytest $(ARGS)
@@ -142,7 +148,7 @@ bench-peers: bench/peers/requirements.txt
 docs: $(DONE)/test-extra
 	@$(BIN)/python -m pytest tests/test_docs.py
 
-PYTHON_DIRS := $(wildcard python tests bench demo gpu_check)
+PYTHON_DIRS := $(wildcard python tests bench demo examples gpu_check)
 
 lint: ruff mypy clang-format clang-tidy
 
