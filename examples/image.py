@@ -137,7 +137,9 @@ def main(argv: Sequence[str] | None = None) -> float:
     parser.add_argument("--steps", type=int, default=1000, help="of training, 64 images each (default: 1000)")
     parser.add_argument("--patch", type=int, choices=(1, 2, 4), default=2, help="pixels a side (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, split and batches (default: 0)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("output"), help="folder for the picture")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).with_name("output"), help="folder for the picture"
+    )
     arguments = parser.parse_args(argv)
 
     if arguments.steps < 1:

