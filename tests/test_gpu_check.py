@@ -24,7 +24,7 @@ from gpu_check.checks import Check, WrongError, compare, compare_lse
 from gpu_check.groups import GROUPS
 from gpu_check.inputs import LAYOUTS, draw, draw_on_device, laid_out
 from gpu_check.lists import items_of
-from gpu_check.processes import Outcome, Runner, Task
+from gpu_check.processes import ENDING, Outcome, Runner, Task
 from gpu_check.report import Report, markdown, summary
 from gpu_check.routes import Public
 from gpu_check.session import sliced
@@ -243,7 +243,7 @@ def test_times_are_medians_in_turns() -> None:
 
 
 WORKER = """#!{python}
-import sys, time
+import os, sys, time
 items = sys.argv[sys.argv.index("--items") + 1]
 for item in map(int, items.split(",")):
     print('{mark}{{"start": %d, "label": ""}}' % item, flush=True)
@@ -257,6 +257,9 @@ for item in map(int, items.split(",")):
         sys.exit({lost})
     print('{mark}{{"done": %d, "status": "right", "out": 0.5}}' % item, flush=True)
 print('{mark}{{"end": true}}', flush=True)
+if item == 7:
+    print("terminate called", flush=True)
+    os.abort()
 """
 
 
@@ -275,6 +278,18 @@ def test_a_hang_costs_one_item_and_a_crash_another(tmp_path: Path) -> None:
     assert task.outcomes[1].label == "item 1" and "working on 2" in task.outcomes[2].log
     assert task.outcomes[0].found == {"out": 0.5}
     assert len(reported) == 6
+
+
+def test_a_crash_behind_the_last_item_is_not_its_own(tmp_path: Path) -> None:
+    program = tmp_path / "python"
+    program.write_text(WORKER.format(python=sys.executable, mark=MARK, lost=DEVICE_LOST))
+    program.chmod(0o755)
+    task = Task("any", {6: "item 6", 7: "item 7"})
+    Runner({}, "cpu", 0, python=str(program)).run([task], 1, time.monotonic() + 50)
+    assert [task.outcomes[i].status for i in (6, 7)] == ["right", "right"]
+    ending = task.outcomes[ENDING]
+    assert (ending.status, ending.why) == ("crashed", "the process ended with -6")
+    assert ending.label == "end of the process behind item 7" and "terminate called" in ending.log
 
 
 def test_what_is_left_at_the_deadline_is_said(tmp_path: Path) -> None:

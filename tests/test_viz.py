@@ -91,11 +91,23 @@ def test_one_cell_for_several_pairs_has_the_largest():
     matrix[3, 1], matrix[5, 1], matrix[3200, 2] = 0.5, 0.25, 1.0
     figure = viz.heatmap(matrix)
     cells = figure.axes[0].images[0].get_array()
-    assert cells.shape == (1067, 4)
-    assert cells[1, 1] == 0.5
+    assert cells.shape == (641, 4)
+    assert cells[0, 1] == 0.5
+    assert cells[1, 1] == 0.25
     assert cells[-1, 2] == 1.0
-    assert cells.sum() == 1.5
-    assert figure.axes[1].get_ylabel() == "attention weight, the largest of 3 x 1 pairs"
+    assert cells.sum() == 1.75
+    assert figure.axes[1].get_ylabel() == "attention weight, the largest of 5 x 1 pairs"
+
+
+def test_more_is_darker():
+    """For eyes of every kind, and in print: lightness falls all the way, by much."""
+    from matplotlib import colormaps
+
+    colour_map = viz.heatmap(np.eye(2)).axes[0].images[0].get_cmap()
+    assert colour_map.name in colormaps
+    lightness = colour_map(np.linspace(0, 1, 100))[:, :3] @ [0.2126, 0.7152, 0.0722]
+    assert (np.diff(lightness) < 0).all()
+    assert lightness[0] > 0.9 > 0.2 > lightness[-1]
 
 
 def test_an_axes_of_the_callers():
@@ -208,6 +220,7 @@ def test_shaded_text_is_the_text():
     tokens = ["Ġhello", "Ġwor", "ld", ".", "Ċ", "$2$", "Ġis", "Ġ$3$"] * 30
     received = np.arange(len(tokens), dtype=float)
     figure = viz.mass(received, tokens, style="text")
+    figure.set_dpi(50)
     figure.canvas.draw()
     ax = figure.axes[0]
     lines = {}

@@ -111,18 +111,20 @@ def test_one_query(opened, weights):
 
 def test_a_long_text_of_its_strongest_keys(browser, tmp_path):
     """Only some queries are in the links; they follow the one chosen, and the map has all."""
-    keys = np.full((1, 1, 700, 2), -1)
+    keys = np.full((1, 2, 700, 2), -1)  # the second head attends to nothing
     keys[0, 0, :, 0] = np.arange(700)
     keys[0, 0, 650] = [3, 699]
-    weights = np.zeros((1, 1, 700, 2), np.float32)
-    weights[..., 0], weights[0, 0, 650] = 1.0, [0.75, 0.25]
+    weights = np.zeros((1, 2, 700, 2), np.float32)
+    weights[0, 0, :, 0], weights[0, 0, 650] = 1.0, [0.75, 0.25]
     found = SimpleNamespace(keys=keys, weights=weights)
     viz.page(found, [f"w{place}" for place in range(700)], tmp_path / "a.html")
     browser.open(tmp_path / "a.html")
     cells = drawn(browser)
     assert cells.shape == (350, 350)
     # Queries 650 and 651 share a row of cells, whose diagonal is 651's.
-    assert cells.sum() == pytest.approx(350 + 0.75 + 0.25, abs=1e-3)
+    assert cells.sum() == pytest.approx((350 + 0.75 + 0.25) / 2, abs=1e-2)
+    browser.choose("head", "head 0")
+    assert drawn(browser).sum() == pytest.approx(350 + 0.75 + 0.25, abs=1e-2)
     labels = "return [...document.querySelectorAll('#links .textpoint')].map((text) => text.textContent)"
     assert "59: w59" in browser.run(labels)
     browser.choose("query", "650: w650")

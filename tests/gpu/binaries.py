@@ -30,7 +30,20 @@ AMD = ("v_mfma", "scratch_load", "scratch_store", "buffer_load", "global_load", 
 def describe(kernel: Any) -> dict[str, Any]:
     """Registers, shared memory and spills of a kernel, and how often it has which instruction."""
     found = _amd(kernel.asm["amdgcn"]) if "amdgcn" in kernel.asm else _nvidia(kernel.asm["cubin"])
-    return found | {"shared": kernel.metadata.shared}
+    found |= {"shared": kernel.metadata.shared}
+    too_wide = _too_wide(kernel.asm["ttgir"]) if "cubin" in kernel.asm else []
+    return found | {"too wide": too_wide} if too_wide else found
+
+
+def _too_wide(code: str) -> list[str]:
+    """Products whose operands lie so that the four threads of a row hold more columns than there are.
+
+    A thread of `mma.sync` is given kWidth columns next to each other. Where four times as many do not exist,
+    threads hold the same ones, and the product counts some twice and others never.
+    """
+    operand = r"tt\.dot .*: tensor<\d+x(\d+)x\w+, #ttg\.dot_op<\{opIdx = 0, parent = #\w+, kWidth = (\d+)\}>>"
+    sizes = {(int(columns), int(width)) for columns, width in re.findall(operand, code)}
+    return [f"{width} of {columns}" for columns, width in sorted(sizes) if 4 * width > columns]
 
 
 def _nvidia(cubin: bytes) -> dict[str, Any]:

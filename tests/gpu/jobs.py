@@ -135,3 +135,5 @@ QUICK = (
     "backward-d128-causal-bfloat16",
 )
 QUICK_TARGETS = ("sm90", "gfx942")
+# And a mask beside dropout in the smallest tiles, of which a product once took some columns twice.
+QUICK_ONCE = (("sm90", "backward-d64-all-float32"),)

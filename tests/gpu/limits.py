@@ -43,6 +43,8 @@ def faults(record: dict[str, Any], job: Job, target: Target, version: str) -> li
     waits, wide = instructions.get("WARPGROUP.DEPBAR", 0), instructions.get("HGMMA", 0)
     if job.launcher == "forward" and not job.dropout_p and 2 * waits > wide > 0:
         found.append(f"{wide} products are waited for {waits} times: one after another")
+    if record.get("too wide"):
+        found.append(f"a thread holds columns of a product that others hold, too: {record['too wide']}")
     if "PRECISION" in record["options"]:
         wanted = products(record, job, target)
         if wanted and not any(instructions.get(name) for name in wanted):

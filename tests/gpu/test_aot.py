@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from compiled import ROOT, Records, Refused, compile_jobs, shipped_options
-from jobs import JOBS, NEWEST, QUICK, QUICK_TARGETS, TARGETS
+from jobs import JOBS, NEWEST, QUICK, QUICK_ONCE, QUICK_TARGETS, TARGETS
 from limits import faults
 from resources import PREFIX, RESULTS, Table, path_of, version_of
 
@@ -49,6 +49,11 @@ def read(path: Path) -> Table:
 @pytest.mark.parametrize("target", QUICK_TARGETS)
 def test_quick(target: str, name: str) -> None:
     check(target, name, QUICK)
+
+
+@pytest.mark.parametrize(("target", "name"), QUICK_ONCE)
+def test_once(target: str, name: str) -> None:
+    check(target, name, (name,))
 
 
 @pytest.mark.gpu_slow

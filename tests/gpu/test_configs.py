@@ -87,6 +87,8 @@ def test_what_a_call_asks_for_decides(gpu: Callable[[str], None]) -> None:
     keys = configs.TABLES.backward["sm90"]["half", 128]
     assert configs.backward_keys(call_of(), False) == keys.keys
     assert configs.backward_keys(call_of(), True) == keys.rich_keys
+    assert configs.backward_keys(call_of(), False, atomic=True) == keys.atomic_keys != keys.keys
+    assert configs.backward_keys(call_of(softcap=2.0), False, atomic=True) == keys.rich_keys
     assert configs.backward_queries(call_of(window_left=3), False) == keys.rich_queries
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from fastattn._flags import flag
-from fastattn.gpu import hopper, hopper_check, hopper_trial
-from fastattn.gpu.call import Call
+from fastattn.gpu import choice, hopper, hopper_check, hopper_trial
+from fastattn.gpu.call import Call, Gradients
 from fastattn.problem import UNBOUNDED
 
 DEVICE = torch.device("cuda", 0)
@@ -41,6 +41,29 @@ def test_plain_calls_are_taken(head_dim: int, dtype: torch.dtype) -> None:
     assert hopper.supports(call) == []
     assert hopper.supports(call._replace(window_right=UNBOUNDED, query_offset=1 << 60)) == []
     assert bool(hopper.backward_supports(call)) == (head_dim == 256)
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize(
+    ("rows", "keys", "name"), [(256, 256, "portable"), (70, 257, "hopper"), (257, 9, "hopper")]
+)
+def test_short_calls_are_launched_the_fast_way(
+    rows: int, keys: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And start no trial."""
+    if name == "portable":
+        monkeypatch.setattr(hopper_check, "refusal", lambda *_: pytest.fail("a trial"))
+    call = call_of(rows, keys)
+    ways = choice.of_forward(call), choice.of_backward(call, Gradients(), None, False)
+    assert [way.name for way in ways] == [name, name]
+    for batch in (1, 64):  # which have no say in it
+        wide = call._replace(
+            **{
+                x: getattr(call, x)[:1].expand(batch, -1, -1, -1).contiguous()
+                for x in ("query", "key", "value")
+            }
+        )
+        assert choice.of_forward(wide).name == name
 
 
 ANY = torch.zeros(1)

@@ -14,6 +14,7 @@ from fastattn.gpu.decode import decode
 from fastattn.gpu.forward import forward
 
 FEW_QUERIES = 64  # one tile of rows; beyond it there are programs enough without a division of the keys
+SHORT = 256  # queries and keys up to which a call is over on the device before the host can launch the next
 
 
 class Kernel(NamedTuple):
@@ -31,7 +32,7 @@ def of_forward(call: Call) -> Kernel:
     if not (reasons := _against_decode(call)):
         return Kernel("decode", decode, configs.decode, refusals)
     refusals["decode"] = reasons
-    if not (reasons := hopper.supports(call)):
+    if not (reasons := _too_short_for_hopper(call) or hopper.supports(call)):
         return Kernel("hopper", hopper.forward, _hopper_tiles, refusals)
     refusals["hopper"] = reasons
     return Kernel("portable", forward, configs.forward, refusals)
@@ -46,7 +47,7 @@ def of_backward(call: Call, wanted: Gradients, grad_weights: Tensor | None, atom
     def on_hopper(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> None:
         hopper.backward(call, out, lse, grad_out, grad_lse, wanted)
 
-    reasons = hopper.backward_supports(call)
+    reasons = _too_short_for_hopper(call) or hopper.backward_supports(call)
     if grad_weights is not None:
         reasons.append("the weights have a gradient")
     if not reasons:
@@ -76,6 +77,17 @@ def _against_decode(call: Call) -> list[str]:
     if seqlen_k <= (chunk := configs.decode_chunk(seqlen_k)):
         reasons.append(f"{seqlen_k} keys are one chunk of {chunk}")
     return reasons
+
+
+def _too_short_for_hopper(call: Call) -> list[str]:
+    """TMA's descriptors are made anew for each call: the host takes longer for it than the portable kernels.
+
+    Whatever the batch and the heads: no result depends on what else is in a batch.
+    """
+    longest = max(call.query.shape[2], call.seqlen_k)
+    return (
+        [f"up to {SHORT} queries and keys the host takes longer than the device"] if longest <= SHORT else []
+    )
 
 
 class HopperTiles(NamedTuple):

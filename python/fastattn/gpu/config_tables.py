@@ -47,6 +47,7 @@ class Gradients(NamedTuple):
     queries: Tiles
     rich_keys: Tiles
     rich_queries: Tiles
+    atomic_keys: Tiles  # of the first, where it adds up the gradient of query, too
 
 
 Numbers: TypeAlias = tuple[str, int]  # "half", "float32" or "tf32", and the columns of a tile of operands
@@ -67,7 +68,10 @@ def _uses(plain: Row, narrow: Row, rich: Row, ragged: Row | None = None) -> Uses
     return Uses(*(Tiles(*row) for row in (plain, narrow, rich, ragged or rich)))
 
 
-def _gradients(*rows: Row) -> Gradients:
+def _gradients(
+    keys: Row, queries: Row, rich_keys: Row, rich_queries: Row, atomic_keys: Row | None = None
+) -> Gradients:
+    rows = keys, queries, rich_keys, rich_queries, atomic_keys or keys
     return Gradients(*(Tiles(*row) for row in rows))
 
 
@@ -127,7 +131,9 @@ BACKWARD: dict[str, dict[Numbers, Gradients]] = {
     },
     "sm90": {
         ("half", 64): _gradients((64, 128, 8, 2), (128, 64, 4, 2), (32, 32, 8, 1), (64, 32, 4, 1)),
-        ("half", 128): _gradients((64, 64, 8, 2), (128, 64, 8, 2), (16, 64, 8, 1), (64, 32, 8, 1)),
+        ("half", 128): _gradients(
+            (32, 64, 4, 2), (64, 64, 4, 2), (16, 64, 8, 1), (64, 32, 8, 1), (32, 128, 8, 3)
+        ),
         ("half", 256): _gradients((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
         ("float32", 64): _gradients((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
         ("float32", 128): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
@@ -182,8 +188,12 @@ BACKWARD["sm120"] = BACKWARD["sm80"] | {
 }
 
 # The same memory and registers, of which one entry needs a few more there.
-BACKWARD["sm100"], FORWARD["sm100"] = BACKWARD["sm90"], dict(FORWARD["sm90"])
+FORWARD["sm100"] = dict(FORWARD["sm90"])
 FORWARD["sm100"]["half", 128] = FORWARD["sm90"]["half", 128]._replace(narrow=Tiles(64, 32, 4, 2))
+# Four warps to 64 rows are for Hopper's products, of one warpgroup each.
+BACKWARD["sm100"] = BACKWARD["sm90"] | {
+    ("half", 128): _gradients((64, 64, 8, 2), (128, 64, 8, 2), (16, 64, 8, 1), (64, 32, 8, 1)),
+}
 
 # What the compilers of Triton 3.9, which deal registers out otherwise, keep in registers instead.
 _FORWARD_39 = {
@@ -193,12 +203,11 @@ _FORWARD_39 = {
 _BACKWARD_39 = {
     "sm90": {
         ("half", 128): {
-            "keys": Tiles(32, 64, 8, 2),
             "rich_keys": Tiles(32, 32, 8, 1),
             "rich_queries": Tiles(64, 32, 4, 1),
         },
     },
-    "sm100": {("half", 128): {"keys": Tiles(64, 64, 8, 1)}},
+    "sm100": {("half", 128): {"keys": Tiles(64, 64, 8, 1), "atomic_keys": Tiles(64, 64, 8, 1)}},
     "sm120": {
         ("half", 128): {"queries": Tiles(128, 32, 8, 2)},
         ("float32", 128): {"keys": Tiles(16, 16, 4, 1), "queries": Tiles(32, 16, 8, 1)},

@@ -100,12 +100,17 @@ def decode_chunk(seqlen_k: int) -> int:
     return max(256, (1 << (max(seqlen_k, 1) - 1).bit_length()) >> 5)
 
 
-def backward_keys(call: Call, of_weights: bool) -> Tiles:
-    """Tiles of the kernel for the gradients of key and value; `of_weights`: those of weights come in."""
+def backward_keys(call: Call, of_weights: bool, atomic: bool = False) -> Tiles:
+    """Tiles of the kernel for the gradients of key and value.
+
+    `of_weights`: those of weights come in; `atomic`: that of query is added up there.
+    """
     if _has_short_segments(call):
         return BACKWARD_SEGMENTS
     gradients = _backward(call)
-    return gradients.rich_keys if of_weights or _is_rich_backward(call) else gradients.keys
+    if of_weights or _is_rich_backward(call):
+        return gradients.rich_keys
+    return gradients.atomic_keys if atomic else gradients.keys
 
 
 def backward_queries(call: Call, of_weights: bool) -> Tiles:
@@ -157,7 +162,7 @@ def _has_short_segments(call: Call) -> bool:
 
 def _backward(call: Call) -> Gradients:
     if not (gpu := kind_of_gpu(call.query)):
-        return Gradients(*[INTERPRETED] * 4)
+        return Gradients(*[INTERPRETED] * len(Gradients._fields))
     return TABLES.backward[gpu][_numbers(call), _columns(call)]
 
 

@@ -94,7 +94,7 @@ def key_gradient(
             **tiles.options(),
         )
 
-    tiles = configs.backward_keys(call, incoming.grad_weights is not None)
+    tiles = configs.backward_keys(call, incoming.grad_weights is not None, query_sums is not None)
     # What is added up must not be run again and again.
     launch(tuning.chosen("backward keys", call, tiles, launch) if query_sums is None else tiles)
 
@@ -251,14 +251,24 @@ def gather(
             if OF_KEY:
                 dk = tl.dot(ds, q, dk, input_precision=PRECISION)
             if query_sums is not None:
-                dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
-                add_rows(query_sums, numbers, rows[:, None], queries, dq, HEAD_DIM, BLOCK_DIM)
+                if BLOCK_M < 64:  # rows of a product of Hopper; of the transpose there are more
+                    dq = tl.trans(tl.dot(tl.trans(k), ds, input_precision=PRECISION))
+                else:
+                    dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
+                add_rows(query_sums, numbers, rows[:, None], queries, dq, HEAD_DIM, BLOCK_DIM, CHECKED)
     return dk, dv
 
 
 @triton.jit
-def add_rows(sums, base, rows, queries, values, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+def add_rows(
+    sums, base, rows, queries, values, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, CHECKED: tl.constexpr
+):
     """Add to rows of contiguous sums (B, Hq, Lq, D), atomically."""
     columns = tl.arange(0, BLOCK_DIM)[None, :]
     at = sums + (base + rows) * HEAD_DIM + columns
-    tl.atomic_add(at, values, mask=(rows < queries) & (columns < HEAD_DIM), sem="relaxed")
+    if CHECKED:
+        tl.atomic_add(at, values, mask=(rows < queries) & (columns < HEAD_DIM), sem="relaxed")
+    elif HEAD_DIM < BLOCK_DIM:
+        tl.atomic_add(at, values, mask=columns < HEAD_DIM, sem="relaxed")
+    else:
+        tl.atomic_add(at, values, sem="relaxed")

@@ -347,7 +347,20 @@ def dropout_factors(rules, batch_head, rows, first_key, BLOCK_N: tl.constexpr, T
         counter + batch_head,
         counter + rules.dropout_offset,
     )
-    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    kept = words.to(tl.int64) >= rules.dropout_threshold  # words are unsigned
-    factors = tl.where(kept, rules.dropout_scale, 0.0)
+    if rows.shape[0] >= 32 and BLOCK_N >= 32:
+        words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+        kept = is_kept(words, rules)
+    else:
+        # Beside a mask, Triton (3.6) would give each thread 8 columns of a product with words that were
+        # joined, and of 16 take some twice and others never. Bits spread over columns draw words twice.
+        low = is_kept(w0, rules) | is_kept(w1, rules) << 1
+        bits = low | is_kept(w2, rules) << 2 | is_kept(w3, rules) << 3
+        kept = (bits[:, :, None] >> tl.arange(0, 4)[None, None, :] & 1).reshape(rows.shape[0], BLOCK_N)
+    factors = tl.where(kept != 0, rules.dropout_scale, 0.0)
     return tl.trans(factors) if TRANSPOSED else factors
+
+
+@triton.jit
+def is_kept(words, rules):
+    """1 where the weight of a word stays, else 0."""
+    return (words.to(tl.int64) >= rules.dropout_threshold).to(tl.int32)  # words are unsigned

@@ -117,7 +117,8 @@ def _keys(problem: AttentionProblem) -> Floats:
     keys = _floats(_in_one_piece(problem, problem.key))
     if problem.key_scale is None:
         return keys
-    return keys * _floats(_in_one_piece(problem, problem.key_scale))[..., None]
+    with np.errstate(all="ignore"):  # rows that were never written hold anything
+        return keys * _floats(_in_one_piece(problem, problem.key_scale))[..., None]
 
 
 def _in_one_piece(problem: AttentionProblem, view: Strided) -> Any:

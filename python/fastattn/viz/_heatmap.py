@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastattn.viz._arrays import ArrayLike, FloatArray, Head
 
 _SMALL = 0.6  # a picture in a grid, beside one that stands alone
-_MOST_CELLS = 1600  # a side; screens and pages show no more
+_DOTS = 2  # of a side of a cell at least: one that is smaller may get lost
 _LEGEND = "attention weight"
 
 
@@ -54,8 +54,8 @@ def heatmap(
     Returns
     -------
     matplotlib.figure.Figure
-        Of the size that its tokens need; `fastattn.viz.save` writes it. Of more than 1600 queries or keys, a
-        cell stands for several and has the largest of their weights; the legend says so.
+        Of the size that its tokens need; `fastattn.viz.save` writes it. Of more than 720 queries or keys
+        (fewer in a grid), a cell stands for several and has the largest of their weights; the legend says so.
 
     Raises
     ------
@@ -91,7 +91,7 @@ def _single(
         figure = _style.figure_of(ax)
         box = ax.get_window_extent()
         width, height = box.width / figure.dpi, box.height / figure.dpi
-    cells, rows, columns = _arrays.pooled(matrix, _MOST_CELLS)
+    cells, rows, columns = _arrays.pooled(matrix, _most_cells(_style.THINNED_INCHES))
     image = _style.paint(ax, cells, float(matrix.max(initial=0.0)))
     image.set_extent((-0.5, len(names_k) - 0.5, len(names_q) - 0.5, -0.5))
     _style.name_tokens(ax.yaxis, names_q, height)
@@ -122,7 +122,7 @@ def _grid(
         if place >= count:
             ax.set_axis_off()
             continue
-        cells, steps_q, steps_k = _arrays.pooled(heads[place], _MOST_CELLS // columns)
+        cells, steps_q, steps_k = _arrays.pooled(heads[place], _most_cells(room))
         image = _style.paint(ax, cells, top)
         image.set_extent((-0.5, len(names_k) - 0.5, len(names_q) - 0.5, -0.5))
         ax.set_title(f"head {place}", fontsize=_style.FONT_POINTS, pad=3)
@@ -135,6 +135,11 @@ def _grid(
     _style.write_title(figure, title)
     _style.colour_bar(image, axes.ravel().tolist(), _legend(steps_q, steps_k))
     return figure
+
+
+def _most_cells(inches: float) -> int:
+    """How many cells a side of this length shows."""
+    return max(60, int(inches * _style.DPI / _DOTS))
 
 
 def _legend(rows: int, columns: int) -> str:

@@ -103,7 +103,7 @@ def _text(received: FloatArray, names: list[str], title: str | None) -> Figure:
         raise ValueError(
             f"tokens: they fill {lines} lines, and a picture has {_MOST_LINES}; style='bars' takes any"
         )
-    figure = _style.new_figure(_WIDTH + 1.2, max(1.8, lines * _LINE + (0.3 if title is None else 0.7)))
+    figure = _style.new_figure(_WIDTH + 0.2, lines * _LINE + (0.9 if title is None else 1.3))
     ax = figure.add_subplot()
     ax.set(xlim=(0, letters), ylim=(lines, 0))
     ax.set_axis_off()
@@ -111,7 +111,7 @@ def _text(received: FloatArray, names: list[str], title: str | None) -> Figure:
     for (line, start, text), weight in zip(places, received, strict=True):
         _write_shaded(ax, line, start, text, colours.to_rgba(weight))
     _style.write_title(ax, title)
-    _style.colour_bar(colours, ax, _LEGEND)
+    _style.colour_bar(colours, ax, _LEGEND.replace("\n", " "), "bottom")
     return figure
 
 
@@ -137,7 +137,7 @@ def _write_shaded(ax: Axes, line: int, start: int, text: str, colour: Any) -> No
     from matplotlib.patches import Rectangle
 
     ax.add_patch(Rectangle((start, line + 0.06), len(text), 0.88, facecolor=colour, edgecolor="none"))
-    dark = float(np.dot(colour[:3], _style.LUMA)) < 0.5
+    dark = float(np.dot(colour[:3], _style.LUMA)) < 0.45
     ax.text(
         start, line + 0.5, text, va="center_baseline", fontfamily="DejaVu Sans Mono",
         fontsize=_style.FONT_POINTS, color="white" if dark else _style.INK, parse_math=False,

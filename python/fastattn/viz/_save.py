@@ -6,13 +6,15 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastattn.viz._style import DPI
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SUFFIXES = (".png", ".svg")
 
 
-def save(figure: Figure, path: str | PathLike[str], *, dpi: float = 160.0) -> Path:
+def save(figure: Figure, path: str | PathLike[str], *, dpi: float = DPI) -> Path:
     """Write a picture to a file; the same picture gives the same bytes.
 
     Parameters

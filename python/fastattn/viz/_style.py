@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # One row of text at this font size, with the air it needs: what makes every token legible.
 INCHES_PER_TOKEN = 0.27
 FONT_POINTS = 9.0
+DPI = 160.0
 LINE_INCHES = 0.19  # the least that keeps two labels apart
 # A side of a picture that names all its tokens, and of one that cannot and thins them out.
 MOST_INCHES, THINNED_INCHES = 60 * INCHES_PER_TOKEN, 9.0
@@ -30,13 +31,13 @@ _GAMMA = 0.5
 _LONGEST_LABEL = 20
 
 
-def new_figure(width: float, height: float, dpi: float = 160.0) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """Return a figure in inches that belongs to the caller alone: pyplot does not hear of it."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("fastattn.viz needs matplotlib: pip install 'fastattn[viz]'") from error
-    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
 def figure_of(ax: Axes) -> Figure:
@@ -110,10 +111,12 @@ def bare(ax: Axes, *sides: str) -> None:
             spine.set_visible(False)
 
 
-def colour_bar(mappable: Any, axes: Any, text: str) -> None:
-    """Say beside `axes`, one or several, which colour is which number."""
+def colour_bar(mappable: Any, axes: Any, text: str, side: str = "right") -> None:
+    """Say beside or below `axes`, one or several, which colour is which number."""
     figure = figure_of(axes[0] if isinstance(axes, list) else axes)
-    bar = figure.colorbar(mappable, ax=axes, shrink=0.6, aspect=18, pad=0.02)
+    bar = figure.colorbar(
+        mappable, ax=axes, location=side, shrink=0.6, aspect=18 if side == "right" else 40, pad=0.02
+    )
     bar.set_label(text, fontsize=FONT_POINTS)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=2, labelsize=FONT_POINTS)

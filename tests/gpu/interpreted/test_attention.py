@@ -19,6 +19,8 @@ import fastattn.torch  # the operators are there from here on
 import places
 from fastattn import _flags, ops
 from fastattn import nn as fnn
+from fastattn.gpu import configs
+from fastattn.gpu.config_tables import Tiles
 from fastattn.torch_ops.arguments import flatten
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # of numbers around 1
@@ -130,6 +132,14 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
 @features
 def test_results_and_gradients(options: dict[str, Any], place: str) -> None:
     call = call_of(options)
+    actual = results_and_gradients(call, backend="triton")
+    assert_close(actual, oracle(call), TOLERANCE[torch.float32])
+
+
+def test_dropout_in_the_smallest_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where words are spread over a tile another way."""
+    monkeypatch.setattr(configs, "INTERPRETED", Tiles(16, 16, 4, 1))
+    call = call_of(FEATURES["together"])
     actual = results_and_gradients(call, backend="triton")
     assert_close(actual, oracle(call), TOLERANCE[torch.float32])
 
@@ -557,14 +567,14 @@ class TestExplained:
     def test_the_kernel_and_why_no_other(self, place: str) -> None:
         from fastattn.gpu import configs
 
-        query, key, value = arrays(rows=100)
+        query, key, value = arrays(rows=300)
         found = fa.explain(query, key, value, backend="triton")
         assert found.backend == "triton"
         assert found.details["kernel"].startswith("portable: rows ")
         assert found.details["backward"].startswith("portable: rows ")
         assert (
             found.details["no decode"]
-            == f"100 queries are more than 64; 37 keys are one chunk of {configs.decode_chunk(KEYS)}"
+            == f"300 queries are more than 64; 37 keys are one chunk of {configs.decode_chunk(KEYS)}"
         )
         on_cpu = f"the tensors are not on an NVIDIA GPU but on {query.device}"
         assert found.details["no hopper"].startswith(on_cpu)

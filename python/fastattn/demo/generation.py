@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import DynamicCache
 
-from demo.chat import TIE, prompts
-from demo.speed import LENGTHS, clock
+from fastattn.demo.chat import TIE, prompts
+from fastattn.demo.speed import LENGTHS, clock
 from fastattn.integrations.transformers import PagedCache
 
 IMPLEMENTATIONS = ("eager", "sdpa", "fastattn")
@@ -48,7 +48,8 @@ class Generation:
 
 def text(tokenizer: Any, length: int) -> torch.Tensor:
     """(1, length): the demo's prompts, over and over."""
-    return tokenizer(" ".join(prompts() * 100), return_tensors="pt").input_ids[:, :length]
+    ids: torch.Tensor = tokenizer(" ".join(prompts() * 100), return_tensors="pt").input_ids
+    return ids[:, :length]
 
 
 @torch.inference_mode()
@@ -57,7 +58,8 @@ def generate(model: Any, ids: torch.Tensor, name: str, tokens: int = TOKENS) -> 
     model.set_attn_implementation(name)
     cache = PagedCache(model.config) if name == "fastattn" else DynamicCache(config=model.config)
     logits, seconds, attention = [], [], []
-    with clock(name) if name != "eager" else nullcontext([]) as calls:
+    clocked: AbstractContextManager[list[float]] = nullcontext([]) if name == "eager" else clock(name)
+    with clocked as calls:
         for _ in range(tokens):
             start = time.perf_counter()
             last = model(ids, **{KEYWORD: cache}, use_cache=True, logits_to_keep=1).logits[:, -1]

@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from demo.chat import prompts
+from fastattn.demo.chat import prompts
 
 LENGTHS = {512: 5, 2048: 3}  # tokens: rounds
 NAMES = ("fastattn", "sdpa")

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
-
-# Before transformers is imported: the models are on disk, and nothing is to be asked of the network.
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TQDM_DISABLE"] = "1"  # bars of the loaders, that would break into ours
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from pathlib import Path
 
 from rich.console import Console
 from rich.rule import Rule
 
+from fastattn.demo import models
 
-def main() -> int:
-    """Run everything; the exit status counts what failed."""
-    console = Console(width=None if sys.stdout.isatty() else 110)
+
+def run(console: Console, folder: Path) -> list[str]:
+    """Run everything, and draw into `folder`; return what failed.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        For a package that is missing, before anything is run; the message says how to install it.
+    """
+    models.check_installed("torch", "transformers", "gguf", "accelerate", "matplotlib")
+    for package in (models.LANGUAGE_PACKAGE, models.EMBEDDING_PACKAGE):
+        models.folder_of(package)
     start = time.perf_counter()
     with console.status("importing torch and transformers"):
+        models.start_transformers()
         import torch
-        import transformers
 
         import fastattn
-        from demo import chat, generation, models, picture, sentences, speed
+        from fastattn.demo import chat, generation, picture, sentences, speed
         from fastattn.integrations.transformers import register
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     register()
 
     console.print(Rule("A language model through fastattn", align="left"))
@@ -52,13 +55,9 @@ def main() -> int:
     query = torch.empty(1, config.num_attention_heads, max(speed.LENGTHS), config.head_dim)
     key = query[:, : config.num_key_value_heads]
     console.print(str(fastattn.explain(query, key, key, causal=True)), highlight=False, markup=False)
-    path = picture.draw(model, tokenizer)
+    path = picture.draw(model, tokenizer, folder)
     console.print(f"\nattention of one head, drawn: [bold]{os.path.relpath(path)}")
     for failure in failures:
         console.print(f"[red]failed: {failure}")
     console.print(f"{time.perf_counter() - start:.0f} s in all", style="dim")
-    return len(failures)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return failures

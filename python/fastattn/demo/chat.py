@@ -18,6 +18,7 @@ TIE = 1e-3
 
 
 def prompts() -> list[str]:
+    """What is asked, a line each."""
     return Path(__file__).with_name("prompts.txt").read_text().splitlines()
 
 
@@ -31,7 +32,7 @@ def encode(tokenizer: Any, prompt: str) -> Any:
     )
 
 
-class Printer(transformers.TextStreamer):  # type: ignore[misc]
+class Printer(transformers.TextStreamer):
     """Writes text to the console as it is generated."""
 
     def __init__(self, tokenizer: Any, console: Console) -> None:
@@ -39,6 +40,7 @@ class Printer(transformers.TextStreamer):  # type: ignore[misc]
         self.console = console
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print what has become whole words."""
         self.console.print(text, end="\n" if stream_end else "", style="cyan", markup=False, highlight=False)
 
 
@@ -61,6 +63,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
+        """Whether tokens agree up to the first of which rounding may choose another."""
         return self.same >= (TOKENS if self.tie is None else self.tie)
 
 
