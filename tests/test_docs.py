@@ -18,7 +18,7 @@ import pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 DRAWN = ROOT / "docs" / "_pictures"
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "examples").glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def document_id(path: Path) -> str:
