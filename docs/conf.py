@@ -67,12 +67,13 @@ def mend_links(_: Sphinx, page: str, source: list[str]) -> None:
     source[0] = re.sub(r"\[([^]]+)\]\(([./]+/bench/results/[^)]+)\)", r"{download}`\1 <\2>`", source[0])
 
 
-def number_footnotes(_: Sphinx, __: str, name: str, ___: object, ____: object, lines: list[str]) -> None:
-    """Tell the footnotes of docstrings on one page apart: each counts from 1."""
+def mend_docstring(_: Sphinx, __: str, name: str, ___: object, ____: object, lines: list[str]) -> None:
+    """Tell the footnotes of docstrings on one page apart, and a dimension, "D.", from an item of a list."""
     label = re.sub(r"\W", "-", name)
     for place, line in enumerate(lines):
         line = re.sub(r"\[(\d+)\]_", rf"[#{label}-\1]_", line)
-        lines[place] = re.sub(r"^(\s*\.\. )\[(\d+)\]", rf"\1[#{label}-\2]", line)
+        line = re.sub(r"^(\s*\.\. )\[(\d+)\]", rf"\1[#{label}-\2]", line)
+        lines[place] = re.sub(r"^(\s*)([A-Z]\.)", r"\1\\\2", line)
 
 
 def draw_pictures(_: Sphinx) -> None:
@@ -91,5 +92,5 @@ def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("builder-inited", draw_pictures)
     app.connect("source-read", mend_links)
-    app.connect("autodoc-process-docstring", number_footnotes)
+    app.connect("autodoc-process-docstring", mend_docstring, priority=400)  # before napoleon
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
