@@ -78,7 +78,7 @@ def local_memory_in_loops(code: str) -> int:
     """How many loads and stores of spilled registers there are in loops over blocks.
 
     These have products in them and no other loop that has: around them a persistent kernel goes over tiles.
-    Unconditional jumps backwards close none: they lead from a wait that was moved to the end back to its place.
+    Unconditional jumps backwards close none: they lead back from a wait that was moved to the end.
     """
     lines = code.splitlines()
     labels = {match[1]: at for at, line in enumerate(lines) if (match := re.match(r"\s*(\.L_x_\d+):", line))}
