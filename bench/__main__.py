@@ -1,4 +1,6 @@
-"""From the root of the repository: ``python -m bench SUITE``, or ``compare``, ``plot``, ``figures``."""
+"""From the root of the repository: ``python -m bench SUITE``, or ``compare``, ``plot``, ``figures``,
+``report``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from bench import compare, figures, report
+from bench import compare, figures, tables
 from bench.ceilings import Ceilings, Limit
 from bench.measure import measure
 from bench.peers import PEERS
@@ -33,7 +35,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Time fastattn beside its peers and the machine's own limits.",
         epilog=f"suites:\n{suites}\n\nor:\n  compare A B   ratios, regressions\n  plot A        pictures\n"
-        "  figures A     the README's table of the same suite",
+        "  figures A     the README's table of the same suite\n  report        one page of everything kept\n"
+        "  variants      attention beside RNN, GRU and LSTM: cost, recall, order",
     )
     add = result.add_argument
     add("suite", help=f"one of: {', '.join(SUITES)}")
@@ -54,8 +57,12 @@ def main(arguments: list[str]) -> int:
             return compare.main(arguments[1:], console)
         if arguments[:1] == ["figures"]:
             return figures.main(arguments[1:], console)
+        if arguments[:1] == ["report"]:
+            return page(arguments[1:], console)
         if arguments[:1] == ["plot"]:
             return plot(arguments[1:], console)
+        if arguments[:1] == ["variants"]:
+            return variants(arguments[1:], console)
         options = parser().parse_args(arguments)
         jobs = select(options.suite, options.cases, options.dtype)
         peers = choose_peers(options.suite, options.peers)
@@ -65,8 +72,8 @@ def main(arguments: list[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     run = run_suite(options, jobs, peers, console)
-    console.print(report.table(run))
-    report.notes(run, console)
+    console.print(tables.table(run))
+    tables.notes(run, console)
     path = run.save()
     console.print(f"written to {os.path.relpath(path)}", style="dim")
     if options.plot:
@@ -131,9 +138,28 @@ def plot(names: list[str], console: Console) -> int:
     except ModuleNotFoundError as error:
         raise ValueError(f"pictures need matplotlib: {error}") from error
     for path in map(find, names or [""]):
+        if path.stem.startswith("variants-"):
+            variants(["--draw", str(path)], console)
+            continue
         for picture in draw(Run.load(path), path.with_suffix("")):
             console.print(f"drawn: {os.path.relpath(picture)}", style="dim")
     return 0
+
+
+def variants(arguments: list[str], console: Console) -> int:
+    """Attention beside recurrent networks, whose module imports torch."""
+    from bench.variants import main as compared
+
+    return compared(arguments, console)
+
+
+def page(arguments: list[str], console: Console) -> int:
+    """One page of HTML from what is kept. Raises ValueError without the libraries that make it."""
+    try:
+        from bench.report.page import main
+    except ModuleNotFoundError as error:
+        raise ValueError(f"a report needs plotly and jinja2: pip install '.[bench]' ({error})") from error
+    return main(arguments, console)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from bench import report
+from bench import tables
 from bench.results import Row, Run, find
 
 TOLERANCE = 0.05
@@ -107,7 +107,7 @@ def _table(a: Run, b: Run, changes: list[Change]) -> Table:
         result.add_column(heading, justify="right", no_wrap=True)
     colours = {"faster": "green", "REGRESSION": "bold red", "WRONG": "bold red", "same": "dim"}
     for change in changes:
-        cells = ["" if math.isnan(x) else report.time(x) for x in (change.before, change.after)]
+        cells = ["" if math.isnan(x) else tables.time(x) for x in (change.before, change.after)]
         cells += ["" if math.isnan(x) else f"{x:.2f}" for x in (change.speed, change.share)]
         result.add_row(change.name, *cells, f"[{colours.get(change.verdict, 'yellow')}]{change.verdict}")
     return result

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import generation, report
+from bench import generation, tables
 from bench.results import Row, Run, find
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -103,11 +103,11 @@ def _cache_cell(run: Run, row: Row) -> str:
         return ""
     busy = "" if found.trusted else "~"
     if "kept" in row.case:
-        return f"{busy}{report.time(found.seconds)} ({run.of_base(row, 'fastattn'):.2f}x)"
+        return f"{busy}{tables.time(found.seconds)} ({run.of_base(row, 'fastattn'):.2f}x)"
     share = f", {found.share:.0%}" if row.limit.kind == "read" else ""
-    ratios = [report.best_peer(run, row, [peer])[1] for peer in ("torch", "vllm")]
+    ratios = [tables.best_peer(run, row, [peer])[1] for peer in ("torch", "vllm")]
     told = ", ".join(f"{ratio:.1f}x" if ratio < 10 else f"{ratio:.0f}x" for ratio in ratios if ratio == ratio)
-    return f"{busy}{report.time(found.seconds)}{share}{told and f' ({told})'}"
+    return f"{busy}{tables.time(found.seconds)}{share}{told and f' ({told})'}"
 
 
 def _range(shares: list[float]) -> str:
@@ -133,7 +133,7 @@ def _label(row: Row) -> str:
 
 def _cell(run: Run, row: Row) -> str:
     rate = run.rate(row, "fastattn")
-    _, ratio = report.best_peer(run, row, ["torch"])
+    _, ratio = tables.best_peer(run, row, ["torch"])
     return f"{rate:.0f} ({ratio:.2f}x)"
 
 
@@ -167,6 +167,10 @@ def main(arguments: list[str], console: Console) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench figures", description=__doc__)
     parser.add_argument("results", nargs="+", help="files, or their names in bench/results")
     names = parser.parse_args(arguments).results
+    if find(names[0]).stem.startswith("variants-"):
+        from bench.variants import document  # imports torch
+
+        return document(names, console)
     README.write_text(rewrite(README.read_text(), names))
     if find(names[0]).stem.startswith(generation.SUITE):
         generation.draw(*generation.load(names))

@@ -30,7 +30,7 @@ PICTURE = Path(__file__).resolve().parent.parent / "docs" / "generation.png"
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt: what `demo.generation.Generation` has, and what the process took."""
+    """One prompt: what `fastattn.demo.generation.Generation` has, and what the process took."""
 
     implementation: str
     dtype: str
@@ -73,8 +73,8 @@ def measure(implementation: str, dtype: str, lengths: list[int], threads: int) -
     from fastattn import _core
 
     start_transformers()
-    from demo import generation
-    from demo.models import load_language_model
+    from fastattn.demo import generation
+    from fastattn.demo.models import load_language_model
 
     torch.set_num_threads(threads)
     fastattn.set_num_threads(threads)

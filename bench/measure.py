@@ -46,7 +46,7 @@ def measure(
     try:
         expected = {id(job): _truth(job)}
     except ModuleNotFoundError as error:  # of a model
-        row.contestants["fastattn"] = Contestant("absent", f"{error}: `make demo` installs what models need")
+        row.contestants["fastattn"] = Contestant("absent", f"{error}; `make demo` does so, too")
         return row
     contests = [(peer, job) for peer in peers]
     if job.base is not None:
@@ -115,13 +115,13 @@ def _take_turns(entries: list[Entry], limit: Limit, ceilings: Ceilings, seconds:
     while entries and turn < rounds:
         for entry in entries[turn % len(entries) :] + entries[: turn % len(entries)]:
             try:
-                elapsed, cores = entry.worker.ask("sample", entry.number, seconds / ROUNDS)
+                elapsed, cores, floor = entry.worker.ask("sample", entry.number, seconds / ROUNDS)
             except PeerError as error:
                 entry.contestant.status, entry.contestant.why = "failed", str(error)
                 entry.contestant.samples.clear()
                 continue
             after = ceilings.read(limit)
-            entry.contestant.samples.append(Sample(elapsed, cores, before, after))
+            entry.contestant.samples.append(Sample(elapsed, cores, before, after, floor))
             before = after
         entries = [entry for entry in entries if entry.contestant.status == "right"]
         turn += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -67,14 +66,11 @@ def _read(result: Any) -> dict[str, np.ndarray]:
 
 def start_transformers() -> None:
     """Have it know fastattn and be still; to be called before anything else imports it."""
-    # The models are on disk, and loaders' bars would break into ours.
-    os.environ["HF_HUB_OFFLINE"] = os.environ["TQDM_DISABLE"] = "1"
-    import transformers
+    from fastattn.demo import models
 
+    models.start_transformers()
     from fastattn.integrations.transformers import register
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     register()
 
 
@@ -82,22 +78,19 @@ def start_transformers() -> None:
 def _load(name: str) -> tuple[Any, Any]:
     """The model without the head that makes words of its states, and the tokenizer."""
     start_transformers()
-    from demo import models
+    from fastattn.demo import models
 
-    try:
-        if name == "smollm2":
-            model, tokenizer = models.load_language_model()
-            return model.model, tokenizer
-        return models.load_embedding_model()
-    except SystemExit as missing:
-        raise ModuleNotFoundError(str(missing).split(":")[0]) from None
+    if name == "smollm2":
+        model, tokenizer = models.load_language_model()
+        return model.model, tokenizer
+    return models.load_embedding_model()
 
 
 def _inputs(case: ModelCase) -> dict[str, Any]:
     """Text of the demo's prompts, over and over; in a batch, each sentence ends somewhere else."""
     import torch
 
-    from demo.chat import prompts
+    from fastattn.demo.chat import prompts
 
     tokenizer = _load(case.model)[1]
     text = tokenizer(" ".join(prompts() * 100), return_tensors="pt", truncation=False).input_ids[0]

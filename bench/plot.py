@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from bench import report
+from bench import tables
 from bench.results import Row, Run
 
 # Ours stands out; peers keep a colour each, whichever of them take part.
@@ -88,7 +88,7 @@ def _bar_panel(ax: Axes, run: Run, rows: list[Row], names: list[str]) -> None:
             ax.bar(x, speed, 0.92 * width, color=_colour(name))
         if row.quotes_ceiling and found.share > 1 / _FAR:
             ax.hlines(1 / found.share, place - 0.45, place + 0.45, color=_GREY, linestyle="--", linewidth=1)
-        label = f"{_wrapped(row.name)}\n{report.time(found.seconds)}, {report.rate(ours)} {row.unit}"
+        label = f"{_wrapped(row.name)}\n{tables.time(found.seconds)}, {tables.rate(ours)} {row.unit}"
         ax.text(place, -0.04, label, ha="center", va="top", fontsize=7.5, transform=ax.get_xaxis_transform())
     ax.axhline(1, color=_OURS, linewidth=0.7, zorder=0)
     ax.set_xticks([])

@@ -149,8 +149,8 @@ def _row(content: dict[str, Any]) -> Row:
     content["limit"] = Limit(*content["limit"])
     for name, contestant in content["contestants"].items():
         contestant["samples"] = [
-            Sample(seconds, cores, Reading(*before), Reading(*after))
-            for seconds, cores, before, after in contestant["samples"]
+            Sample(seconds, cores, Reading(*before), Reading(*after), *floor)
+            for seconds, cores, before, after, *floor in contestant["samples"]
         ]
         content["contestants"][name] = Contestant(**contestant)
     return Row(**content)

@@ -31,10 +31,17 @@ class Sample(NamedTuple):
     cores: float  # CPU time over wall time
     before: Reading
     after: Reading
+    floor: float = 0.0  # seconds in which the same memory is read and no more; 0: not measured
 
     @property
     def ceiling(self) -> float:
         return max(self.before.rate, self.after.rate)
+
+    def share(self, work: float) -> float | None:
+        """Of the floor if there is one, else of the ceiling: they may be on pages of other sizes."""
+        if self.floor:
+            return self.floor / self.seconds
+        return work / self.seconds / self.ceiling if self.ceiling else None
 
 
 @dataclass
@@ -54,7 +61,7 @@ class Figures:
 
     seconds: float  # median
     spread: float  # between the quartiles, over the median
-    share: float  # of the ceiling: median, each sample against the higher reading beside it; 0: there is none
+    share: float  # of the floor or the ceiling: median, each sample against its own; 0: there is none
     kept: int
     dropped: int
     trusted: bool  # False: too few samples were left, and the figures are of all of them
@@ -85,7 +92,7 @@ def figures(contestant: Contestant, work: float, best: float, kind: str = "") ->
     if not used:
         return None
     seconds = [sample.seconds for sample in used]
-    shares = [work / sample.seconds / sample.ceiling for sample in used if sample.ceiling]
+    shares = [share for sample in used if (share := sample.share(work)) is not None]
     return Figures(
         statistics.median(seconds),
         _quartile_range(seconds) / statistics.median(seconds),

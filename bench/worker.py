@@ -9,7 +9,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -34,6 +34,7 @@ class Worker:
         self.peer = peer
         self.runs: dict[int, Run] = {}
         self.repeats: dict[int, int] = {}
+        self.floors: dict[int, Callable[[], float]] = {}
 
     def prepare(
         self, number: int, case: Any, dtype: str, mode: str, library: str = "torch", cold: bool = False
@@ -48,7 +49,10 @@ class Worker:
         else:
             kept = library if self.peer.name == "fastattn" else self.peer.library
             copies = work.copies_that_no_cache_holds(work.kv_bytes(case, dtype)) if cold else 1
-            run = _rotate([self.peer.prepare(call) for call in draw(case, dtype, kept, copies)])
+            calls = list(draw(case, dtype, kept, copies))
+            run = _rotate([self.peer.prepare(call) for call in calls])
+            if cold and kept == "torch" and self.peer.name == "fastattn" and not case.arrays:
+                self.floors[number] = partial(_time_of_reading, calls)
             read = partial(self.peer.read, case=case)
         outcome = read(run())  # the first copy's, which has the oracle's numbers
         self.runs[number] = run
@@ -62,8 +66,11 @@ class Worker:
             return "no backward"
         return self.peer.refuses(case, dtype)
 
-    def sample(self, number: int, seconds: float) -> tuple[float, float]:
-        """Median seconds of a call over a turn of about `seconds`, and CPU time over wall time."""
+    def sample(self, number: int, seconds: float) -> tuple[float, float, float]:
+        """Median seconds of a call over a turn of about `seconds`, CPU time over wall time, and the floor.
+
+        The floor is how long it takes to read keys and values alone, 0 where that is not what bounds a call.
+        """
         run = self.runs[number]
         if number not in self.repeats:
             self.repeats[number] = _repeats(run)
@@ -74,11 +81,13 @@ class Worker:
         while not batches or sum(batches) < seconds:
             batches.append(_time(run, repeats))
         cores = (time.process_time() - cpu) / (time.perf_counter() - wall)
-        return statistics.median(batches) / repeats, cores
+        floor = self.floors[number]() if number in self.floors else 0.0
+        return statistics.median(batches) / repeats, cores, floor
 
     def forget(self) -> None:
         self.runs.clear()
         self.repeats.clear()
+        self.floors.clear()
 
 
 def draw(case: Case, dtype: str, library: str, copies: int = 1) -> Iterator[Call]:
@@ -100,13 +109,24 @@ def draw_to_differentiate(case: Case, dtype: str) -> Call:
 
 
 def _convert(array: np.ndarray, library: str) -> Any:
+    """An array of `library`, in memory of its own: tensors begin with a line of the caches, arrays do not."""
     if library != "torch":
         return array
     import torch
 
     if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+        return torch.from_numpy(array.view(np.int16)).clone().view(torch.bfloat16)
+    return torch.from_numpy(array).clone()
+
+
+def _time_of_reading(calls: Sequence[Call]) -> float:
+    """Seconds in which the keys and values of a call are read once: the median over all copies."""
+    from fastattn import _core, get_num_threads
+
+    def seconds(tensor: Any) -> float:
+        return _core.read_once(tensor.data_ptr(), tensor.nbytes, get_num_threads())
+
+    return statistics.median(seconds(call.key) + seconds(call.value) for call in calls)
 
 
 def _rotate(runs: list[Run]) -> Run:

@@ -18,6 +18,8 @@ constexpr int kDTypes = 4;
 using ForwardFn = void (*)(const AttentionParams* calls, int64_t count);
 // Attention backward for one element type. The same.
 using BackwardFn = void (*)(const BackwardParams* calls, int64_t count);
+// What each query looks at, for one element type. May throw std::bad_alloc, before anything is written.
+using InsightFn = void (*)(const InsightParams& call);
 // Runs `rounds` rounds of independent multiply-adds and returns how many floating-point operations that was.
 using PeakFn = double (*)(int64_t rounds);
 
@@ -31,6 +33,7 @@ struct ForwardEntry {
 struct KernelTable {
   ForwardEntry forward[kDTypes];  // indexed by DType
   BackwardFn backward[kDTypes];   // the same
+  InsightFn insight[kDTypes];     // the same
   PeakFn peak_fma_f32;
   PeakFn peak_fma_f64;
   PeakFn peak_dot_bf16;  // null where the tier has no bfloat16 product
@@ -40,6 +43,7 @@ struct KernelTable {
     forward[static_cast<int>(dtype)] = {run, isa, path, few};
   }
   void set_backward(DType dtype, BackwardFn run) { backward[static_cast<int>(dtype)] = run; }
+  void set_insight(DType dtype, InsightFn run) { insight[static_cast<int>(dtype)] = run; }
 };
 
 // Each tier's entry point, defined in <tier>/kernels.cpp.

@@ -135,4 +135,19 @@ struct BackwardParams {
   double* grad_sinks;   // (B, Hq)
 };
 
+// The arguments of one look at what attention looks at. What is written is contiguous, and of float32 (float64 for
+// float64 inputs) where it is not keys.
+struct InsightParams {
+  AttentionParams forward;  // out may be null: the values are then not read; neither dropout, lse nor weights
+
+  int64_t top_k;         // at least 1
+  int64_t* keys;         // (B, Hq, Lq, top_k), those of largest weight first; -1 where fewer are visible
+  void* weights;         // (B, Hq, Lq, top_k)
+  void* entropy;         // (B, Hq, Lq), natural logarithms
+  void* key_mass;        // (B, Hq, Lk), sums over the queries
+  const int64_t* edges;  // null, or (edge_count,), rising: distances i + offset - j at which a bucket starts
+  int64_t edge_count;
+  void* distance_mass;  // null, or (B, Hq, edge_count + 1), sums over queries and keys
+};
+
 }  // namespace fastattn

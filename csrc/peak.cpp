@@ -91,6 +91,16 @@ double measure_read(int threads, double seconds) {
 
 }  // namespace
 
+double read_once(const void* from, int64_t bytes, int num_threads) {
+  const int threads = std::min(effective_threads(num_threads, num_threads), kMaxThreads);
+  PeakRun peak{};
+  peak.buffer = static_cast<const uint64_t*>(from);
+  peak.words = bytes / static_cast<int64_t>(sizeof(uint64_t)) / threads;
+  const auto begin = Clock::now();
+  parallel_for(threads, threads, run_read, &peak);
+  return seconds_since(begin);
+}
+
 double measure_peak(const std::string& kind, int num_threads, double seconds) {
   const int threads = std::min(effective_threads(num_threads, num_threads), kMaxThreads);
   if (kind == "fma_f32") {

@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import pytest
 
+from browser import Browser, chromium
 from fastattn import _flags, _threads, dispatch, set_num_threads
 from kernels import KERNELS, Kernel
 
@@ -40,3 +41,10 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[Kernel]:
     """Each kernel of the machine in turn, forced."""
     with request.param.forced():
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A browser for all pages of the run, started when the first is opened."""
+    with chromium() as started:
+        yield started

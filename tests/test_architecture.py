@@ -18,7 +18,17 @@ PACKAGE = ROOT / "python" / "fastattn"
 # Python: room -> the rooms that it may import. A room is a module or a subpackage of fastattn.
 PYTHON_ARROWS: dict[str, set[str]] = {
     "__init__": {
-        *("functional", "varlen", "kvcache", "merge", "paged_cache", "explanation", "ops", "torch"),
+        *(
+            "functional",
+            "varlen",
+            "kvcache",
+            "merge",
+            "paged_cache",
+            "explanation",
+            "insights",
+            "ops",
+            "torch",
+        ),
         *("integrations", "_config", "_threads"),
     },
     "__main__": {"cli"},
@@ -38,7 +48,7 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "reference": {"cache_problem", "problem", "arrays", "float8", "philox"},
     "gpu": {"problem", "outputs", "arrays", "cache_problem", "_flags"},
     "backends": {
-        *("problem", "outputs", "arrays", "cache_problem", "float8", "reference", "philox", "gpu"),
+        *("problem", "outputs", "vectors", "arrays", "cache_problem", "float8", "reference", "philox", "gpu"),
         *("_core", "_flags", "_threads"),
     },
     "dispatch": {"backends", "problem", "arrays"},
@@ -48,8 +58,9 @@ PYTHON_ARROWS: dict[str, set[str]] = {
         *("cache_problem", "cache_tensors"),
     },
     "torch": {"torch_ops"},
-    "functional": {"torch_ops", "dispatch", "problem", "outputs", "arrays"},
-    "kvcache": {"torch_ops", "dispatch", "cache_problem", "outputs", "arrays", "problem"},
+    "observers": {"problem"},
+    "functional": {"torch_ops", "dispatch", "problem", "outputs", "arrays", "observers"},
+    "kvcache": {"torch_ops", "dispatch", "cache_problem", "outputs", "arrays", "problem", "observers"},
     "varlen": {"functional", "problem", "arrays"},
     "ops": {"functional", "torch_ops", "gradients", "dispatch", "problem", "arrays"},
     "merge": {"problem", "arrays"},
@@ -57,11 +68,16 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "page_pool": {"problem", "arrays", "float8"},
     "paged_cache": {"page_pool", "page_table", "problem", "arrays"},
     "explanation": {"dispatch", "problem", "arrays"},
+    "insights": {"torch_ops", "dispatch", "backends", "outputs", "problem", "vectors", "arrays"},
     "_config": {"_core", "_threads", "backends"},
     "nn": {"functional"},
-    "integrations": {"functional", "varlen", "backends", "kvcache", "paged_cache"},
-    "viz": set(),
-    "cli": {"__init__"},
+    "compare": {"nn", "_core", "_threads"},
+    "integrations": {
+        *("functional", "varlen", "backends", "kvcache", "paged_cache", "problem", "observers"),
+    },
+    "viz": {"functional", "insights", "problem", "strided", "float8", "integrations"},
+    "demo": {"__init__", "integrations", "viz"},
+    "cli": {"__init__", "_config", "_core", "compare", "demo", "integrations", "viz"},
 }
 
 
@@ -123,7 +139,7 @@ def test_reference_imports_no_kernel() -> None:
 
 
 def test_import_does_not_bring_torch() -> None:
-    heavy = {"torch", "triton", "matplotlib", "transformers", "rich"}
+    heavy = {"torch", "triton", "matplotlib", "plotly", "transformers", "rich"}
     code = f"import sys, fastattn; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
@@ -138,11 +154,12 @@ CPP_ARROWS: dict[str, set[str]] = {
     "crew": set(),
     "parallel": {"crew"},
     "workspace": set(),
+    "top_keys": set(),
     "half": set(),
     "dropout": {"params"},
     "table": {"params"},
-    "scalar": {"params", "half", "dropout", "table", "parallel", "workspace"},
-    "algorithm": {"params", "half", "dropout", "parallel", "workspace"},
+    "scalar": {"params", "half", "dropout", "table", "parallel", "workspace", "top_keys"},
+    "algorithm": {"params", "half", "dropout", "parallel", "workspace", "top_keys"},
     "isa": {"algorithm", "params", "half", "table"},
     "dispatch": {"table", "cpu_features"},
     "peak": {"table", "parallel", "workspace"},

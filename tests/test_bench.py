@@ -330,7 +330,7 @@ def test_a_peer_that_dies_or_raises_is_reported(monkeypatch: pytest.MonkeyPatch)
             worker.ask("prepare", 0, None, "float32", "forward")
         status, out = worker.ask("prepare", 0, SMALL, "float32", "forward", "numpy")
         assert status == "ready" and out.shape == (1, 4, 64, 32)
-        seconds, cores = worker.ask("sample", 0, 0.001)
+        seconds, cores, _ = worker.ask("sample", 0, 0.001)
         assert 0 < seconds < 1 and cores > 0
         worker._process.kill()
         with pytest.raises(PeerError, match="SIGKILL"):

@@ -12,7 +12,7 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from bench import compare, report
+from bench import compare, tables
 from bench import figures as figures_of_readme
 from bench.accuracy import truth
 from bench.ceilings import Limit
@@ -44,7 +44,7 @@ class FakeWorkers:
 
     def ask(self, what: str, *arguments: object) -> object:
         if what == "sample":
-            return 1e-3, 2.0
+            return 1e-3, 2.0, 0.0
         out = truth(CASE, "float32").out
         return {
             "fastattn": ("ready", out),
@@ -162,13 +162,13 @@ def test_results_survive_json(tmp_path: Path) -> None:
 def test_the_table_says_who_was_not_compared() -> None:
     run = a_run()
     console = Console(width=170, file=io.StringIO())
-    console.print(report.table(run))
-    report.notes(run, console)
+    console.print(tables.table(run))
+    tables.notes(run, console)
     text = console.file.getvalue()
     assert "flex" not in text.split("best readings")[0]  # no time, so no column
     assert "flex lower: computes float32 no better than bfloat16 (bench-small float32)" in text
     assert "jax took no part: not installed: `make bench-peers`" in text
-    assert report.best_peer(run, run.rows[0], ["torch"]) == ("torch", 2.0)
+    assert tables.best_peer(run, run.rows[0], ["torch"]) == ("torch", 2.0)
     assert run.of_base(run.rows[0], "fastattn") == pytest.approx(0.5)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.metadata
 import re
 from pathlib import Path
@@ -12,8 +13,12 @@ import pytest
 import fastattn
 from fastattn import _core
 
+pytest.importorskip("matplotlib")
+import pictures
+
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+DRAWN = ROOT / "docs" / "_pictures"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "examples").glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def document_id(path: Path) -> str:
@@ -35,7 +40,47 @@ def test_code_blocks_run(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=document_id)
 def test_links_lead_somewhere(path: Path) -> None:
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)[^)]*\)", path.read_text())
-    assert not [target for target in targets if not (path.parent / target).exists()]
+    drawn = {DRAWN / f"{name}.svg" for name in pictures.all_pictures()}
+    places = {target: (path.parent / target).resolve() for target in targets}
+    assert not [target for target, place in places.items() if place not in drawn and not place.exists()]
+
+
+def test_every_picture_is_shown() -> None:
+    text = "".join(path.read_text() for path in DOCUMENTS)
+    assert [name for name in pictures.all_pictures() if f"_pictures/{name}.svg" not in text] == []
+
+
+@pytest.mark.parametrize("path", [p for p in DOCUMENTS if ROOT / "docs" in p.parents], ids=document_id)
+def test_every_page_is_in_a_table_of_contents(path: Path) -> None:
+    """The site warns of pages that nothing leads to, but only when it is built."""
+    name = path.relative_to(ROOT / "docs").with_suffix("")
+    if str(name) == "index" or name.parent.name == "decisions":  # all of that folder are
+        return
+    listed = set()
+    for other in (ROOT / "docs").rglob("*.md"):
+        for lines in re.findall(r"^```{toctree}\n(.*?)^```", other.read_text(), re.DOTALL | re.MULTILINE):
+            entries = (line for line in lines.split() if not line.startswith(":"))
+            listed |= {(other.parent / entry).resolve() for entry in entries}
+    assert (ROOT / "docs" / name) in listed
+
+
+PUBLIC = (
+    "fastattn", "fastattn.nn", "fastattn.ops", "fastattn.viz", "fastattn.compare",
+    "fastattn.integrations.transformers", "fastattn.integrations.flash_attn",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_name_is_in_the_reference(module: str) -> None:
+    """A whole module is shown by `automodule`, but for names that stand elsewhere on the same page."""
+    pytest.importorskip("transformers" if module.endswith("transformers") else "numpy")
+    names = set(importlib.import_module(module).__all__) - {"__version__"}
+    text = "".join(path.read_text() for path in (ROOT / "docs/api").glob("*.rst"))
+    whole = re.search(rf"^\.\. automodule:: {re.escape(module)}\n((?:   .*\n)*)", text, re.MULTILINE)
+    assert whole is not None
+    left_out = set(re.findall(r"\w+", whole[1].partition(":exclude-members:")[2]))
+    alone = set(re.findall(rf"^\.\. auto\w+:: {re.escape(module)}\.(\w+)$", text, re.MULTILINE))
+    assert left_out <= names and left_out == alone & names
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=document_id)

@@ -17,7 +17,7 @@ import transformers
 from bench import figures
 from bench import generation as measured
 from bench.results import Run
-from demo import generation
+from fastattn.demo import generation
 from fastattn.integrations.transformers import register
 
 MADE = generation.Generation([5, 6, 7], [1.0, 1e-5, 1.0], 2.0, 1.0, [0.5, 0.1, 0.4], [0.2, 0.05, 0.3])

@@ -207,16 +207,25 @@ inline BlockExtent<E> score_rows(const ForwardTask<E>& task, TileContext<E>& con
   extent.begin = begin - block;
   extent.end = round_up(end - block, E::kKeys);
   bool hides = false;
+  int64_t seen = 0, first = 0;  // tiles one behind the other, which are multiplied together
+  const auto multiply = [&] {
+    multiply_rows<E>(context.probs + first, context.panel, view.key_rows + first, seen, task.p.head_dim);
+  };
   for (int64_t key = begin; key < end; key += E::kKeys) {
     const Sight sight = tile_sight<E>(context, block, key);
     hides |= sight != Sight::all;
     if (sight != Sight::all || (E::kQuantised && task.table().odd_scales)) {
       guard_tiles<E>(task, extent, key - block, key - block + E::kKeys);
     }
-    if (sight != Sight::none) {
-      multiply_rows<E>(context.probs + (key - block), context.panel, view.key_rows + (key - block), task.p.head_dim);
+    if (sight == Sight::none) {
+      multiply();
+      seen = 0;
+    } else {
+      first = seen == 0 ? key - block : first;
+      ++seen;
     }
   }
+  multiply();
   const float* scales[2] = {};
   if constexpr (E::kQuantised) {
     scales[0] = task.table().key_scales;
@@ -246,6 +255,9 @@ inline BlockExtent<E> score_block(const ForwardTask<E>& task, TileContext<E>& co
     if (sight == Sight::none) {
       if (started) {
         clear_probs<E>(context.probs, block_key);
+      }
+      if constexpr (E::kObserves) {
+        context.panel.skip_group(block, block_key, context.panel.shift);
       }
       continue;
     }
@@ -302,15 +314,22 @@ inline void add_values(const ForwardTask<E>& task, const TileContext<E>& context
                        layout.pack_value);
 }
 
-// Enters a key block: the keys of it that the panel sees at all, and its dense arguments. False if there are none.
+// The keys of a block that the panel sees at all; whether there are any.
+template <class E>
+inline bool seen_of_block(const ForwardTask<E>& task, const Panel<E>& panel, int64_t block, int64_t* begin,
+                          int64_t* end) {
+  *begin = block + round_down(clamp64(panel.first_min - block, 0, E::kBlockKeys), E::kKeys);
+  *end = min64(panel.last_max, task.block_end(block));
+  return *begin < *end;
+}
+
+// Enters a key block, with its dense arguments. False if the panel sees none of it.
 template <class E>
 inline bool prepare_block(const ForwardTask<E>& task, TileContext<E>& context, int64_t block, int64_t* begin,
                           int64_t* end) {
   Panel<E>& panel = context.panel;
   const int64_t block_end = task.block_end(block);
-  *begin = block + round_down(clamp64(panel.first_min - block, 0, E::kBlockKeys), E::kKeys);
-  *end = min64(panel.last_max, block_end);
-  if (*begin >= *end) {
+  if (!seen_of_block<E>(task, panel, block, begin, end)) {
     return false;
   }
   enter_block<E>(panel, block);
@@ -329,11 +348,14 @@ inline void run_block(const ForwardTask<E>& task, TileContext<E>& context, const
   }
   const BlockExtent<E> extent = score_block<E>(task, context, view, begin, end);
   Panel<E>& panel = context.panel;
-  if (extent.end > extent.begin) {
+  if (extent.end > extent.begin && (!E::kObserves || task.p.out != nullptr)) {
     add_values<E>(task, context, view, extent);
   }
   for (int lane = 0; lane < panel.placed; ++lane) {
     panel.sum[lane] += panel.block_sum[lane];
+  }
+  if constexpr (E::kObserves) {
+    panel.leave_block(view.start);
   }
 }
 

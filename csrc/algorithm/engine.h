@@ -83,6 +83,7 @@ struct Engine {
   static constexpr int kHeadMultiple = kKeys;     // packed heads to a multiple of this many keys
   static constexpr bool kConvert = sizeof(Source) != sizeof(Element);
   static constexpr bool kPacksValue = kConvert || kDepth > 1;
+  static constexpr bool kObserves = false;  // see observe.h
 
   static_assert(kLanes <= 32, "a tile's lanes are the bits of a uint32_t");
   static_assert(kLanes % kRows == 0 && kBlockKeys % kKeys == 0 && kBlockKeys % 8 == 0 && kKeys % kDepth == 0);

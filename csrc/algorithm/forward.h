@@ -96,12 +96,32 @@ FASTATTN_NOINLINE void write_weights(const ForwardTask<E>& task, TileContext<E>&
   }
 }
 
+// Rows [begin, end) of a head of the wave, all chunks of their keys.
+template <class E>
+inline ForwardTask<E> task_of_rows(const ForwardCall<E>& call, int64_t local_head, int64_t begin, int64_t end,
+                                   int thread) {
+  const ForwardPlan<E>& plan = call.plan;
+  const AttentionParams& p = call.p;
+  const int64_t head = call.first_head + local_head;
+  const RowRange rows{head / p.kv_heads, head % p.kv_heads, begin, end};
+  const int panels = static_cast<int>((end - begin + E::kLanes - 1) / E::kLanes);
+  return {p,
+          plan,
+          rows,
+          call.scratch + thread * plan.thread_bytes,
+          whole_view<E>(p, plan.layout, rows.batch, rows.kv_head, call.packed + local_head * plan.head_bytes,
+                        plan.packed_keys()),
+          panels,
+          existing_keys(p, rows.batch),
+          0,
+          plan.chunks,
+          panels,
+          {rows.batch}};
+}
+
 template <class E>
 inline ForwardTask<E> make_task(const ForwardCall<E>& call, int64_t index, int thread) {
   const ForwardPlan<E>& plan = call.plan;
-  const AttentionParams& p = call.p;
-  const int64_t local_head = index / plan.head_tasks;
-  const int64_t head = call.first_head + local_head;
   const int64_t chunk = index % plan.task_chunks;
   const int64_t within = index % plan.head_tasks / plan.task_chunks;
   const int64_t span = within / plan.span_tasks;
@@ -110,23 +130,13 @@ inline ForwardTask<E> make_task(const ForwardCall<E>& call, int64_t index, int t
   const int64_t task_rows = int64_t{plan.panels} * E::kLanes;
   const int64_t begin = span * plan.span_rows + part * task_rows;
   const int64_t end = min64(begin + task_rows, (span + 1) * plan.span_rows);
-  const RowRange rows{head / p.kv_heads, head % p.kv_heads, begin, end};
-  const bool all = plan.task_chunks == 1;
-  const int panels = static_cast<int>((end - begin + E::kLanes - 1) / E::kLanes);
-  ForwardTask<E> task{p,
-                      plan,
-                      rows,
-                      call.scratch + thread * plan.thread_bytes,
-                      whole_view<E>(p, plan.layout, rows.batch, rows.kv_head,
-                                    call.packed + local_head * plan.head_bytes, plan.packed_keys()),
-                      panels,
-                      existing_keys(p, rows.batch),
-                      all ? 0 : chunk,
-                      all ? plan.chunks : chunk + 1,
-                      panels,
-                      {rows.batch}};
+  ForwardTask<E> task = task_of_rows<E>(call, index / plan.head_tasks, begin, end, thread);
+  if (plan.task_chunks > 1) {
+    task.chunk_begin = chunk;
+    task.chunk_end = chunk + 1;
+  }
   if (plan.members > 1) {
-    task.panels *= call.shared.members(chunk, rows.batch, task.sequences);
+    task.panels *= call.shared.members(chunk, task.rows.batch, task.sequences);
   }
   return task;
 }

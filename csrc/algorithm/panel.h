@@ -2,13 +2,14 @@
 // softmax has come. Rows may belong to different heads of one key/value head.
 #pragma once
 
+#include "algorithm/observe.h"
 #include "algorithm/operands.h"
 
 namespace fastattn {
 namespace {
 
 template <class E>
-struct Panel {
+struct Panel : Observation<E> {
   using Scalar = typename E::Scalar;
   static constexpr int kLanes = E::kLanes;
 
@@ -142,6 +143,9 @@ inline void start_softmax(Panel<E>& panel) {
     panel.sum[lane] = 0;
     panel.block_sum[lane] = 0;
   }
+  if constexpr (E::kObserves) {
+    panel.start(panel.live);
+  }
 }
 
 // Fills lanes with rows [begin, begin + live) of the range's key/value head.
@@ -203,6 +207,9 @@ inline void enter_block(Panel<E>& panel, int64_t block) {
     panel.block_last[lane] = static_cast<Scalar>(clamp64(panel.last[lane] - block, 0, E::kBlockKeys));
     panel.block_position[lane] = static_cast<Scalar>(panel.nearest[lane] - block);
     panel.block_sum[lane] = 0;
+  }
+  if constexpr (E::kObserves) {
+    panel.enter_block(block);
   }
 }
 

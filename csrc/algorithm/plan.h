@@ -263,17 +263,43 @@ inline void plan_chunks(ForwardPlan<E>& plan, const AttentionParams& p) {
   plan.task_chunks = fits && (shares || tasks < kTasksOfThread * p.num_threads) ? plan.chunks : 1;
 }
 
+// What follows from the call's arguments alone, before it is cut.
 template <class E>
-inline ForwardPlan<E> plan_forward(const AttentionParams& p) {
+inline ForwardPlan<E> start_plan(const AttentionParams& p) {
   ForwardPlan<E> plan{};
   plan.keys = longest_sequence(p);
-  const int64_t group = p.query_heads / p.kv_heads;
-  plan.layout = operand_layout<E>(p, group * p.seqlen_q >= kCopyStridedRows);
+  plan.layout = operand_layout<E>(p, p.query_heads / p.kv_heads * p.seqlen_q >= kCopyStridedRows);
   plan.rules = score_rules<E>(p);
   plan.query_factor = query_factor<E>(p);
   const bool general = plan.rules.natural;
   plan.tiles[0] = choose_tiles<E, 1>(general);
   plan.tiles[E::kVectors - 1] = choose_tiles<E, E::kVectors>(general);
+  return plan;
+}
+
+// Packing, heads in flight and scratch, once it is known what a task is. `held_bytes`: what a head in flight holds
+// besides packed operands.
+template <class E>
+inline void finish_plan(ForwardPlan<E>& plan, const AttentionParams& p, int64_t held_bytes) {
+  plan.head_tasks = plan.spans * plan.span_tasks * plan.task_chunks;
+  const bool packs = plan.layout.pack_key || plan.layout.pack_value;
+  // Lengths past the budget are not multiplied: with strides of 0 the product may exceed 64 bits.
+  const bool fits = plan.keys <= kPackedBudget;
+  const int64_t packed = packs && fits ? plan.layout.head_bytes(plan.packed_keys(), E::kDepth) : 0;
+  plan.pack_in_task = packs && (plan.spans * plan.span_tasks == 1 || !fits || packed > kPackedBudget);
+  plan.head_bytes = plan.pack_in_task ? 0 : round_up(packed, kScratchAlign);
+  const int64_t all_heads = p.batch * p.kv_heads;
+  const int64_t head_bytes = plan.head_bytes + held_bytes;
+  plan.wave = head_bytes == 0 ? all_heads : clamp64(kPackedBudget / head_bytes, 1, all_heads);
+  plan.threads = effective_threads(plan.wave * plan.head_tasks, worthwhile_threads(p, all_heads * plan.head_tasks));
+  plan_dense<E>(plan, p);
+  plan_scratch<E>(plan, p);
+}
+
+template <class E>
+inline ForwardPlan<E> plan_forward(const AttentionParams& p) {
+  ForwardPlan<E> plan = start_plan<E>(p);
+  const int64_t group = p.query_heads / p.kv_heads;
 
   // Short sequences: rows of the heads that share keys stand side by side in the lanes.
   const bool together = p.seqlen_q < 4 * E::kLanes;
@@ -288,18 +314,7 @@ inline ForwardPlan<E> plan_forward(const AttentionParams& p) {
   plan.span_tasks = (plan.span_panels + plan.panels - 1) / plan.panels;
   plan_chunks<E>(plan, p);
   plan.head_tasks = plan.spans * plan.span_tasks * plan.task_chunks;
-  const bool packs = plan.layout.pack_key || plan.layout.pack_value;
-  // Lengths past the budget are not multiplied: with strides of 0 the product may exceed 64 bits.
-  const bool fits = plan.keys <= kPackedBudget;
-  const int64_t packed = packs && fits ? plan.layout.head_bytes(plan.packed_keys(), E::kDepth) : 0;
-  plan.pack_in_task = packs && (plan.spans * plan.span_tasks == 1 || !fits || packed > kPackedBudget);
-  plan.head_bytes = plan.pack_in_task ? 0 : round_up(packed, kScratchAlign);
-  const int64_t all_heads = p.batch * p.kv_heads;
-  const int64_t head_bytes = plan.head_bytes + plan.all_sums_bytes();
-  plan.wave = head_bytes == 0 ? all_heads : clamp64(kPackedBudget / head_bytes, 1, all_heads);
-  plan.threads = effective_threads(plan.wave * plan.head_tasks, worthwhile_threads(p, all_heads * plan.head_tasks));
-  plan_dense<E>(plan, p);
-  plan_scratch<E>(plan, p);
+  finish_plan<E>(plan, p, plan.all_sums_bytes());
   return plan;
 }
 

@@ -66,8 +66,10 @@ struct RowEngine {
   static constexpr int kHeadMultiple = kKeys;
   static constexpr int kQueryRows = kQueryRows_;
   static constexpr int kValueRows = kValueRows_;
+  static constexpr int kWideRows = kValueRows > 3 ? 3 : 0;  // the same with twice as many columns
   static constexpr bool kConvert = false;
   static constexpr bool kPacksValue = false;
+  static constexpr bool kObserves = false;
   static constexpr bool kQuantised = !kSame<Source, Stored>;
 
   static void enter() {}

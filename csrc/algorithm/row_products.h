@@ -1,6 +1,7 @@
 // The products of Method::rows: rows of queries dotted with rows of keys, and probabilities by rows of values, each
-// row read once from wherever it lies. Rows are found through a table, so pages cost nothing; they are fetched far
-// ahead of their use, which decides the speed of a product that waits for memory.
+// row read once from wherever it lies. Rows are found through a table, so pages cost nothing. The order in which memory
+// is asked for decides the speed of a product that waits for it: what the CPU itself fetches ahead follows lines that
+// come one after another, in a few streams, so rows that are multiplied together stand far apart.
 #pragma once
 
 #include "algorithm/operands.h"
@@ -12,6 +13,10 @@ namespace {
 // Rows ahead of the one that is read: as many bytes of small ones.
 template <class E>
 constexpr int64_t kRowsAhead = sizeof(typename E::Stored) == 1 ? 2 * kPrefetchRows : kPrefetchRows;
+
+// The same in one of several streams of keys, which the CPU follows as well.
+template <class E>
+constexpr int64_t kStreamRowsAhead = 32 / static_cast<int64_t>(sizeof(typename E::Stored));
 
 // Where the rows of a key block stand, and those after it that are fetched while it is read.
 template <class E>
@@ -79,12 +84,12 @@ inline void list_scales(const AttentionParams& p, int64_t batch, int64_t head, i
   }
 }
 
-// raw[query][key] for kQueries rows of queries, `query_stride` lanes apart, and kKeyRows keys; raw's rows are
-// kBlockKeys long. Each sum has lanes of its own, so it does not depend on who is computed beside it. kFetch: rows
-// ahead are asked for.
+// raw[query][key] for kQueries rows of queries, `query_stride` lanes apart, and kKeyRows keys, every `step`-th; raw's
+// rows are kBlockKeys long. Each sum has lanes of its own, so it does not depend on who is computed beside it. kFetch:
+// the rows `ahead` are asked for.
 template <class E, int kKeyRows, int kQueries, bool kFetch>
-FASTATTN_INLINE void dot_rows(typename E::Scalar* raw, const char* const* keys, const typename E::Scalar* query,
-                              int64_t head_dim, int64_t query_stride) {
+FASTATTN_INLINE void dot_rows(typename E::Scalar* raw, const char* const* keys, int64_t step, int64_t ahead,
+                              const typename E::Scalar* query, int64_t head_dim, int64_t query_stride) {
   using V = typename E::V;
   using Dot = typename E::Dot;
   using Stored = typename E::Stored;
@@ -96,10 +101,10 @@ FASTATTN_INLINE void dot_rows(typename E::Scalar* raw, const char* const* keys, 
   const Stored* rows[kKeyRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kKeyRows; ++r) {
-    rows[r] = reinterpret_cast<const Stored*>(keys[r]);
+    rows[r] = reinterpret_cast<const Stored*>(keys[r * step]);
   }
   int64_t d = 0;
-  const auto step = [&](const auto& load) FASTATTN_LAMBDA_INLINE {
+  const auto multiply = [&](const auto& load) FASTATTN_LAMBDA_INLINE {
     typename E::Reg x[kKeyRows];
 #pragma GCC unroll 8
     for (int r = 0; r < kKeyRows; ++r) {
@@ -109,7 +114,7 @@ FASTATTN_INLINE void dot_rows(typename E::Scalar* raw, const char* const* keys, 
       }
       // One line for each that is read: in bursts they wait for each other, and so do the loads behind them.
       if (kFetch && d * int64_t{sizeof(Stored)} % kLine == 0) {
-        __builtin_prefetch(keys[kRowsAhead<E> + r] + d * int64_t{sizeof(Stored)}, 0, 2);
+        __builtin_prefetch(keys[r * step + ahead] + d * int64_t{sizeof(Stored)}, 0, 2);
       }
     }
 #pragma GCC unroll 8
@@ -122,11 +127,11 @@ FASTATTN_INLINE void dot_rows(typename E::Scalar* raw, const char* const* keys, 
     }
   };
   for (; d + Dot::kElements <= head_dim; d += Dot::kElements, query += E::kWidth) {
-    step([&](const Stored* row) FASTATTN_LAMBDA_INLINE { return Dot::load(row + d); });
+    multiply([&](const Stored* row) FASTATTN_LAMBDA_INLINE { return Dot::load(row + d); });
   }
   if (d < head_dim) {
     const int rest = static_cast<int>(head_dim - d);
-    step([&](const Stored* row) FASTATTN_LAMBDA_INLINE { return Dot::load_partial(row + d, rest); });
+    multiply([&](const Stored* row) FASTATTN_LAMBDA_INLINE { return Dot::load_partial(row + d, rest); });
   }
   constexpr int kPerEight = 8 / kKeyRows;  // queries whose sums are totalled together
 #pragma GCC unroll 4
@@ -139,19 +144,24 @@ FASTATTN_INLINE void dot_rows(typename E::Scalar* raw, const char* const* keys, 
     alignas(64) typename E::Scalar totals[8];
     V::sum_lanes(eight, totals);
     for (int i = 0; i < kPerEight && q + i < kQueries; ++i) {
-      memcpy(raw + (q + i) * E::kBlockKeys, totals + i * kKeyRows, kKeyRows * sizeof totals[0]);
+      for (int r = 0; r < kKeyRows; ++r) {
+        raw[(q + i) * E::kBlockKeys + r * step] = totals[i * kKeyRows + r];
+      }
     }
   }
 }
 
-// Scores of kQueries rows by a tile of kKeys keys.
+// Scores of kQueries rows by one of `tiles` tiles of kKeys keys.
 template <class E, int kQueries, bool kFetch>
-FASTATTN_NOINLINE void dot_tile(typename E::Scalar* raw, const char* const* keys, const typename E::Scalar* query,
-                                int64_t head_dim, int64_t query_stride) {
+FASTATTN_NOINLINE void dot_tile(typename E::Scalar* raw, const char* const* keys, int64_t tile, int64_t tiles,
+                                const typename E::Scalar* query, int64_t head_dim, int64_t query_stride) {
   // One query has sums enough with eight keys; more share four, which they find in registers.
   constexpr int kKeyRows = kQueries == 1 ? 8 : 4;
-  for (int key = 0; key < E::kKeys; key += kKeyRows) {
-    dot_rows<E, kKeyRows, kQueries, kFetch>(raw + key, keys + key, query, head_dim, query_stride);
+  constexpr int kParts = E::kKeys / kKeyRows;
+  const int64_t ahead = tiles == 1 ? kRowsAhead<E> : kStreamRowsAhead<E>;
+  for (int64_t key = tile * kParts; key < (tile + 1) * kParts; ++key) {
+    dot_rows<E, kKeyRows, kQueries, kFetch>(raw + key, keys + key, kParts * tiles, ahead, query, head_dim,
+                                            query_stride);
   }
 }
 
@@ -163,25 +173,32 @@ inline int part_of(int rows, int most) {
 
 // dot_tile for `count` queries, one of kQueries and more.
 template <class E, bool kFetch, int kQueries = 1>
-inline void dot_queries(int count, typename E::Scalar* raw, const char* const* keys, const typename E::Scalar* query,
-                        int64_t head_dim, int64_t query_stride) {
+inline void dot_queries(int count, typename E::Scalar* raw, const char* const* keys, int64_t tile, int64_t tiles,
+                        const typename E::Scalar* query, int64_t head_dim, int64_t query_stride) {
   if (kQueries == E::kQueryRows || count == kQueries) {
-    dot_tile<E, kQueries, kFetch>(raw, keys, query, head_dim, query_stride);
+    dot_tile<E, kQueries, kFetch>(raw, keys, tile, tiles, query, head_dim, query_stride);
   } else if constexpr (kQueries < E::kQueryRows) {
-    dot_queries<E, kFetch, kQueries + 1>(count, raw, keys, query, head_dim, query_stride);
+    dot_queries<E, kFetch, kQueries + 1>(count, raw, keys, tile, tiles, query, head_dim, query_stride);
   }
 }
 
-// raw[lane][block_key ...] for all rows of the panel and one tile of keys.
+// raw[lane][key ...] for all rows of the panel and keys of `tiles` tiles.
 template <class E>
-inline void multiply_rows(typename E::Scalar* raw, const Panel<E>& panel, const char* const* keys, int64_t head_dim) {
+inline void multiply_rows(typename E::Scalar* raw, const Panel<E>& panel, const char* const* keys, int64_t tiles,
+                          int64_t head_dim) {
   static_assert(E::kKeys == 8);
   const int64_t stride = query_lanes<E>(head_dim);
-  for (int lane = 0; lane < panel.live;) {
-    const int count = part_of(panel.live - lane, E::kQueryRows);
-    (lane == 0 ? dot_queries<E, true> : dot_queries<E, false>)(count, raw + lane * E::kBlockKeys, keys,
-                                                               panel.query + lane * stride, head_dim, stride);
-    lane += count;
+  // Streams of keys, or where arithmetic takes longer one tile after the other.
+  const bool streams = sizeof(typename E::Stored) == sizeof(typename E::Scalar) || panel.live == 1;
+  const int64_t step = streams ? 0 : E::kKeys;
+  for (int64_t tile = 0; tile < tiles; ++tile, raw += step, keys += step) {
+    for (int lane = 0; lane < panel.live;) {
+      const int count = part_of(panel.live - lane, E::kQueryRows);
+      const auto dot = lane == 0 ? dot_queries<E, true> : dot_queries<E, false>;
+      dot(count, raw + lane * E::kBlockKeys, keys, streams ? tile : 0, streams ? tiles : 1, panel.query + lane * stride,
+          head_dim, stride);
+      lane += count;
+    }
   }
 }
 
@@ -193,10 +210,11 @@ FASTATTN_NOINLINE void add_rows(const typename E::Scalar* probs, const char* con
   using V = typename E::V;
   using Stored = typename E::Stored;
   constexpr int64_t kBytes = int64_t{kVectors} * E::kWidth * sizeof(Stored);
+  constexpr int kTogether = kVectors == 1 ? 1 : 2;  // vectors of a row that are widened at once
   typename E::Reg sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       sum[r][v] = V::zero();
     }
@@ -206,31 +224,35 @@ FASTATTN_NOINLINE void add_rows(const typename E::Scalar* probs, const char* con
     if (fetch) {
       prefetch_row(values[key + kRowsAhead<E>] + at * static_cast<int64_t>(sizeof(Stored)), kBytes);
     }
-    typename E::Reg x[kVectors];
-    if constexpr (kVectors % 2 == 0) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; v += 2) {
-        V::load_two(row + v * E::kWidth, x[v], x[v + 1]);
-      }
-    } else {
-      x[0] = kPartial ? V::load_partial(row, columns) : V::load(row);
-    }
+    typename E::Reg prob[kRows];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const auto prob = V::set1(probs[r * E::kBlockKeys + key]);
+      prob[r] = V::set1(probs[r * E::kBlockKeys + key]);
+    }
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        sum[r][v] = V::fma(prob, x[v], sum[r][v]);
+    for (int v = 0; v < kVectors; v += kTogether) {
+      typename E::Reg x[kTogether];
+      if constexpr (kTogether == 2) {
+        V::load_two(row + v * E::kWidth, x[0], x[1]);
+      } else {
+        x[0] = kPartial ? V::load_partial(row, columns) : V::load(row);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+        for (int i = 0; i < kTogether; ++i) {
+          sum[r][v + i] = V::fma(prob[r], x[i], sum[r][v + i]);
+        }
       }
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v + 1 < kVectors; v += 2) {
       V::template order_two<Stored>(sum[r][v], sum[r][v + 1]);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       typename E::Scalar* to = output + r * output_stride + v * E::kWidth;
       V::store(to, V::add(V::load(to), sum[r][v]));
@@ -238,12 +260,16 @@ FASTATTN_NOINLINE void add_rows(const typename E::Scalar* probs, const char* con
   }
 }
 
+// Rows of probabilities that share a value once it is read: with eight vectors of it, as many as there are registers.
+template <class E, int kVectors>
+constexpr int kSharing = kVectors == 8 ? E::kWideRows : E::kValueRows;
+
 // add_rows for `count` rows, one of kRows and more.
 template <class E, int kVectors, bool kPartial, int kRows = 1, class... Args>
 FASTATTN_INLINE void add_some_rows(int count, Args... args) {
-  if (kRows == E::kValueRows || count == kRows) {
+  if (kRows == kSharing<E, kVectors> || count == kRows) {
     add_rows<E, kRows, kVectors, kPartial>(args...);
-  } else if constexpr (kRows < E::kValueRows) {
+  } else if constexpr (kRows < kSharing<E, kVectors>) {
     add_some_rows<E, kVectors, kPartial, kRows + 1>(count, args...);
   }
 }
@@ -253,9 +279,11 @@ template <class E, int kVectors, bool kPartial>
 inline void add_columns(const Panel<E>& panel, const typename E::Scalar* probs, const char* const* values, int64_t at,
                         int64_t keys, int64_t output_stride, int columns) {
   for (int lane = 0; lane < panel.live;) {
-    const int count = part_of(panel.live - lane, E::kValueRows);
+    const int count = part_of(panel.live - lane, kSharing<E, kVectors>);
+    // Lines of eight vectors follow one another, which the CPU fetches better unasked.
+    const bool fetch = lane == 0 && kVectors < 8;
     add_some_rows<E, kVectors, kPartial>(count, probs + lane * E::kBlockKeys, values, at, keys,
-                                         panel.output + lane * output_stride + at, output_stride, columns, lane == 0);
+                                         panel.output + lane * output_stride + at, output_stride, columns, fetch);
     lane += count;
   }
 }
@@ -272,6 +300,13 @@ inline void add_value_rows(const Panel<E>& panel, const typename E::Scalar* prob
   probs += begin;
   values += begin;
   int64_t at = 0;
+  if constexpr (E::kWideRows > 0) {
+    // Where widening is work it is better shared by more rows.
+    const bool wide = sizeof(typename E::Stored) == sizeof(typename E::Scalar) || panel.live <= E::kWideRows;
+    for (; wide && at + 2 * kColumns <= value_dim; at += 2 * kColumns) {
+      add_columns<E, 8, false>(panel, probs, values, at, end - begin, output_stride, E::kWidth);
+    }
+  }
   for (; at + kColumns <= value_dim; at += kColumns) {
     add_columns<E, 4, false>(panel, probs, values, at, end - begin, output_stride, E::kWidth);
   }

@@ -144,8 +144,12 @@ FASTATTN_NOINLINE void raise_shift(TileContext<E>& context, const typename E::Sc
     if (first) {
       continue;
     }
-    scales[lane] = static_cast<Scalar>(::exp2((old - static_cast<double>(shift)) * rules.to_log2()));
+    const double lift = (static_cast<double>(shift) - old) * rules.to_log2();
+    scales[lane] = static_cast<Scalar>(::exp2(-lift));
     rescales = true;
+    if constexpr (E::kObserves) {
+      panel.raise(lane, scales[lane], lift, {panel.sum[lane], panel.block_sum[lane]});
+    }
     panel.sum[lane] *= scales[lane];
     panel.block_sum[lane] *= scales[lane];
     if (lane < panel.live) {
@@ -211,6 +215,33 @@ FASTATTN_INLINE void load_scores(const typename E::Scalar* raw, Scores<E, kActiv
   }
 }
 
+// Notes a group of scores, whose peaks are given.
+template <class E, int kActive>
+FASTATTN_INLINE void observe_scores(TileContext<E>& context, Scores<E, kActive>& s,
+                                    const typename E::Reg (&peak)[kActive], int64_t block_key) {
+  using V = typename E::V;
+  Panel<E>& panel = context.panel;
+  if (panel.starting) {
+    store_scores<E, kActive>(panel.group_scores(panel.block + block_key), s);
+#pragma GCC unroll 4
+    for (int v = 0; v < kActive; ++v) {
+      V::store(panel.group_peaks(panel.block + block_key) + v * E::kWidth, peak[v]);
+    }
+    return;
+  }
+  bool any = false;
+#pragma GCC unroll 4
+  for (int v = 0; v < kActive; ++v) {
+    any |= V::any(V::less(V::load(panel.threshold + v * E::kWidth), peak[v]));
+  }
+  if (FASTATTN_UNLIKELY(any)) {
+    alignas(64) typename E::Scalar kept[E::kGroupKeys * E::kLanes];
+    store_scores<E, kActive>(kept, s);
+    panel.take(kept, panel.block + block_key);
+    load_scores<E, kActive>(kept, s);
+  }
+}
+
 // Follows the maximum of a group of scores.
 template <class E, bool kNatural, int kActive>
 FASTATTN_INLINE void follow_peak(TileContext<E>& context, Scores<E, kActive>& s, int64_t block_key) {
@@ -222,6 +253,9 @@ FASTATTN_INLINE void follow_peak(TileContext<E>& context, Scores<E, kActive>& s,
     peak[v] = V::set1(-static_cast<Scalar>(__builtin_inf()));
   }
   find_peak<E, kActive>(s, peak);
+  if constexpr (E::kObserves) {
+    observe_scores<E, kActive>(context, s, peak, block_key);
+  }
   if (FASTATTN_UNLIKELY((peak_rises<E, kNatural, kActive>(context, peak)))) {
     // The scores go to memory and back by hand, lest the compiler keep them there on the common path too.
     alignas(64) Scalar kept[E::kGroupKeys * E::kLanes];
@@ -280,11 +314,22 @@ FASTATTN_INLINE void exponentiate(TileContext<E>& context, const Scores<E, kActi
   using Scalar = typename E::Scalar;
   Panel<E>& panel = context.panel;
   const Reg factor = V::set1(context.rules.factor);
+  Scalar* observed = nullptr;
+  Scalar* shifts = nullptr;
+  if constexpr (E::kObserves) {
+    observed = panel.block_probs(panel.block) + block_key * E::kLanes;
+    shifts = panel.group_shifts(panel.block, block_key);
+  }
   constexpr int kPart = E::kRows < E::kWidth ? E::kRows : E::kWidth;  // lanes of a vector that stand in one strip
 #pragma GCC unroll 4
   for (int v = 0; v < kActive; ++v) {
     const Reg shift = V::load(panel.shift + v * E::kWidth);
     Reg sum = V::load(panel.block_sum + v * E::kWidth);
+    Reg log_sum = sum;
+    if constexpr (E::kObserves) {
+      log_sum = V::load(panel.block_log + v * E::kWidth);
+      V::store(shifts + v * E::kWidth, shift);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < E::kGroupKeys; r += E::kDepth) {
       Reg prob[E::kDepth];
@@ -301,6 +346,10 @@ FASTATTN_INLINE void exponentiate(TileContext<E>& context, const Scores<E, kActi
         }
         prob[i] = E::Product::power(x);
         sum = V::add(sum, prob[i]);
+        if constexpr (E::kObserves) {  // where a probability is 0, its logarithm must not be infinite
+          log_sum = V::fma(prob[i], V::max(V::set1(V::kZeroPower), x), log_sum);
+          V::store(observed + (r + i) * E::kLanes + v * E::kWidth, prob[i]);
+        }
         if (kNatural && kept != nullptr) {
           prob[i] = V::mul(prob[i], V::load(kept + (r + i) * E::kLanes + v * E::kWidth));
         }
@@ -317,6 +366,9 @@ FASTATTN_INLINE void exponentiate(TileContext<E>& context, const Scores<E, kActi
       }
     }
     V::store(panel.block_sum + v * E::kWidth, sum);
+    if constexpr (E::kObserves) {
+      V::store(panel.block_log + v * E::kWidth, log_sum);
+    }
   }
 }
 

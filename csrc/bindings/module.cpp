@@ -10,6 +10,7 @@
 #include "bindings/cache_call.h"
 #include "bindings/cache_params.h"
 #include "bindings/gil.h"
+#include "bindings/insight_params.h"
 #include "bindings/make_params.h"
 #include "bindings/plain_call.h"
 #include "bindings/torch_tensors.h"
@@ -47,6 +48,12 @@ void set_rules(AttentionParams& p, double scale, double softcap, const Dropout& 
   p.num_threads = num_threads < 1 ? 1 : num_threads;
 }
 
+void require_out(const py::object& out) {
+  if (out.is_none()) {
+    fail("out", "expected a tensor");
+  }
+}
+
 void attention_forward(const py::object& query, const py::object& key, const py::object& value, const py::object& out,
                        const py::object& lse, const py::object& weights, const py::object& mask, const py::object& bias,
                        const py::object& kv_lengths, const py::object& query_offset, const py::object& alibi_slopes,
@@ -56,6 +63,7 @@ void attention_forward(const py::object& query, const py::object& key, const py:
                        const py::object& key_segments, const py::object& block_table, const py::object& key_scales,
                        const py::object& value_scales, const py::object& cu_seqlens_q, const py::object& cu_seqlens_k) {
   Derived derived;
+  require_out(out);
   AttentionParams p =
       make_params({query,          key,          value,        out,          lse,          weights,      mask,
                    bias,           kv_lengths,   query_offset, alibi_slopes, sinks,        kv_starts,    query_lengths,
@@ -84,6 +92,7 @@ void attention_backward(const py::object& query, const py::object& key, const py
                         const py::object& query_segments, const py::object& key_segments,
                         const py::object& cu_seqlens_q, const py::object& cu_seqlens_k) {
   Derived derived;
+  require_out(out);
   BackwardParams b = make_backward_params(
       {{query,          key,          value,        out,          lse,        py::none(),   mask,
         bias,           kv_lengths,   query_offset, alibi_slopes, sinks,      kv_starts,    query_lengths,
@@ -107,6 +116,30 @@ void attention_backward(const py::object& query, const py::object& key, const py
   }
   const std::vector<BackwardParams> calls = split_backward(b, derived.query_starts, derived.key_starts);
   without_gil([&] { run(calls.data(), static_cast<int64_t>(calls.size())); });
+}
+
+void attention_insight(const py::object& query, const py::object& key, const py::object& value, const py::object& out,
+                       const py::object& keys, const py::object& weights, const py::object& entropy,
+                       const py::object& key_mass, const py::object& edges, const py::object& distance_mass,
+                       const py::object& mask, const py::object& bias, const py::object& kv_lengths,
+                       const py::object& query_offset, const py::object& alibi_slopes, const py::object& sinks,
+                       double scale, double softcap, int64_t window_left, int64_t window_right, int num_threads,
+                       const py::object& kv_starts, const py::object& query_lengths, const py::object& query_segments,
+                       const py::object& key_segments) {
+  Derived derived;
+  InsightParams p =
+      make_insight_params({{query, key, value, out, py::none(), py::none(), mask, bias, kv_lengths, query_offset,
+                            alibi_slopes, sinks, kv_starts, query_lengths, query_segments, key_segments},
+                           keys,
+                           weights,
+                           entropy,
+                           key_mass,
+                           edges,
+                           distance_mass},
+                          derived);
+  set_rules(p.forward, scale, softcap, Dropout{}, window_left, window_right, num_threads);
+  const InsightFn run = kernels().insight[static_cast<int>(p.forward.dtype)];
+  without_gil([&] { run(p); });
 }
 
 // `tensors`: those of CacheViews, or None.
@@ -187,6 +220,12 @@ double peak(const std::string& kind, int num_threads, double seconds) {
   return rate;
 }
 
+double read_time(uintptr_t address, int64_t bytes, int num_threads) {
+  double seconds = 0;
+  without_gil([&] { seconds = read_once(reinterpret_cast<const void*>(address), bytes, num_threads); });
+  return seconds;
+}
+
 py::dict scratch() {
   const ScratchInfo s = scratch_info();
   py::dict info;
@@ -218,6 +257,11 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         "softcap"_a, "dropout_p"_a, "dropout_seed"_a, "dropout_offset"_a, "window_left"_a, "window_right"_a,
         "num_threads"_a, "kv_starts"_a = py::none(), "query_lengths"_a = py::none(), "query_segments"_a = py::none(),
         "key_segments"_a = py::none(), "cu_seqlens_q"_a = py::none(), "cu_seqlens_k"_a = py::none());
+  m.def("attention_insight", attention_insight, "query"_a, "key"_a, "value"_a, "out"_a, "keys"_a, "weights"_a,
+        "entropy"_a, "key_mass"_a, "edges"_a, "distance_mass"_a, "mask"_a, "bias"_a, "kv_lengths"_a, "query_offset"_a,
+        "alibi_slopes"_a, "sinks"_a, "scale"_a, "softcap"_a, "window_left"_a, "window_right"_a, "num_threads"_a,
+        "kv_starts"_a = py::none(), "query_lengths"_a = py::none(), "query_segments"_a = py::none(),
+        "key_segments"_a = py::none());
   m.def("update_caches", update, "tensors"_a, "capacity"_a, "query_step"_a, "interleaved"_a, "num_threads"_a);
   m.def("bind_torch", bind_torch, "tensor"_a, "parameter"_a, "strided"_a, "dtypes"_a, "empty_like"_a, "exchange"_a);
   m.def("attention_cached", cached, "query"_a, "key_cache"_a, "value_cache"_a, "key_scale"_a, "value_scale"_a,
@@ -245,6 +289,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("runs_alone", runs_alone);
   m.def("scratch_info", scratch);
   m.def("measure_peak", peak, "kind"_a, "num_threads"_a, "seconds"_a);
+  m.def("read_once", read_time, "address"_a, "bytes"_a, "num_threads"_a);
 }
 
 }  // namespace fastattn

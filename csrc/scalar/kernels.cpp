@@ -5,6 +5,7 @@
 #include "dispatch.h"
 #include "parallel.h"
 #include "scalar/backward.h"
+#include "scalar/insight.h"
 #include "scalar/rows.h"
 
 namespace fastattn {
@@ -125,6 +126,10 @@ void register_scalar(KernelTable& table) {
   table.set_backward(DType::float64, backward<double>);
   table.set_backward(DType::bfloat16, backward<Bfloat16>);
   table.set_backward(DType::float16, backward<Float16>);
+  table.set_insight(DType::float32, insight<float, float>);
+  table.set_insight(DType::float64, insight<double, double>);
+  table.set_insight(DType::bfloat16, insight<Bfloat16, float>);
+  table.set_insight(DType::float16, insight<Float16, float>);
   table.peak_fma_f32 = peak_fma<float>;
   table.peak_fma_f64 = peak_fma<double>;
 }

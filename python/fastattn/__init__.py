@@ -11,6 +11,7 @@ from fastattn._config import show_config
 from fastattn._threads import get_num_threads, set_num_threads
 from fastattn.explanation import Explanation, explain
 from fastattn.functional import attention
+from fastattn.insights import Insight, insight
 from fastattn.kvcache import attention_with_kvcache
 from fastattn.merge import merge_states
 from fastattn.paged_cache import OutOfPagesError, PagedKVCache
@@ -24,6 +25,7 @@ __version__ = version("fastattn")
 
 __all__ = [
     "Explanation",
+    "Insight",
     "OutOfPagesError",
     "PagedKVCache",
     "__version__",
@@ -32,6 +34,7 @@ __all__ = [
     "attention_with_kvcache",
     "explain",
     "get_num_threads",
+    "insight",
     "merge_states",
     "set_num_threads",
     "show_config",

@@ -20,6 +20,8 @@ VARIABLES = (
     "FASTATTN_DEBUG",
     "FASTATTN_ATOMIC",
     "FASTATTN_HOPPER",
+    "FASTATTN_AUTOTUNE",
+    "FASTATTN_CACHE_DIR",
     "OMP_NUM_THREADS",
     "OMP_WAIT_POLICY",
     "TRITON_INTERPRET",
@@ -49,12 +51,12 @@ def config() -> dict[str, str]:
         "triton": _version("triton"),
         **_extension(),
         "threads": f"{threads} (from {source})",
-        **_gpus(),
+        **gpus(),
         "environment": ", ".join(variables) or "none of " + ", ".join(VARIABLES),
     }
 
 
-def _gpus() -> dict[str, str]:
+def gpus() -> dict[str, str]:
     """Each GPU that torch finds, and why no kernel can run on it, if none can."""
     torch = sys.modules.get("torch")
     if torch is None:

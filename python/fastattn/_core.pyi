@@ -42,6 +42,33 @@ def attention_forward(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> None: ...
+def attention_insight(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor | None,
+    keys: Tensor,
+    weights: Tensor,
+    entropy: Tensor,
+    key_mass: Tensor,
+    edges: Tensor | None,
+    distance_mass: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    kv_lengths: Tensor | None,
+    query_offset: Tensor,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    window_left: int,
+    window_right: int,
+    num_threads: int,
+    kv_starts: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    query_segments: Tensor | None = None,
+    key_segments: Tensor | None = None,
+) -> None: ...
 def update_caches(
     tensors: tuple[Tensor | None, ...], capacity: int, query_step: int, interleaved: bool, num_threads: int
 ) -> None:
@@ -134,3 +161,4 @@ def available_cpus() -> int: ...
 def runs_alone() -> bool: ...
 def scratch_info() -> dict[str, int]: ...
 def measure_peak(kind: str, num_threads: int, seconds: float) -> float: ...
+def read_once(address: int, bytes: int, num_threads: int) -> float: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastattn import observers
 from fastattn.arrays import Array, as_autocast, is_inlined, is_tensor, is_traced
 from fastattn.dispatch import candidates, choose, composing, run_plain
 from fastattn.outputs import check_flags, check_request, prepare_outputs, returned
@@ -156,6 +157,7 @@ def attention(
         and isinstance(layout, str)
         and (layout == "bhsd" or layout == "bshd")
         and not is_traced()
+        and not observers.blocks
     ):
         plain = run_plain(query, key, value, causal, scale, layout == "bshd", return_lse)
         if plain is not None:
@@ -197,6 +199,8 @@ def attend(
     """Any call of `attention`, in the dtype of its arrays; `options` holds the arguments not named here."""
     names = candidates(backend)
     composer = composing(names)
+    if is_tensor(query) and not is_traced() and observers.watching():
+        observers.tell(AttentionProblem.from_arguments(query, key, value, **options, composed=True))
     if composer is not None and is_inlined():  # it looks at values, on which no graph may depend
         from fastattn.torch_ops import uncompiled
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastattn import cache_problem
+from fastattn import cache_problem, observers
 from fastattn.arrays import Array, Strided, is_inlined, is_tensor, is_traced
 from fastattn.cache_problem import CacheUpdate
 from fastattn.dispatch import candidates, choose_caching, composing, run_cached
@@ -144,6 +144,7 @@ def attention_with_kvcache(
         and isinstance(layout, str)
         and (layout == "bshd" or layout == "bhsd")
         and not is_traced()
+        and not observers.blocks
     ):
         rules = (causal, window, rolling, alibi_slopes, sinks, softcap, scale, layout == "bshd", return_lse)
         rotary = (rotary_cos, rotary_sin, rotary_interleaved)
@@ -206,7 +207,10 @@ def attend(
     outputs = prepare_outputs(problem, out, return_lse, False)
     if out is not None:
         check_out(outputs.out, update)
-    chosen.run(chosen.update_cache(problem, update), outputs)
+    problem = chosen.update_cache(problem, update)
+    chosen.run(problem, outputs)
+    if is_tensor(query) and observers.watching():
+        observers.tell(problem)
     return outputs.returned()
 
 

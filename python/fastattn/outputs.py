@@ -67,6 +67,39 @@ class Gradients(NamedTuple):
     sinks: Strided | None  # (B, Hq), float64
 
 
+class InsightOutputs(NamedTuple):
+    """Memory for the results of one look, axes in the order (B, H, L, D); floats but out's of lse's dtype."""
+
+    keys: Strided  # (B, Hq, Lq, top_k), int64
+    weights: Strided  # (B, Hq, Lq, top_k)
+    entropy: Strided  # (B, Hq, Lq)
+    key_mass: Strided  # (B, Hq, Lk)
+    out: Strided | None  # (B, Hq, Lq, Dv)
+    distance_mass: Strided | None  # (B, Hq, edges + 1)
+
+
+def prepare_insight(
+    problem: AttentionProblem, top_k: int, edge_count: int | None, with_out: bool
+) -> InsightOutputs:
+    """Allocate what a look returns, once every size is known to fit; `edge_count` None: no distances."""
+    library, like = problem.library, problem.query.array
+    batch, heads, seqlen_q, seqlen_k = problem.scores_shape
+
+    def empty(name: str, dtype: str, *shape: int) -> Strided:
+        _check_size(name, shape, dtype)
+        return library.empty(shape, dtype, like)
+
+    kind = problem.lse_dtype
+    return InsightOutputs(
+        empty("keys", "int64", batch, heads, seqlen_q, top_k),
+        empty("weights", kind, batch, heads, seqlen_q, top_k),
+        empty("entropy", kind, batch, heads, seqlen_q),
+        empty("key_mass", kind, batch, heads, seqlen_k),
+        _new_out(problem, problem.out_shape) if with_out else None,
+        None if edge_count is None else empty("distance_mass", kind, batch, heads, edge_count + 1),
+    )
+
+
 def prepare_outputs(
     problem: AttentionProblem, out: Array | None, return_lse: bool, return_weights: bool
 ) -> Outputs:

@@ -131,6 +131,17 @@ def dropout_multiplier(problem: AttentionProblem, b: int, h: int) -> Floats | fl
     )
 
 
+@np.errstate(invalid="ignore", over="ignore")
+def final_scores(
+    query: Floats, key: Floats, *, visible: NDArray[np.bool_], bias: Floats, softcap: float, scale: float
+) -> Floats:
+    """What the softmax is taken of, (Lq, Lk): -inf where a query may not attend to a key."""
+    scores = scale * (query @ key.T)
+    if softcap > 0:
+        scores = softcap * np.tanh(scores / softcap)
+    return np.where(visible, scores + bias, -np.inf)
+
+
 @np.errstate(invalid="ignore", over="ignore", divide="ignore")
 def attend(
     query: Floats,
@@ -145,10 +156,7 @@ def attend(
     dropout: Floats | float,
 ) -> Result:
     """One head: (Lq, D), (Lk, D) and (Lk, Dv) to (Lq, Dv)."""
-    scores = scale * (query @ key.T)
-    if softcap > 0:
-        scores = softcap * np.tanh(scores / softcap)
-    scores = np.where(visible, scores + bias, -np.inf)
+    scores = final_scores(query, key, visible=visible, bias=bias, softcap=softcap, scale=scale)
     visible = scores != -np.inf
 
     # The sink is one more logit of every row: it takes its share of the weight and has no value.
@@ -170,6 +178,61 @@ def weighted_sum(weights: Floats, visible: NDArray[np.bool_], value: Floats) -> 
         attending = visible[:, j]
         out[attending] += weights[attending, j, None] * value[j]
     return out
+
+
+class HeadInsight(NamedTuple):
+    """What the queries of one head look at."""
+
+    keys: NDArray[np.int64]  # (Lq, top_k)
+    weights: Floats  # (Lq, top_k)
+    entropy: Floats  # (Lq,)
+    key_mass: Floats  # (Lk,)
+    out: Floats  # (Lq, Dv)
+    distance_mass: Floats | None  # (edges + 1,)
+
+
+def each_insight(
+    problem: AttentionProblem, top_k: int, edges: NDArray[np.int64] | None
+) -> Iterator[tuple[tuple[int, int], HeadInsight]]:
+    """Yield ((b, h), insight) for every query head."""
+    group = problem.query.shape[1] // problem.key.shape[1]
+    for (b, h), (out, _, weights) in each_head(problem):
+        scores = final_scores(
+            problem.query.read((b, h)),
+            problem.key.read((b, h // group)),
+            visible=visible_keys(problem, b, h),
+            bias=added_to_scores(problem, b, h),
+            softcap=problem.softcap,
+            scale=problem.scale,
+        )
+        keys = strongest_keys(scores, top_k)
+        taken = np.take_along_axis(np.pad(weights, [(0, 0), (0, 1)]), keys, 1)  # key -1: the padding
+        distance_mass: Floats | None = None
+        if edges is not None:
+            query_at, key_at = positions(problem, b)
+            bucket = np.searchsorted(edges, query_at - key_at, "right")
+            distance_mass = np.bincount(bucket.ravel(), weights.ravel(), len(edges) + 1).astype(np.float64)
+        entropy = entropies(weights, -np.inf if problem.sinks is None else problem.sinks[h], scores)
+        yield (b, h), HeadInsight(keys, taken, entropy, weights.sum(0), out, distance_mass)
+
+
+def strongest_keys(scores: Floats, top_k: int) -> NDArray[np.int64]:
+    """The keys of largest score, (Lq, top_k): of equal ones the lower; -1 where a query sees no more."""
+    ranked = np.where(np.isnan(scores), -np.inf, scores)
+    order = np.argsort(-ranked, 1, kind="stable")[:, :top_k]
+    keys = np.where(np.take_along_axis(ranked, order, 1) == -np.inf, -1, order)
+    return np.pad(keys, [(0, 0), (0, top_k - keys.shape[1])], constant_values=-1)
+
+
+@np.errstate(divide="ignore", invalid="ignore")
+def entropies(weights: Floats, sink: float, scores: Floats) -> Floats:
+    """``-sum(p * log(p))`` over the keys and the sink, which has what they leave; nats, (Lq,)."""
+    highest = np.max(scores, axis=1, initial=sink)
+    sinks = np.exp(sink - np.where(highest == -np.inf, 0, highest))
+    total = sinks + np.where(scores == -np.inf, 0, np.exp(scores - highest[:, None])).sum(1)
+    shares = np.column_stack([weights, np.where(total == 0, 0, sinks / total)])
+    entropy: Floats = -np.where(shares == 0, 0, shares * np.log(shares)).sum(1)
+    return entropy
 
 
 def update_cache(problem: AttentionProblem, update: CacheUpdate) -> AttentionProblem:

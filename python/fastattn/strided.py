@@ -62,8 +62,8 @@ class Strided(NamedTuple):
             return decode(values, self.dtype).astype(np.float64)
         return values.astype(np.float64 if self.dtype in FLOATS else values.dtype)
 
-    def write(self, index: Any, values: NDArray[np.float64]) -> None:
-        """Store `values` at `index`, rounded to nearest."""
+    def write(self, index: Any, values: NDArray[Any]) -> None:
+        """Store `values` at `index`, floats rounded to nearest."""
         with np.errstate(over="ignore"):
             if self.dtype in FLOAT8:
                 self.numpy()[index] = encode(values, self.dtype)

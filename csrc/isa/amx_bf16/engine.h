@@ -58,6 +58,7 @@ struct AmxEngine {
   static constexpr int kHeadMultiple = kBlockKeys;
   static constexpr bool kConvert = false;
   static constexpr bool kPacksValue = true;
+  static constexpr bool kObserves = false;
 
   static constexpr int kTile = 16;  // rows of a tile, and 32-bit lanes of one of its rows
   static constexpr long kLaneRowBytes = kLanes * 4;

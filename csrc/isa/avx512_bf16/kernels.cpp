@@ -1,5 +1,6 @@
 // The AVX512_BF16 tier: bfloat16 operands stay bfloat16, two a lane, multiplied by VDPBF16PS. It overrides bfloat16
 // alone.
+#include "algorithm/insight.h"
 #include "algorithm/peak_loops.h"
 #include "algorithm/ragged_backward.h"
 #include "algorithm/ragged_forward.h"
@@ -12,6 +13,11 @@ namespace fastattn {
 namespace {
 
 using EngineBf16 = Engine<VecF32, Bfloat16, Bf16PairProduct, 8, 2, 8, 256, true>;
+// Its weights are results themselves, of float32: exponentials are as exact.
+struct ExactPairProduct : Bf16PairProduct {
+  static FASTATTN_INLINE __m512 power(__m512 x) { return exp2<V>(x); }
+};
+using InsightBf16 = Engine<VecF32, Bfloat16, ExactPairProduct, 8, 2, 8, 256, true>;
 using GradientBf16 = Engine<VecF32, Bfloat16, Bf16PairProduct, 8, 2, 8, 128, true>;
 using RowsBf16 = RowEngine<VecF32, Bfloat16, PairDot, 256, 6, 6>;
 template <class Stored>
@@ -29,6 +35,7 @@ void register_avx512_bf16(KernelTable& table) {
   table.set_forward(DType::bfloat16, forward<RowsBf16, EngineBf16, ByteRows>, "avx512_bf16",
                     "bfloat16 pairs, VDPBF16PS, 8x32 tiles");
   table.set_backward(DType::bfloat16, backward<GradientBf16>);
+  table.set_insight(DType::bfloat16, insight<InsightBf16>);
   table.peak_dot_bf16 = peak_dot_bf16;
 }
 

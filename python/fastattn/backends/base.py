@@ -6,8 +6,9 @@ from typing import Protocol
 
 from fastattn.arrays import Array
 from fastattn.cache_problem import CacheUpdate
-from fastattn.outputs import Gradients, Outputs
+from fastattn.outputs import Gradients, InsightOutputs, Outputs
 from fastattn.problem import AttentionProblem
+from fastattn.vectors import Vector
 
 
 class Backend(Protocol):
@@ -32,6 +33,13 @@ class DifferentiableBackend(Backend, Protocol):
         self, problem: AttentionProblem, outputs: Outputs, incoming: Outputs, gradients: Gradients
     ) -> None:
         """Write `gradients`, given out and lse of the call and the gradients of out, lse and weights."""
+
+
+class InsightBackend(Backend, Protocol):
+    """One that tells what each query looks at."""
+
+    def run_insight(self, problem: AttentionProblem, outputs: InsightOutputs, edges: Vector | None) -> None:
+        """Write every element of `outputs`; `edges`: rising distances at which buckets start, int64."""
 
 
 class CachingBackend(Backend, Protocol):

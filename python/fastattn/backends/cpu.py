@@ -12,7 +12,7 @@ from fastattn._threads import resolve_num_threads
 from fastattn.arrays import NUMPY, Strided
 from fastattn.backends.base import elsewhere
 from fastattn.cache_problem import CacheUpdate
-from fastattn.outputs import Gradients, Outputs
+from fastattn.outputs import Gradients, InsightOutputs, Outputs
 from fastattn.problem import AttentionProblem
 
 if TYPE_CHECKING:
@@ -148,6 +148,42 @@ class CpuBackend:
             problem.dropout_p,
             problem.dropout_seed or 0,
             problem.dropout_offset,
+            problem.window_left,
+            problem.window_right,
+            resolve_num_threads(),
+            **_visibility(problem),
+        )
+
+    def run_insight(
+        self, problem: AttentionProblem, outputs: InsightOutputs, edges: NDArray[np.int64] | None
+    ) -> None:
+        """Hand addresses, sizes and strides to the kernel."""
+        if 0 in problem.query.shape:
+            for view in outputs:
+                if view is not None:
+                    view.numpy()[...] = 0
+            return
+        _kept, offsets = _offsets(problem)
+        keys, weights, entropy, key_mass, out, distance_mass = outputs
+        _core.attention_insight(
+            _tensor(problem.query),
+            _tensor(problem.key),
+            _tensor(problem.value),
+            _optional(out),
+            _tensor(keys),
+            _tensor(weights),
+            _tensor(entropy),
+            _tensor(key_mass),
+            None if edges is None else _vector(edges),
+            _optional(distance_mass),
+            _optional(problem.mask),
+            _optional(problem.bias),
+            None if problem.kv_lengths is None else _vector(problem.kv_lengths),
+            offsets,
+            None if problem.alibi_slopes is None else _vector(problem.alibi_slopes),
+            None if problem.sinks is None else _vector(problem.sinks),
+            problem.scale,
+            problem.softcap,
             problem.window_left,
             problem.window_right,
             resolve_num_threads(),

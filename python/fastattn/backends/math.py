@@ -16,11 +16,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastattn.arrays import NUMPY, Array
 from fastattn.backends import math_cache
 from fastattn.cache_problem import CacheUpdate
-from fastattn.outputs import Outputs
+from fastattn.outputs import InsightOutputs, Outputs
 from fastattn.philox import multiplier
 from fastattn.problem import AttentionProblem
 
@@ -45,7 +46,7 @@ class MathBackend:
     ) -> tuple[Array, Array | None, Array | None]:
         """Compute new tensors, which carry the graph."""
         dtype = problem.query.array.dtype
-        with _without_autocast(problem):
+        with without_autocast(problem):
             out, lse, weights = _attend_each(problem)
             out = out.to(dtype)
             if problem.layout == "bshd":
@@ -64,9 +65,18 @@ class MathBackend:
             if view is not None:
                 view.array.copy_(result)
 
+    def run_insight(
+        self, problem: AttentionProblem, outputs: InsightOutputs, edges: NDArray[np.int64] | None
+    ) -> None:
+        """Go through the queries some at a time."""
+        from fastattn.backends import math_insight
+
+        with without_autocast(problem):
+            math_insight.look(problem, outputs, edges)
+
     def update_cache(self, problem: AttentionProblem, update: CacheUpdate) -> AttentionProblem:
         """Write all rows at once."""
-        with _without_autocast(problem):
+        with without_autocast(problem):
             return math_cache.update(problem, update)
 
     def describe(self, problem: AttentionProblem) -> dict[str, str]:
@@ -95,6 +105,15 @@ def _attend_each(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
 
 def attend(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
     """Compute out (B, Hq, Lq, Dv), lse (B, Hq, Lq) and weights (B, Hq, Lq, Lk), not yet rounded."""
+    scores, value = score(problem)
+    lse, weights = normalise(scores, sinks(problem))
+    if problem.dropout_p > 0:
+        weights = weights * _dropout(problem)
+    return weighted_sum(weights, scores != -INF, value), lse, weights
+
+
+def score(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """Compute what the softmax is taken of, (B, Hq, Lq, Lk), and the values that somebody sees."""
     import torch
 
     query, key, value = _operands(problem)
@@ -108,12 +127,7 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
     scores = torch.where(visible, scores, 0)
     if problem.softcap > 0:
         scores = problem.softcap * torch.tanh(scores / problem.softcap)
-    scores = torch.where(visible, scores + _added(problem, visible), -INF)
-
-    lse, weights = normalise(scores, _sinks(problem))
-    if problem.dropout_p > 0:
-        weights = weights * _dropout(problem)
-    return weighted_sum(weights, scores != -INF, value), lse, weights
+    return torch.where(visible, scores + _added(problem, visible), -INF), value
 
 
 def visible_keys(problem: AttentionProblem) -> Tensor:
@@ -121,7 +135,7 @@ def visible_keys(problem: AttentionProblem) -> Tensor:
     import torch
 
     device = problem.query.array.device
-    query_at, key_at = _positions(problem)
+    query_at, key_at = positions(problem)
     visible = (key_at >= query_at - problem.window_left) & (key_at <= query_at + problem.window_right)
     if problem.kv_starts is not None:
         visible = visible & (key_at >= _on(device, problem.kv_starts)[:, None, None, None])
@@ -211,12 +225,12 @@ def _added(problem: AttentionProblem, visible: Tensor) -> Any:
         added = torch.where(visible, problem.bias.array.to(dtype), 0)
     if problem.alibi_slopes is not None:
         slopes = torch.as_tensor(problem.alibi_slopes_given, dtype=dtype, device=device)
-        query_at, key_at = _positions(problem)
+        query_at, key_at = positions(problem)
         added = added - slopes[..., None, None] * (query_at - key_at).abs()
     return added
 
 
-def _sinks(problem: AttentionProblem) -> Tensor:
+def sinks(problem: AttentionProblem) -> Tensor:
     """One logit a head, (Hq,); -inf is none."""
     import torch
 
@@ -237,7 +251,7 @@ def _dropout(problem: AttentionProblem) -> Tensor:
     return torch.as_tensor(factors, dtype=_compute_dtype(problem), device=problem.query.array.device)
 
 
-def _positions(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+def positions(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """Where queries stand among the keys, (B or 1, 1, Lq, 1), and the keys, (Lk,)."""
     import torch
 
@@ -260,7 +274,7 @@ def _compute_dtype(problem: AttentionProblem) -> Any:
     return getattr(torch, problem.lse_dtype)
 
 
-def _without_autocast(problem: AttentionProblem) -> AbstractContextManager[Any]:
+def without_autocast(problem: AttentionProblem) -> AbstractContextManager[Any]:
     """Autocast would round the operands of the products."""
     import torch
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastattn.backends.base import elsewhere
 from fastattn.cache_problem import CacheUpdate
-from fastattn.outputs import Outputs
+from fastattn.outputs import InsightOutputs, Outputs
 from fastattn.problem import AttentionProblem
-from fastattn.reference import each_head, update_cache
+from fastattn.reference import each_head, each_insight, update_cache
 
 
 class ReferenceBackend:
@@ -25,6 +28,15 @@ class ReferenceBackend:
                 for view, result in zip(outputs, head, strict=True):
                     if view is not None:
                         view.write((b, h, rows), result)
+
+    def run_insight(
+        self, problem: AttentionProblem, outputs: InsightOutputs, edges: NDArray[np.int64] | None
+    ) -> None:
+        """Compute one head at a time and store it."""
+        for index, head in each_insight(problem, outputs.keys.shape[3], edges):
+            for view, result in zip(outputs, head, strict=True):
+                if view is not None and result is not None:
+                    view.write(index, result)
 
     def update_cache(self, problem: AttentionProblem, update: CacheUpdate) -> AttentionProblem:
         """Write one row of one head after the other."""

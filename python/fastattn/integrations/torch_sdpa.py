@@ -19,6 +19,7 @@ from torch.utils._device import DeviceContext
 
 from fastattn.backends import triton
 from fastattn.functional import attention
+from fastattn.problem import AttentionProblem
 
 _torch_sdpa = torch._C._nn.scaled_dot_product_attention
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -120,6 +121,37 @@ def scaled_dot_product_attention(
     return out if out.ndim == len(call.out_shape) else out.reshape(call.out_shape)
 
 
+def as_problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> AttentionProblem:
+    """Say what a call means, for those who do not compute its output; dropout is left out.
+
+    Raises
+    ------
+    NotImplementedError
+        For tensors that only torch knows how to attend to.
+    """
+    tensors = (query, key, value, attn_mask)
+    call = None
+    if not any(tensor is not None and tensor.is_nested for tensor in tensors):
+        call = _rearrange(*as_autocast_would(*tensors), enable_gqa=enable_gqa)
+    if call is None:
+        got = ", ".join(
+            f"{tuple(x.shape) if not x.is_nested else 'nested'} of {x.dtype}" for x in tensors[:3]
+        )
+        raise NotImplementedError(f"this call of scaled_dot_product_attention cannot be looked into: {got}")
+    rules = _rules(call, is_causal, scale)
+    return AttentionProblem.from_arguments(*call[:3], **rules, composed=True)
+
+
 class _Call(NamedTuple):
     """A call with four axes, whose result is then given the shape that was asked for."""
 
@@ -133,23 +165,29 @@ class _Call(NamedTuple):
 def _attend(
     call: _Call, dropout_p: float, is_causal: bool, scale: float | None, backend: str | None = None
 ) -> Tensor:
-    query, key, value, mask, _ = call
-    causal: Any = "top_left" if is_causal and query.shape[2] != key.shape[2] else is_causal
-    arguments: dict[str, Any] = {"causal": causal, "scale": scale}
+    query, key, value = call[:3]
+    arguments = _rules(call, is_causal, scale)
     by_rows = not query.is_contiguous() and query.transpose(1, 2).is_contiguous()
     if (
         by_rows
     ):  # the result lies in memory as query does, as torch's: callers rely on it, and view(B, L, H * D)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         arguments["layout"] = "bshd"
-    if mask is not None:
-        arguments["mask" if mask.dtype is torch.bool else "bias"] = mask
     if dropout_p:
         arguments["dropout_p"] = dropout_p
     if backend:
         arguments["backend"] = backend
     out: Tensor = attention(query, key, value, **arguments)
     return out.transpose(1, 2) if by_rows else out
+
+
+def _rules(call: _Call, is_causal: bool, scale: float | None) -> dict[str, Any]:
+    """What a call says besides query, key and value, as arguments of `fastattn.attention`."""
+    causal: Any = "top_left" if is_causal and call.query.shape[2] != call.key.shape[2] else is_causal
+    rules: dict[str, Any] = {"causal": causal, "scale": scale}
+    if call.mask is not None:
+        rules["mask" if call.mask.dtype is torch.bool else "bias"] = call.mask
+    return rules
 
 
 def _is_ordinary(*tensors: Tensor) -> bool:

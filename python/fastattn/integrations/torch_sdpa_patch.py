@@ -10,13 +10,16 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 
+from fastattn import observers
+from fastattn.integrations import torch_observed
 from fastattn.integrations.torch_sdpa import scaled_dot_product_attention as _fastattn_sdpa
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -177,6 +180,17 @@ def _stepwise_async(
     return wrapper
 
 
+@contextmanager
+def observed(observer: observers.Observer) -> Iterator[None]:
+    """Tell `observer` of the attention of the block, torch's as well as fastattn's.
+
+    torch's native fast paths are declined, as in a block of `patch_sdpa`; nothing else computes otherwise.
+    """
+    _install()
+    with torch_observed.multihead(), observers.observe(observer):
+        yield
+
+
 def _is_patched() -> bool:
     blocks = _blocks.get()
     return blocks[-1].enabled if blocks else _process_wide
@@ -201,9 +215,10 @@ def _install() -> None:
 def _trampoline(previous: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(previous)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Any:
-        if not _is_patched():
-            return previous(*args, **kwargs)
-        return _fastattn_sdpa(*args, **kwargs)
+        function = _fastattn_sdpa if _is_patched() else previous
+        if not torch.compiler.is_compiling() and observers.watching():
+            return torch_observed.attend(function, *args, **kwargs)
+        return function(*args, **kwargs)
 
     # Pickled by the name under which it is found, in a process where nothing is patched as well.
     scaled_dot_product_attention.__module__ = "torch.nn.functional"
@@ -221,7 +236,7 @@ def _fastpath(previous: Callable[[], bool]) -> Callable[[], bool]:
                 torch.compiler.is_compiling()
             ):  # which knows torch's function by its name, and now meets this one
                 return torch.backends.mha._is_fastpath_enabled and not _is_patched()
-            return previous() and not _is_patched()
+            return previous() and not (_is_patched() or observers.watching())
         return True
 
     return get_fastpath_enabled

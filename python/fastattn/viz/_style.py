@@ -1,0 +1,134 @@
+"""How every picture looks: figures, colours, labels. The one file that asks for matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+# One row of text at this font size, with the air it needs: what makes every token legible.
+INCHES_PER_TOKEN = 0.27
+FONT_POINTS = 9.0
+DPI = 160.0
+LINE_INCHES = 0.19  # the least that keeps two labels apart
+# A side of a picture that names all its tokens, and of one that cannot and thins them out.
+MOST_INCHES, THINNED_INCHES = 60 * INCHES_PER_TOKEN, 9.0
+# Lightness falls all the way from paper to ink, so that all eyes, and a grey print, see the same order.
+COLOUR_MAP = "YlGnBu"
+LUMA = (0.299, 0.587, 0.114)  # brightness of red, green and blue: Rec. ITU-R BT.601
+# Blue and vermilion of Okabe and Ito, "Color Universal Design", 2008.
+BLUE, VERMILION = "#0072B2", "#D55E00"
+INK, FAINT = "#222222", "#9a9a9a"
+# Attention is often a few large weights over many small ones; the square root keeps the small ones visible.
+_GAMMA = 0.5
+_LONGEST_LABEL = 20
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return a figure in inches that belongs to the caller alone: pyplot does not hear of it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("fastattn.viz needs matplotlib: pip install 'fastattn[viz]'") from error
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def figure_of(ax: Axes) -> Figure:
+    """Return the figure that `ax` is in, at the top."""
+    figure: Figure = ax.get_figure(root=True)  # type: ignore[assignment]
+    return figure
+
+
+def inches(tokens: int, each: float = INCHES_PER_TOKEN, least: float = 1.2) -> float:
+    """Length of a side with so many tokens."""
+    return max(least, each * tokens) if each * tokens <= MOST_INCHES else THINNED_INCHES
+
+
+def shown(token: str) -> str:
+    """Return `token` as a reader knows it, in one line: without marks that tokenizers put for a space."""
+    text = token.replace("Ġ", "").replace("▁", "").replace("Ċ", "↵").replace("\n", "↵").strip()
+    text = "".join(letter if letter.isprintable() else "·" for letter in text)
+    return text if len(text) <= _LONGEST_LABEL else text[: _LONGEST_LABEL - 1] + "…"
+
+
+def label(token: str) -> str:
+    """`token` as a label of an axis, where a blank would look like none."""
+    return shown(token) or "␣"
+
+
+def kept(count: int, room: float, each: float) -> range:
+    """Every how many of `count` labels, `each` inches high, have place in `room` inches: a round step."""
+    step = math.ceil(count * each / room - 1e-9) if count else 1
+    if step > 1:
+        magnitude = 10 ** math.floor(math.log10(step))
+        step = next(nice * magnitude for nice in (1, 2, 5, 10) if nice * magnitude >= step)
+    return range(0, count, max(1, step))
+
+
+def name_tokens(axis: Any, tokens: Sequence[str], room: float, size: float = FONT_POINTS) -> None:
+    """Write `tokens` along an axis `room` inches long: all, or with their positions every so many."""
+    places = kept(len(tokens), room, size / FONT_POINTS * LINE_INCHES)
+    numbered = len(places) < len(tokens) and list(tokens) != [str(place) for place in range(len(tokens))]
+    names = [f"{place}: {label(tokens[place])}" if numbered else label(tokens[place]) for place in places]
+    # A token with two dollars is no mathematics.
+    axis.set_ticks(list(places), names, parse_math=False)
+    if axis.axis_name == "x":
+        axis.set_tick_params(labelrotation=90)
+    axis.set_tick_params(length=0, labelsize=size, pad=2)
+
+
+def norm(top: float) -> Any:
+    """Colours from 0 to `top`, with more of them for the small weights."""
+    from matplotlib.colors import PowerNorm
+
+    return PowerNorm(_GAMMA, 0.0, top or 1.0)
+
+
+def paint(ax: Axes, matrix: Any, top: float) -> AxesImage:
+    """Colour the cells of `matrix`, from 0 to `top`; a hairline parts them where they are few."""
+    image = ax.imshow(matrix, cmap=COLOUR_MAP, norm=norm(top), interpolation="nearest", aspect="auto")
+    rows, columns = matrix.shape
+    if max(rows, columns) <= MOST_INCHES / INCHES_PER_TOKEN:
+        ax.set_xticks(np.arange(0.5, columns - 1), minor=True)
+        ax.set_yticks(np.arange(0.5, rows - 1), minor=True)
+        ax.grid(which="minor", color="white", linewidth=0.6)
+        ax.tick_params(which="minor", length=0)
+    bare(ax)
+    return image
+
+
+def bare(ax: Axes, *sides: str) -> None:
+    """Take the frame of `ax` away, or the `sides` of it that are named."""
+    for name, spine in ax.spines.items():
+        if not sides or name in sides:
+            spine.set_visible(False)
+
+
+def colour_bar(mappable: Any, axes: Any, text: str, side: str = "right") -> None:
+    """Say beside or below `axes`, one or several, which colour is which number."""
+    figure = figure_of(axes[0] if isinstance(axes, list) else axes)
+    bar = figure.colorbar(
+        mappable, ax=axes, location=side, shrink=0.6, aspect=18 if side == "right" else 40, pad=0.02
+    )
+    bar.set_label(text, fontsize=FONT_POINTS)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=2, labelsize=FONT_POINTS)
+
+
+def write_title(target: Any, title: str | None) -> None:
+    """Write `title` over a figure or an axes, as it stands: dollars are dollars."""
+    if title is None:
+        return
+    if hasattr(target, "suptitle"):
+        target.suptitle(title, fontweight="bold", fontsize=FONT_POINTS + 2, parse_math=False)
+    else:
+        target.set_title(
+            title, loc="left", fontweight="bold", fontsize=FONT_POINTS + 2, pad=10, parse_math=False
+        )
