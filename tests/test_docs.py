@@ -18,7 +18,7 @@ import pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 DRAWN = ROOT / "docs" / "_pictures"
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "examples").glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def document_id(path: Path) -> str:
@@ -65,8 +65,8 @@ def test_every_page_is_in_a_table_of_contents(path: Path) -> None:
 
 
 PUBLIC = (
-    "fastattn", "fastattn.nn", "fastattn.ops", "fastattn.viz", "fastattn.integrations.transformers",
-    "fastattn.integrations.flash_attn",
+    "fastattn", "fastattn.nn", "fastattn.ops", "fastattn.viz", "fastattn.compare",
+    "fastattn.integrations.transformers", "fastattn.integrations.flash_attn",
 )  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""Small programs to learn from: each trains or computes something with fastattn, and draws it."""
