@@ -35,7 +35,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Time fastattn beside its peers and the machine's own limits.",
         epilog=f"suites:\n{suites}\n\nor:\n  compare A B   ratios, regressions\n  plot A        pictures\n"
-        "  figures A     the README's table of the same suite\n  report        one page of everything kept",
+        "  figures A     the README's table of the same suite\n  report        one page of everything kept\n"
+        "  variants      attention beside RNN, GRU and LSTM: cost, recall, order",
     )
     add = result.add_argument
     add("suite", help=f"one of: {', '.join(SUITES)}")
@@ -60,6 +61,8 @@ def main(arguments: list[str]) -> int:
             return page(arguments[1:], console)
         if arguments[:1] == ["plot"]:
             return plot(arguments[1:], console)
+        if arguments[:1] == ["variants"]:
+            return variants(arguments[1:], console)
         options = parser().parse_args(arguments)
         jobs = select(options.suite, options.cases, options.dtype)
         peers = choose_peers(options.suite, options.peers)
@@ -135,9 +138,19 @@ def plot(names: list[str], console: Console) -> int:
     except ModuleNotFoundError as error:
         raise ValueError(f"pictures need matplotlib: {error}") from error
     for path in map(find, names or [""]):
+        if path.stem.startswith("variants-"):
+            variants(["--draw", str(path)], console)
+            continue
         for picture in draw(Run.load(path), path.with_suffix("")):
             console.print(f"drawn: {os.path.relpath(picture)}", style="dim")
     return 0
+
+
+def variants(arguments: list[str], console: Console) -> int:
+    """Attention beside recurrent networks, whose module imports torch."""
+    from bench.variants import main as compared
+
+    return compared(arguments, console)
 
 
 def page(arguments: list[str], console: Console) -> int:

@@ -167,6 +167,10 @@ def main(arguments: list[str], console: Console) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench figures", description=__doc__)
     parser.add_argument("results", nargs="+", help="files, or their names in bench/results")
     names = parser.parse_args(arguments).results
+    if find(names[0]).stem.startswith("variants-"):
+        from bench.variants import document  # imports torch
+
+        return document(names, console)
     README.write_text(rewrite(README.read_text(), names))
     if find(names[0]).stem.startswith(generation.SUITE):
         generation.draw(*generation.load(names))

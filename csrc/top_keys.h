@@ -11,11 +11,13 @@ struct ScoredKey {
   int64_t key;
 };
 
-// Moves the `wanted` best of `count` to the front, in any order, and returns the score of the worst of them: largest
-// scores first, of equal ones the lower key. 1 <= wanted <= count; no score is NaN.
+// Of scored keys, none of them NaN, the best are those of largest score; of equal ones the lower key.
+
+// Moves the `wanted` best of `count` to the front, in any order, and returns the score of the worst of them.
+// 1 <= wanted <= count.
 double keep_best(ScoredKey* keys, int64_t count, int64_t wanted) noexcept;
 
-// Sorts, the best first.
-void sort_best(ScoredKey* keys, int64_t count) noexcept;
+// Moves the `wanted` best of `count`, or all if there are fewer, to the front, the best first; returns how many.
+int64_t sort_best(ScoredKey* keys, int64_t count, int64_t wanted) noexcept;
 
 }  // namespace fastattn

@@ -29,8 +29,9 @@ def all_pictures() -> dict[str, Callable[[], Figure]]:
     """Every picture by its name."""
     import concept_pictures
     import internal_pictures
+    import viz_pictures
 
-    modules = concept_pictures, internal_pictures
+    modules = concept_pictures, internal_pictures, viz_pictures
     return {name: getattr(module, name) for module in modules for name in module.__all__}
 
 

@@ -71,12 +71,13 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "insights": {"torch_ops", "dispatch", "backends", "outputs", "problem", "vectors", "arrays"},
     "_config": {"_core", "_threads", "backends"},
     "nn": {"functional"},
+    "compare": {"nn", "_core", "_threads"},
     "integrations": {
         *("functional", "varlen", "backends", "kvcache", "paged_cache", "problem", "observers"),
     },
-    "viz": {"functional", "problem", "strided", "float8", "integrations"},
+    "viz": {"functional", "insights", "problem", "strided", "float8", "integrations"},
     "demo": {"__init__", "integrations", "viz"},
-    "cli": {"__init__", "_config", "_core", "demo", "integrations", "viz"},
+    "cli": {"__init__", "_config", "_core", "compare", "demo", "integrations", "viz"},
 }
 
 

@@ -163,3 +163,25 @@ def test_a_browser_shows_the_page(tmp_path: Path, browser: Browser) -> None:
     assert pictures > 20 and browser.wait(drawn, pictures)
     assert browser.run("return document.querySelectorAll('td.short').length") > 0
     assert browser.complaints() == [] and browser.fetched() == []
+
+
+def test_attention_beside_recurrent_networks(tmp_path: Path) -> None:
+    """Small and real: one layer of each sort at two lengths, recall and order, hardly trained."""
+    pytest.importorskip("torch")
+    from bench.variants import Record
+    from fastattn import compare
+
+    kinds = "causal", "lstm"
+    lengths = {"lengths": (4, 8), "memory_lengths": (), "threads": (1,), "seconds": 1e-4, "rounds": 1}
+    cost = compare.measure_cost(compare.CostSettings(kinds, width=8, heads=1, window=4, **lengths))
+    recall = compare.measure_recall(compare.RecallSettings(kinds, distances=(5,), steps=2))
+    order = compare.measure_order(compare.OrderSettings(positions=("none", "rotary"), length=6, steps=2))
+    run = a_run()
+    run.suite, run.rows, run.threads = "variants", [], 1
+    path = Record(run, {"cost": cost, "recall": recall, "order": order}).save(tmp_path / "variants.json")
+    text = page.html(read([str(path)]))
+    assert re.findall(r'<h2 id="([^"]+)">', text) == ["variants"]
+    shown = [f"{one.accuracy:.1%}" for one in order.results]
+    cells = re.findall(r"<td>(.*?)</td>", text)
+    assert cells[-3:] == ["rotary", str(order.results[1].parameters), shown[1]]
+    assert text.count('class="plotly-graph-div"') == 4

@@ -44,7 +44,7 @@ class FakeWorkers:
 
     def ask(self, what: str, *arguments: object) -> object:
         if what == "sample":
-            return 1e-3, 2.0
+            return 1e-3, 2.0, 0.0
         out = truth(CASE, "float32").out
         return {
             "fastattn": ("ready", out),

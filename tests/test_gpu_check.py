@@ -343,7 +343,7 @@ def test_targets_are_ratios_of_one_run() -> None:
     reached = {target["title"]: target["reached"] for target in report.targets()}
     share = rows.Row("", rows.decoding(1), ()).work()["bytes"] / 1e-3 / 3e12
     for title, value in reached.items():
-        expected = share if "ceiling" in title else 1.0 if "8 queries" in title else 2.0
+        expected = share if "ceiling" in title else 2.0
         assert value == pytest.approx(expected), title
     report.rows = [row for row in report.rows if "decode" not in row.label]
     assert sum(target["reached"] is None for target in report.targets()) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import threading
 from typing import Any
@@ -221,8 +222,10 @@ def check_insight(layer, weights) -> None:
         assert len(seen) == min(16, (row > 0).sum()) == len(set(seen))
         np.testing.assert_allclose(strongest[index][: len(seen)], row[seen], **CLOSE)
         np.testing.assert_allclose(row[seen], np.sort(row)[::-1][: len(seen)], **CLOSE)
-    logs = np.log(np.where(weights > 0, weights, 1))
-    np.testing.assert_allclose(layer.insight.entropy, -(weights * logs).sum(-1), rtol=0, atol=1e-5)
+    sink = np.clip(1 - weights.sum(-1, keepdims=True), 0, 1) * weights.any(-1, keepdims=True)
+    shares = np.concatenate([weights, sink], -1)
+    logs = np.log(np.where(shares > 0, shares, 1))
+    np.testing.assert_allclose(layer.insight.entropy, -(shares * logs).sum(-1), rtol=0, atol=1e-5)
     np.testing.assert_allclose(layer.insight.key_mass, weights.sum(2), rtol=0, atol=1e-4)
 
 
@@ -330,6 +333,25 @@ def test_other_threads_are_not_seen() -> None:
     assert len(recording.layers) == 1
 
 
+def test_tasks_are_seen_if_the_block_started_them() -> None:
+    model = Mixed()
+
+    async def call() -> None:
+        await asyncio.sleep(0)
+        model.first(X)
+
+    async def calls() -> list[int]:
+        before, counts = asyncio.create_task(call()), []
+        with record(model) as recording:
+            await before
+            counts.append(len(recording.layers))
+            await asyncio.create_task(call())
+            counts.append(len(recording.layers))
+        return counts
+
+    assert asyncio.run(calls()) == [0, 1]
+
+
 class _Llama:
     """The weights of a tiny Llama by hand: projections, rotary positions, grouped heads."""
 
@@ -409,6 +431,55 @@ def test_generation_step_by_step(models: Any, cache: str) -> None:
             np.testing.assert_allclose(seen.weights, whole[:, :, rows, : rows.stop], **bound)
             np.testing.assert_allclose(seen.weights.sum(-1), 1, **CLOSE)
             assert seen.causal
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "t5", "bart", "modern_bert"])
+def test_what_eager_attention_returns(models: Any, name: str) -> None:
+    """Softcap and windows, sinks, biases, cross-attention, windows to both sides; with padding."""
+    model = models.build(getattr(models, name))
+    inputs = models.sources(model, "right")
+    with torch.no_grad():
+        out = models.use(model, "eager")(**inputs, output_attentions=True)
+        with record(models.use(model, "fastattn")) as recording:
+            model(**inputs)
+    expected = list(out.get("attentions") or out.get("encoder_attentions"))
+    for own, cross in zip(out.get("decoder_attentions", ()), out.get("cross_attentions", ()), strict=True):
+        expected += [own, cross]
+    for seen, weights in zip(recording.layers, expected, strict=True):
+        looking = seen.weights.any(-1)  # eager attention spreads what may see nothing over everything
+        np.testing.assert_allclose(seen.weights[looking], weights.numpy()[looking], **CLOSE)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "math", "reference"])
+def test_caches_in_pages(backend: str) -> None:
+    """The weights are those that make the output of the values that the cache holds."""
+    query, pages = torch.randn(2, 2, 4, 16), torch.randn(2, 8, 4, 2, 16)
+    table = torch.tensor([[0, 2, 5, 99], [1, 3, -7, -1]])  # what is beyond the length is nobody's page
+    rotary = {"rotary_cos": torch.rand(20, 8), "rotary_sin": torch.rand(20, 8)}
+    new = dict(zip(("new_key", "new_value"), torch.randn(2, 2, 2, 2, 16), strict=True))
+    model = Functional(
+        fa.attention_with_kvcache, cache_seqlens=[7, 3], block_table=table, **rotary, **new, backend=backend
+    )
+    with record(model) as recording:
+        out = model(query, *pages)
+    weights = torch.from_numpy(recording.layers[0].weights)
+    assert weights.shape == (2, 4, 2, 9) and not weights[1, :, :, 5:].any()
+    values = torch.stack([pages[1, row.clamp(0, 7)].flatten(0, 1)[:9] for row in table])
+    torch.testing.assert_close(torch.einsum("bhqk,bkhd->bqhd", weights, values.repeat_interleave(2, 2)), out)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, on vmap and nested tensors
+def test_tensors_without_numbers_are_refused() -> None:
+    rows = torch.randn(2, 1, 2, 3, 8)
+    for model in (Functional(fa.attention), Functional(by_name)):
+        with (
+            pytest.raises(NotImplementedError, match=r"in a transform of torch\.func have none"),
+            record(model),
+        ):
+            torch.func.vmap(model)(rows, rows, rows)
+    nested = torch.nested.nested_tensor([torch.randn(3, 2, 8), torch.randn(5, 2, 8)], layout=torch.jagged)
+    with pytest.raises(NotImplementedError, match="cannot be looked into: nested of"), record(model):
+        model(*[nested.transpose(1, 2)] * 3)
 
 
 def test_eager_attention_is_refused(models: Any) -> None:

@@ -241,7 +241,7 @@ def test_distances_by_hand():
     # Distance 0, 1, 2 and 3, of four queries whose weights add up to 1.
     expected = [100 * 2.75 / 4, 100 * 0.875 / 4, 100 * 0.375 / 4]
     np.testing.assert_allclose(ax.images[0].get_array(), [expected])
-    assert texts(ax.get_xticklabels()) == ["0", "1", "2–"]
+    assert texts(ax.get_xticklabels()) == ["0", "1", "≥ 2"]
     late = viz.distance(matrix[2:]).axes[0].images[0]
     np.testing.assert_allclose(late.get_array(), [[62.5, 18.75, 18.75]])
     moved = viz.distance(matrix, query_offset=1).axes[0]
@@ -250,9 +250,9 @@ def test_distances_by_hand():
 
 def test_mass_by_distance():
     found = SimpleNamespace(distance_mass=np.array([[[1.0, 2.0, 1.0], [0.0, 0.0, 0.0]]]))
-    (ax, _) = viz.distance(found, edges=[4, 16]).axes
+    (ax, _) = viz.distance(found, distances=[-2, 4]).axes
     np.testing.assert_allclose(ax.images[0].get_array(), [[25, 50, 25], [0, 0, 0]])
-    assert texts(ax.get_xticklabels()) == ["0–3", "4–15", "16–"]
+    assert texts(ax.get_xticklabels()) == ["< -2", "-2 to 3", "≥ 4"]
 
 
 @pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("b/c.svg", b"<?xml")])
@@ -288,8 +288,9 @@ WRONG = {
     r"image: expected shape .* got \(8, 8, 2\)": lambda: viz.overlay(np.zeros((8, 8, 2)), np.zeros(4)),
     "style: expected 'bars' or 'text', got 'pie'": lambda: viz.mass(np.zeros(3), style="pie"),
     "tokens: they fill 3000 lines": lambda: viz.mass(EMPTY, ["\n"] * 3000, style="text"),
-    "mass: expected 3 bins for 2 edges, got 4": lambda: viz.distance(np.zeros(4), edges=[1, 2]),
-    r"edges: expected increasing numbers .* got \[2, 1\]": lambda: viz.distance(EMPTY[:3], edges=[2, 1]),
+    "mass: expected 3 bins for 2 edges, got 4": lambda: viz.distance(EMPTY[:4], distances=[1, 2]),
+    "distance_mass: there is none": lambda: viz.distance(SimpleNamespace(distance_mass=None), distances=[1]),
+    r"distances: expected rising integers, .* \[2, 1\]": lambda: viz.distance(EMPTY[:3], distances=[2, 1]),
 }  # fmt: skip
 
 

@@ -16,14 +16,15 @@ from rich.console import Console
 from bench.goals import AIM, BELOW, MUST, SHORT
 from bench.report import others, suites
 from bench.report.records import Records, read
-from bench.report.view import SIGNS, Cell, Chart, Table
+from bench.report.view import SIGNS, Cell, Chart, Section, Table
 
 OUT = Path("build/bench-report.html")
 
 
 def html(records: Records) -> str:
     """The whole page. Raises ValueError where there is no record to show."""
-    sections = [*suites.sections(records), *others.generating(records), *others.gpu_checks(records)]
+    sections = [*suites.sections(records), *others.generating(records), *beside_recurrent(records)]
+    sections += others.gpu_checks(records)
     if not sections:
         raise ValueError("no record to show: python -m bench SUITE makes one")
     environment = Environment(
@@ -34,6 +35,15 @@ def html(records: Records) -> str:
         plotly=Markup(get_plotlyjs()), sections=sections, goals=goals(records), picture=picture, signs=SIGNS,
         others=records.others,
     )  # fmt: skip
+
+
+def beside_recurrent(records: Records) -> list[Section]:
+    """What there is of attention beside recurrent networks, whose module imports torch."""
+    if not records.variants:
+        return []
+    from bench.report import recurrent
+
+    return [recurrent.section(path) for path in records.variants.values()]
 
 
 _WORDS = {

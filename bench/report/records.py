@@ -33,6 +33,7 @@ class Records:
 
     rows: list[Measured] = field(default_factory=list)
     generation: dict[str, Path] = field(default_factory=dict)
+    variants: dict[str, Path] = field(default_factory=dict)  # the latest of each machine and set of parts
     gpu_checks: dict[str, dict[str, Any]] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)  # of kinds that the page does not show
 
@@ -67,6 +68,10 @@ def _sort_in(path: Path, records: Records) -> None:
     suite = content.get("suite") if isinstance(content, dict) else None
     if suite == generation.SUITE:
         records.generation[path.stem] = path
+    elif suite == "variants":
+        machine = content["machine"]
+        key = machine["cpu"], machine["isa"], content["threads"], *content["parts"]
+        records.variants[" ".join(map(str, key))] = path  # files come in the order of their dates
     elif suite is not None and all("contestants" in row for row in content.get("rows", [{}])):
         run = Run.load(path)
         records.rows += [Measured(run, row, path.stem) for row in run.rows]

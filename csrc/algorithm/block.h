@@ -131,9 +131,6 @@ inline Sight tile_sight(const TileContext<E>& context, int64_t block, int64_t ke
   return inside || sight == Sight::none ? sight : Sight::edge;
 }
 
-template <class E>
-constexpr int64_t kTileScores = int64_t{E::kKeys} * E::kLanes;
-
 // Probabilities 0 for the tile at `block_key`.
 template <class E>
 inline void clear_probs(typename E::Scalar* probs, int64_t block_key) {
@@ -260,8 +257,7 @@ inline BlockExtent<E> score_block(const ForwardTask<E>& task, TileContext<E>& co
         clear_probs<E>(context.probs, block_key);
       }
       if constexpr (E::kObserves) {
-        memset(context.panel.block_probs(block) + block_key * E::kLanes, 0,
-               sizeof(typename E::Scalar) * kTileScores<E>);
+        context.panel.skip_group(block, block_key, context.panel.shift);
       }
       continue;
     }
@@ -359,7 +355,7 @@ inline void run_block(const ForwardTask<E>& task, TileContext<E>& context, const
     panel.sum[lane] += panel.block_sum[lane];
   }
   if constexpr (E::kObserves) {
-    panel.leave_block(view.start, panel.shift, panel.limit);
+    panel.leave_block(view.start);
   }
 }
 

@@ -25,11 +25,10 @@ struct InsightPlan {
   int64_t rounds;  // of up to forward.panels panels each, that a query head's rows fall into
   int64_t groups;  // that these are dealt to
   bool keeps_all;
-  int64_t room_keys;   // for what panels keep of keys, whole blocks
   int64_t mass_keys;   // of a group's sums
   int64_t part_bytes;  // of a group's sums: [mass_keys] of E::Scalar, then [edge_count + 1] doubles
   // byte offsets of a thread's scratch
-  int64_t candidates_at, shifts_at, probs_at, first_at, panel_bytes, own_at;
+  int64_t candidates_at, probs_at, shifts_at, first_at, panel_bytes, own_at;
 };
 
 template <class E>
@@ -53,7 +52,6 @@ inline void plan_observations(InsightPlan<E>& plan, const AttentionParams& p) {
   constexpr auto kScalar = static_cast<int64_t>(sizeof(Scalar));
   const int64_t extent = seen_extent<E>(p);
   plan.keeps_all = extent <= kKeptKeys;
-  plan.room_keys = round_up(extent, E::kBlockKeys) + E::kBlockKeys;  // both ends may lie within a block
   int64_t bytes = 0;
   const auto take = [&](int64_t size) {
     const int64_t start = bytes;
@@ -61,13 +59,14 @@ inline void plan_observations(InsightPlan<E>& plan, const AttentionParams& p) {
     return start;
   };
   plan.candidates_at = take(E::kLanes * candidate_room(plan.top_k) * static_cast<int64_t>(sizeof(ScoredKey)));
-  plan.shifts_at = take(plan.room_keys / E::kBlockKeys * E::kLanes * kScalar);
-  plan.probs_at = take((plan.keeps_all ? plan.room_keys : E::kBlockKeys) * E::kLanes * kScalar);
+  const int64_t kept = plan.keeps_all ? round_up(extent, E::kBlockKeys) + E::kBlockKeys  // both ends lie within a block
+                                      : E::kBlockKeys;
+  plan.probs_at = take(kept * E::kLanes * kScalar);
+  plan.shifts_at = take(kept / E::kGroupKeys * E::kLanes * kScalar);
+  plan.first_at = take((Observation<E>::kFirstKeys + Observation<E>::kFirstGroups) * E::kLanes * kScalar);
   plan.panel_bytes = bytes;
-  const int64_t first_bytes = (E::kBlockKeys + Observation<E>::kTiles) * E::kLanes * kScalar;
   plan.own_at = plan.forward.thread_bytes;
-  plan.first_at = plan.own_at + plan.forward.panels * plan.panel_bytes;
-  plan.forward.thread_bytes = round_up(plan.first_at + first_bytes, 4096);
+  plan.forward.thread_bytes = round_up(plan.own_at + plan.forward.panels * plan.panel_bytes, 4096);
 }
 
 template <class E>
@@ -121,44 +120,54 @@ inline void place_observations(const InsightCall<E>& call, const ForwardTask<E>&
     panel.probs = reinterpret_cast<Scalar*>(own + plan.probs_at);
     panel.origin = round_down(panel.first_min, E::kBlockKeys);
     panel.keeps_all = plan.keeps_all;
-    panel.first_scores = reinterpret_cast<Scalar*>(task.scratch + plan.first_at);
-    panel.first_peaks = panel.first_scores + E::kBlockKeys * E::kLanes;
+    panel.first_scores = reinterpret_cast<Scalar*>(own + plan.first_at);
+    panel.first_peaks = panel.first_scores + Observation<E>::kFirstKeys * E::kLanes;
   }
 }
 
-// totals[key] = the sum over the lanes of scale * probs[key][lane], for `count` keys.
-template <class E, int kActive>
-FASTATTN_NOINLINE void weigh_keys(const typename E::Scalar* probs, const typename E::Scalar* scale, int64_t count,
-                                  typename E::Scalar* totals) {
+// What multiplies a group's probabilities to make them weights: the normaliser's inverse, and how far the shift has
+// come since. A lane that had seen nothing by then may have had any shift.
+template <class E>
+FASTATTN_NOINLINE void find_scales(const Panel<E>& panel, const ScoreRules<E>& rules, const typename E::Scalar* shifts,
+                                   const typename E::Scalar* inverse, typename E::Scalar* scale) {
   using V = typename E::V;
-  typename E::Reg factor[kActive];
-  for (int v = 0; v < kActive; ++v) {
-    factor[v] = V::load(scale + v * E::kWidth);
+  const auto to_log2 = V::set1(static_cast<typename E::Scalar>(rules.to_log2()));
+  for (int v = 0; v < E::kVectors; ++v) {
+    const auto rise = V::sub(V::load(shifts + v * E::kWidth), V::load(panel.shift + v * E::kWidth));
+    const auto power = exp2<V>(V::mul(V::min(rise, V::zero()), to_log2));
+    V::store(scale + v * E::kWidth, V::mul(power, V::load(inverse + v * E::kWidth)));
   }
-  for (int64_t key = 0; key < count; key += 8) {
-    typename E::Reg sums[8];
+}
+
+// totals[key] = the sum over the lanes of scale * probs[key][lane], for one group of keys.
+template <class E, int kActive>
+FASTATTN_INLINE void weigh_group(const typename E::Scalar* probs, const typename E::Scalar* scale,
+                                 typename E::Scalar* totals) {
+  using V = typename E::V;
+  static_assert(E::kGroupKeys <= 8);
+  typename E::Reg sums[8];
 #pragma GCC unroll 8
-    for (int r = 0; r < 8; ++r) {
-      sums[r] = V::zero();
-      if (key + r < count) {
-        const auto* row = probs + (key + r) * E::kLanes;
+  for (int r = 0; r < 8; ++r) {
+    sums[r] = V::zero();
+    if (r < E::kGroupKeys) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kActive; ++v) {
-          sums[r] = V::fma(V::load(row + v * E::kWidth), factor[v], sums[r]);
-        }
+      for (int v = 0; v < kActive; ++v) {
+        sums[r] = V::fma(V::load(probs + r * E::kLanes + v * E::kWidth), V::load(scale + v * E::kWidth), sums[r]);
       }
     }
-    V::sum_lanes(sums, totals + key);
   }
+  V::sum_lanes(sums, totals);
 }
 
-// The same of lanes whose scale is no number: those keys alone that the lane sees.
+// The same where the scale of some lane is no number: it reaches those keys alone that the lane sees.
 template <class E>
-FASTATTN_NOINLINE void weigh_broken(const typename E::Scalar* probs, double scale, int64_t count,
-                                    typename E::Scalar* totals) {
-  for (int64_t key = 0; key < count; ++key) {
-    if (probs[key * E::kLanes] != 0) {
-      totals[key] += static_cast<typename E::Scalar>(probs[key * E::kLanes] * scale);
+FASTATTN_NOINLINE void weigh_broken(const Panel<E>& panel, const typename E::Scalar* probs,
+                                    const typename E::Scalar* scale, typename E::Scalar* totals) {
+  for (int r = 0; r < E::kGroupKeys; ++r) {
+    totals[r] = 0;
+    for (int lane = 0; lane < panel.live; ++lane) {
+      const auto prob = probs[r * E::kLanes + lane];
+      totals[r] += prob == 0 ? 0 : prob * scale[lane];
     }
   }
 }
@@ -173,62 +182,75 @@ inline int64_t bucket_of(const InsightParams& p, int64_t distance) {
   return low;
 }
 
-// Adds what `count` keys from `begin` on have received to the buckets of their distances. Eight keys and the rows of a
-// panel are mostly in one bucket.
+// Adds what the group of keys from `begin` on has received to the buckets of their distances. Eight keys and the rows
+// of a panel are mostly in one bucket.
 template <class E>
-FASTATTN_NOINLINE void add_distances(const InsightParams& p, const Panel<E>& panel, int64_t begin, int64_t count,
+FASTATTN_NOINLINE void add_distances(const InsightParams& p, const Panel<E>& panel, int64_t begin,
                                      const typename E::Scalar* probs, const typename E::Scalar* scale,
                                      const typename E::Scalar* totals, double* distances) {
-  for (int64_t key = 0; key < count; key += 8) {
-    const int64_t stop = min64(key + 8, count);
-    const int64_t nearest = bucket_of(p, panel.position[0] - (begin + stop - 1));
-    if (nearest == bucket_of(p, panel.position[panel.live - 1] - (begin + key))) {
-      for (int64_t i = key; i < stop; ++i) {
-        distances[nearest] += static_cast<double>(totals[i]);
-      }
+  const int64_t nearest = bucket_of(p, panel.position[0] - (begin + E::kGroupKeys - 1));
+  const bool one = nearest == bucket_of(p, panel.position[panel.live - 1] - begin);
+  for (int r = 0; r < E::kGroupKeys; ++r) {
+    if (one) {
+      distances[nearest] += static_cast<double>(totals[r]);
       continue;
     }
-    for (int64_t i = key; i < stop; ++i) {
-      for (int lane = 0; lane < panel.live; ++lane) {
-        const auto prob = static_cast<double>(probs[i * E::kLanes + lane]);
-        if (prob != 0) {
-          distances[bucket_of(p, panel.position[lane] - (begin + i))] += prob * static_cast<double>(scale[lane]);
-        }
+    for (int lane = 0; lane < panel.live; ++lane) {
+      const auto prob = static_cast<double>(probs[r * E::kLanes + lane]);
+      if (prob != 0) {
+        distances[bucket_of(p, panel.position[lane] - (begin + r))] += prob * static_cast<double>(scale[lane]);
       }
     }
   }
 }
 
-// What multiplies a block's probabilities to make them weights: the normaliser's inverse, and how far the shift has
-// come since.
-template <class E>
-inline void block_scales(const ForwardTask<E>& task, const Panel<E>& panel, int64_t block,
-                         const Normaliser* normalisers, typename E::Scalar* scale) {
-  using V = typename E::V;
+// Adds up the weights of a panel over its rows, for the keys of one block that it sees.
+template <class E, int kActive>
+FASTATTN_NOINLINE void add_block_mass(const InsightCall<E>& call, const Panel<E>& panel, int64_t block, int64_t begin,
+                                      int64_t end, const typename E::Scalar* inverse, const InsightPart<E>& part) {
   using Scalar = typename E::Scalar;
-  const auto to_log2 = V::set1(static_cast<Scalar>(task.plan.rules.to_log2()));
-  for (int v = 0; v < E::kVectors; ++v) {
-    const auto then = V::load((panel.keeps_all ? panel.block_shifts(block) : panel.shift) + v * E::kWidth);
-    const auto rise = V::mul(V::sub(then, V::load(panel.shift + v * E::kWidth)), to_log2);
-    V::store(scale + v * E::kWidth, exp2<V>(rise));
-  }
-  for (int lane = 0; lane < E::kLanes; ++lane) {
-    scale[lane] = lane < panel.live ? static_cast<Scalar>(scale[lane] * normalisers[lane].inverse) : 0;
+  alignas(64) Scalar scale[E::kLanes];
+  const Scalar* under = nullptr;  // the shifts that the scale is for
+  bool broken = false;
+  for (int64_t key = begin; key < end; key += E::kGroupKeys) {
+    const Scalar* shifts = panel.group_shifts(block, key - block);
+    if (under == nullptr || memcmp(shifts, under, sizeof scale) != 0) {
+      under = shifts;
+      find_scales<E>(panel, call.plan.forward.rules, shifts, inverse, scale);
+      broken = false;
+      for (int lane = 0; lane < panel.live; ++lane) {
+        broken |= scale[lane] - scale[lane] != 0;
+      }
+    }
+    const Scalar* probs = panel.block_probs(block) + (key - block) * E::kLanes;
+    alignas(64) Scalar totals[8];
+    if (FASTATTN_UNLIKELY(broken)) {
+      weigh_broken<E>(panel, probs, scale, totals);
+    } else {
+      weigh_group<E, kActive>(probs, scale, totals);
+    }
+    for (int r = 0; r < E::kGroupKeys; ++r) {
+      part.mass[key + r] += totals[r];
+    }
+    if (call.p.distance_mass != nullptr) {
+      add_distances<E>(call.p, panel, key, probs, scale, totals, part.distances);
+    }
   }
 }
 
-// Adds up the weights of a panel over its rows.
 template <class E>
-FASTATTN_NOINLINE void add_mass(const InsightCall<E>& call, const ForwardTask<E>& task, TileContext<E>& context,
-                                const Normaliser* normalisers, const InsightPart<E>& part) {
+inline void add_mass(const InsightCall<E>& call, const ForwardTask<E>& task, TileContext<E>& context,
+                     const Normaliser* normalisers, const InsightPart<E>& part) {
   using Scalar = typename E::Scalar;
   Panel<E>& panel = context.panel;
-  for (int lane = 0; lane < E::kLanes; ++lane) {  // where scores are computed again, under the shifts as they are
+  alignas(64) Scalar inverse[E::kLanes];
+  for (int lane = 0; lane < E::kLanes; ++lane) {
+    inverse[lane] = lane < panel.live ? static_cast<Scalar>(normalisers[lane].inverse) : 0;
+    // Where scores are computed again, shifts stay, and nothing is taken.
     panel.limit[lane] = panel.threshold[lane] = static_cast<Scalar>(__builtin_inf());
   }
-  alignas(64) Scalar scale[E::kLanes];
-  alignas(64) Scalar totals[E::kBlockKeys];
-  for (int64_t block = round_down(panel.first_min, E::kBlockKeys); block < panel.last_max; block += E::kBlockKeys) {
+  const auto add = panel.live > E::kWidth ? add_block_mass<E, E::kVectors> : add_block_mass<E, 1>;
+  for (int64_t block = panel.origin; block < panel.last_max; block += E::kBlockKeys) {
     int64_t begin;
     int64_t end;
     if (!seen_of_block<E>(task, panel, block, &begin, &end)) {
@@ -238,27 +260,7 @@ FASTATTN_NOINLINE void add_mass(const InsightCall<E>& call, const ForwardTask<E>
       prepare_block<E>(task, context, block, &begin, &end);
       score_block<E>(task, context, block_view<E>(task, block), begin, end);
     }
-    block_scales<E>(task, panel, block, normalisers, scale);
-    const Scalar* probs = panel.block_probs(block) + (begin - block) * E::kLanes;
-    alignas(64) Scalar sound[E::kLanes];
-    bool broken = false;
-    for (int lane = 0; lane < E::kLanes; ++lane) {
-      const bool finite = scale[lane] - scale[lane] == 0;
-      sound[lane] = finite ? scale[lane] : 0;
-      broken |= !finite;
-    }
-    (panel.live > E::kWidth ? weigh_keys<E, E::kVectors> : weigh_keys<E, 1>)(probs, sound, end - begin, totals);
-    for (int lane = 0; broken && lane < panel.live; ++lane) {
-      if (scale[lane] - scale[lane] != 0) {
-        weigh_broken<E>(probs + lane, scale[lane], end - begin, totals);
-      }
-    }
-    for (int64_t key = 0; key < end - begin; ++key) {
-      part.mass[begin + key] += totals[key];
-    }
-    if (call.p.distance_mass != nullptr) {
-      add_distances<E>(call.p, panel, begin, end - begin, probs, scale, totals, part.distances);
-    }
+    add(call, panel, block, begin, end, inverse, part);
   }
 }
 
@@ -285,34 +287,38 @@ inline double row_entropy(const Panel<E>& panel, const AttentionParams& p, const
   return entropy < 0 ? 0 : entropy;
 }
 
+// The weights of a row's keys, written with their numbers.
+template <class E>
+inline void write_top_keys(const InsightParams& p, const ScoreRules<E>& rules, const Panel<E>& panel, int lane,
+                           double inverse, int64_t* keys, typename E::Scalar* weights) {
+  using V = typename E::V;
+  using Scalar = typename E::Scalar;
+  ScoredKey* best = panel.candidates + lane * candidate_room(panel.top_k);
+  const int64_t count = sort_best(best, panel.count[lane], panel.top_k);
+  for (int64_t i = 0; i < p.top_k; ++i) {
+    keys[i] = i < count ? best[i].key : -1;
+    weights[i] = i < count ? static_cast<Scalar>(best[i].score) : 0;
+  }
+  for (int64_t i = 0; i < count; i += E::kWidth) {  // as the softmax has them
+    const int rest = static_cast<int>(min64(E::kWidth, count - i));
+    auto x = V::load_partial(weights + i, rest);
+    x = rules.natural ? x : V::mul(x, V::set1(rules.factor));
+    x = V::mul(V::sub(x, V::set1(panel.shift[lane])), V::set1(static_cast<Scalar>(rules.to_log2())));
+    x = V::mul(exp2<V>(x), V::set1(static_cast<Scalar>(inverse)));
+    V::store_partial(weights + i, V::min(V::set1(1), x), rest);  // one of all may come out at 1 + 2^-23
+  }
+}
+
 // Keys, weights and entropy of a panel's rows.
 template <class E>
-FASTATTN_NOINLINE void write_insight_rows(const InsightParams& p, const ScoreRules<E>& rules, Panel<E>& panel,
+FASTATTN_NOINLINE void write_insight_rows(const InsightParams& p, const ScoreRules<E>& rules, const Panel<E>& panel,
                                           const Normaliser* normalisers) {
-  using Scalar = typename E::Scalar;
-  using Result = Scalar;
+  using Result = typename E::Scalar;
   for (int lane = 0; lane < panel.live; ++lane) {
     const int64_t row = (panel.batch * p.forward.query_heads + panel.head[lane]) * p.forward.seqlen_q + panel.row[lane];
     static_cast<Result*>(p.entropy)[row] = static_cast<Result>(row_entropy<E>(panel, p.forward, rules, lane));
-    ScoredKey* candidates = panel.candidates + lane * candidate_room(panel.top_k);
-    int64_t count = panel.count[lane];
-    if (count > panel.top_k) {
-      keep_best(candidates, count, panel.top_k);
-      count = panel.top_k;
-    }
-    sort_best(candidates, count);
-    int64_t* keys = p.keys + row * p.top_k;
-    auto* weights = static_cast<Result*>(p.weights) + row * p.top_k;
-    for (int64_t i = 0; i < p.top_k; ++i) {
-      keys[i] = i < count ? candidates[i].key : -1;
-      weights[i] = 0;
-      if (i < count) {
-        auto score = static_cast<Scalar>(candidates[i].score);
-        score = rules.natural ? score : score * rules.factor;
-        const double above = static_cast<double>(score) - static_cast<double>(panel.shift[lane]);
-        weights[i] = static_cast<Result>(::exp2(above * rules.to_log2()) * normalisers[lane].inverse);
-      }
-    }
+    write_top_keys<E>(p, rules, panel, lane, normalisers[lane].inverse, p.keys + row * p.top_k,
+                      static_cast<Result*>(p.weights) + row * p.top_k);
   }
 }
 
@@ -345,6 +351,7 @@ void insight_task(void* opaque, int64_t index, int thread) {
     for (int i = 0; i < task.panels; ++i) {
       Normaliser normalisers[E::kLanes];
       Panel<E>& panel = *task.panel(i);
+      panel.finish(min64(panel.last_max, task.keys));
       finish_rows<E>(panel, task.p, task.plan.rules, task.rows.batch, normalisers);
       write_insight_rows<E>(call.p, task.plan.rules, panel, normalisers);
       TileContext<E> context = tile_context<E>(task, i);
@@ -363,21 +370,18 @@ void gather_mass(void* opaque, int64_t index, int /*thread*/) {
   const int64_t local_head = index / plan.forward.spans;
   const int64_t span = index % plan.forward.spans;
   const int64_t head = (call.forward.first_head + local_head) * plan.forward.spans + span;  // over batch and heads
-  const auto part = [&](int64_t group) { return InsightPart<E>::at(call, local_head, span, group); };
-  for (int64_t key = 0; key < p.seqlen_k; ++key) {
-    double sum = 0;
-    for (int64_t group = 0; group < plan.groups; ++group) {
-      sum += static_cast<double>(part(group).mass[key]);
-    }
-    static_cast<Result*>(call.p.key_mass)[head * p.seqlen_k + key] = static_cast<Result>(sum);
-  }
+  auto* key_mass = static_cast<Result*>(call.p.key_mass) + head * p.seqlen_k;
   const int64_t buckets = call.p.distance_mass == nullptr ? 0 : call.p.edge_count + 1;
-  for (int64_t bucket = 0; bucket < buckets; ++bucket) {
-    double sum = 0;
-    for (int64_t group = 0; group < plan.groups; ++group) {
-      sum += part(group).distances[bucket];
+  auto* distance_mass = static_cast<Result*>(call.p.distance_mass) + (buckets == 0 ? 0 : head * buckets);
+  for (int64_t group = 0; group < plan.groups; ++group) {
+    const InsightPart<E> part = InsightPart<E>::at(call, local_head, span, group);
+    for (int64_t key = 0; key < p.seqlen_k; ++key) {
+      key_mass[key] = group == 0 ? part.mass[key] : key_mass[key] + part.mass[key];
     }
-    static_cast<Result*>(call.p.distance_mass)[head * buckets + bucket] = static_cast<Result>(sum);
+    for (int64_t bucket = 0; bucket < buckets; ++bucket) {
+      const double before = group == 0 ? 0 : static_cast<double>(distance_mass[bucket]);
+      distance_mass[bucket] = static_cast<Result>(before + part.distances[bucket]);
+    }
   }
 }
 

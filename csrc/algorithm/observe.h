@@ -22,6 +22,9 @@ constexpr int64_t candidate_room(int64_t top_k) {
   return top_k + (top_k > kSpareCandidates ? top_k : kSpareCandidates);
 }
 
+// Blocks whose scores a panel keeps at its start, see Observation::take_first.
+constexpr int64_t kFirstBlocks = 4;
+
 template <class E, bool kObserves = E::kObserves>
 struct Observation {};  // of other engines' panels
 
@@ -29,7 +32,8 @@ template <class E>
 struct Observation<E, true> {
   using V = typename E::V;
   using Scalar = typename E::Scalar;
-  static constexpr int64_t kTiles = E::kBlockKeys / E::kGroupKeys;
+  static constexpr int64_t kFirstKeys = kFirstBlocks * E::kBlockKeys;
+  static constexpr int64_t kFirstGroups = kFirstKeys / E::kGroupKeys;
   static constexpr Scalar kLowest = -static_cast<Scalar>(__builtin_inf());
 
   // A score above the lane's threshold may be among its largest.
@@ -39,16 +43,15 @@ struct Observation<E, true> {
   int64_t count[E::kLanes];     // of candidates
   int64_t top_k;
   ScoredKey* candidates;  // [kLanes][candidate_room]
-  // Probabilities under the shift of their time, [key][kLanes]: of all keys from `origin` on, or of the running block.
+  // Probabilities, [key][kLanes], and the shifts that they are under, [group of keys][kLanes]: of all keys from
+  // `origin` on, or of the running block.
   Scalar* probs;
+  Scalar* shifts;
   int64_t origin;
   bool keeps_all;
-  Scalar* shifts;  // [block][kLanes], counted from `origin`: what the block's probabilities are under
-  // The first block that the panel visits is kept, so that its candidates can be told by all of it: they would else be
-  // half of all candidates of 2048 keys.
-  bool starting;
-  Scalar* first_scores;  // [kBlockKeys][kLanes]
-  Scalar* first_peaks;   // [kTiles][kLanes]
+  bool starting;         // the panel is in its first blocks
+  Scalar* first_scores;  // [kFirstKeys][kLanes]
+  Scalar* first_peaks;   // [kFirstGroups][kLanes], the largest of each group
 
   void start(int live) {
     for (int lane = 0; lane < E::kLanes; ++lane) {
@@ -60,57 +63,74 @@ struct Observation<E, true> {
     starting = true;
   }
 
-  void enter_block() {
+  void enter_block(int64_t block) {
     for (Scalar& sum : block_log) {
       sum = 0;
     }
-    for (int64_t i = 0; starting && i < kTiles * E::kLanes; ++i) {
-      first_peaks[i] = kLowest;
+    if (starting && block - origin < kFirstKeys) {
+      Scalar* peaks = group_peaks(block);
+      for (int64_t i = 0; i < E::kBlockKeys / E::kGroupKeys * E::kLanes; ++i) {
+        peaks[i] = kLowest;
+      }
     }
   }
 
-  // `shift` and `limit`: the panel's.
-  void leave_block(int64_t block, const Scalar* shift, const Scalar* limit) {
-    Scalar* own = block_shifts(block);
+  void leave_block(int64_t block) {
     for (int lane = 0; lane < E::kLanes; ++lane) {
       log_sum[lane] += block_log[lane];
-      own[lane] = limit[lane] == kLowest ? kLowest : shift[lane];  // of a lane that has seen nothing: any larger one
     }
+    if (starting && block + E::kBlockKeys - origin >= kFirstKeys) {
+      take_first(kFirstGroups);
+    }
+  }
+
+  // After the last block, of panels that have seen few.
+  void finish(int64_t end) {
     if (starting) {
-      take_first(block);
+      take_first(min64(round_up(end - origin, E::kBlockKeys), kFirstKeys) / E::kGroupKeys);
     }
   }
 
   Scalar* block_probs(int64_t block) const { return keeps_all ? probs + (block - origin) * E::kLanes : probs; }
-  Scalar* block_shifts(int64_t block) const { return shifts + (block - origin) / E::kBlockKeys * E::kLanes; }
+  Scalar* group_shifts(int64_t block, int64_t block_key) const {
+    return shifts + ((keeps_all ? block - origin : 0) + block_key) / E::kGroupKeys * E::kLanes;
+  }
+  // No lane sees the group. `shift`: the panel's.
+  void skip_group(int64_t block, int64_t block_key, const Scalar* shift) {
+    memset(block_probs(block) + block_key * E::kLanes, 0, sizeof(Scalar) * E::kGroupKeys * E::kLanes);
+    memcpy(group_shifts(block, block_key), shift, sizeof threshold);
+  }
+  Scalar* group_scores(int64_t key) const { return first_scores + (key - origin) * E::kLanes; }
+  Scalar* group_peaks(int64_t key) const { return first_peaks + (key - origin) / E::kGroupKeys * E::kLanes; }
 
   // A lane's shift rises by `lift` (log2), and what was summed under the old one falls by `scale`. `sums`: of
   // probabilities, of finished blocks and of the running one.
-  void raise(int lane, Scalar scale, double lift, const Scalar (&sums)[2], Scalar* block, int64_t begin, int64_t end) {
+  void raise(int lane, Scalar scale, double lift, const Scalar (&sums)[2]) {
     const auto fall = [&](Scalar log, Scalar sum) {  // where the scale is 0 the lift may be beyond all numbers
       return scale == 0 ? Scalar{0} : static_cast<Scalar>(scale * (log - lift * sum));
     };
     log_sum[lane] = fall(log_sum[lane], sums[0]);
     block_log[lane] = fall(block_log[lane], sums[1]);
-    for (int64_t key = begin; key < end; ++key) {
-      block[key * E::kLanes + lane] *= scale;
-    }
   }
 
   // Takes from a group of scores, [kGroupKeys][kLanes], those above their lanes' thresholds.
   FASTATTN_NOINLINE void take(const Scalar* scores, int64_t first_key) {
     for (int r = 0; r < E::kGroupKeys; ++r) {
+      const Scalar* row = scores + r * E::kLanes;
+      uint32_t lanes = 0;
+#pragma GCC unroll 4
       for (int v = 0; v < E::kVectors; ++v) {
         const auto limits = V::load(threshold + v * E::kWidth);
-        uint32_t lanes = V::bits(V::less(limits, V::load(scores + r * E::kLanes + v * E::kWidth)));
-        for (; lanes != 0; lanes &= lanes - 1) {
-          const int lane = v * E::kWidth + __builtin_ctz(lanes);
-          add(lane, scores[r * E::kLanes + lane], first_key + r);
-        }
+        lanes |= V::bits(V::less(limits, V::load(row + v * E::kWidth))) << (v * E::kWidth);
+      }
+      for (; lanes != 0; lanes &= lanes - 1) {
+        const int lane = __builtin_ctz(lanes);
+        add(lane, row[lane], first_key + r);
       }
     }
   }
 
+ private:
   void add(int lane, Scalar score, int64_t key) {
     const int64_t room = candidate_room(top_k);
     ScoredKey* own = candidates + lane * room;
@@ -121,36 +141,37 @@ struct Observation<E, true> {
     }
   }
 
-  // The first block is complete: as many of its groups as keys are wanted have a peak that is not below the threshold,
-  // so the keys of its largest scores are above it.
-  FASTATTN_NOINLINE void take_first(int64_t block) {
+  // Of the first blocks all scores are there: as many groups as keys are wanted have a peak that is not below the
+  // top_k-th largest peak, so no key below it is wanted. Else these keys would have most of the candidates.
+  FASTATTN_NOINLINE void take_first(int64_t groups) {
     starting = false;
-    if (top_k <= kTiles) {
-      for (int v = 0; v < E::kVectors; ++v) {
-        seed(v);
-      }
+    for (int v = 0; top_k <= groups && v < E::kVectors; ++v) {
+      seed(v, groups);
     }
-    for (int64_t tile = 0; tile < kTiles; ++tile) {
+    for (int64_t group = 0; group < groups; ++group) {
       bool any = false;
       for (int v = 0; v < E::kVectors; ++v) {
         const int64_t at = v * E::kWidth;
-        any |= V::any(V::less(V::load(threshold + at), V::load(first_peaks + tile * E::kLanes + at)));
+        any |= V::any(V::less(V::load(threshold + at), V::load(first_peaks + group * E::kLanes + at)));
       }
       if (any) {
-        take(first_scores + tile * E::kGroupKeys * E::kLanes, block + tile * E::kGroupKeys);
+        take(first_scores + group * E::kGroupKeys * E::kLanes, origin + group * E::kGroupKeys);
       }
     }
   }
 
- private:
-  // Thresholds just below the top_k-th largest of the first block's peaks, by insertion.
-  void seed(int v) {
-    alignas(64) Scalar best[kTiles * E::kWidth];
+  // Thresholds just below the top_k-th largest of the peaks, by insertion.
+  void seed(int v, int64_t groups) {
+    alignas(64) Scalar best[kFirstGroups * E::kWidth];
     for (int64_t i = 0; i < top_k * E::kWidth; ++i) {
       best[i] = kLowest;
     }
-    for (int64_t tile = 0; tile < kTiles; ++tile) {
-      auto peak = V::load(first_peaks + tile * E::kLanes + v * E::kWidth);
+    const Scalar* last = best + (top_k - 1) * E::kWidth;
+    for (int64_t group = 0; group < groups; ++group) {
+      auto peak = V::load(first_peaks + group * E::kLanes + v * E::kWidth);
+      if (!V::any(V::less(V::load(last), peak))) {
+        continue;
+      }
       for (int64_t place = 0; place < top_k; ++place) {
         const auto here = V::load(best + place * E::kWidth);
         V::store(best + place * E::kWidth, V::max(peak, here));
@@ -159,11 +180,10 @@ struct Observation<E, true> {
     }
     for (int i = 0; i < E::kWidth; ++i) {
       constexpr auto kPart = static_cast<Scalar>(sizeof(Scalar) == sizeof(double) ? 1e-14 : 1e-6);
-      const Scalar last = best[(top_k - 1) * E::kWidth + i];
-      const Scalar size = last < 0 ? -last : last;
+      const Scalar size = last[i] < 0 ? -last[i] : last[i];
       Scalar& limit = threshold[v * E::kWidth + i];
       if (limit == kLowest && size < -kLowest) {
-        limit = last - size * kPart - static_cast<Scalar>(1e-30);
+        limit = last[i] - size * kPart - static_cast<Scalar>(1e-30);
       }
     }
   }

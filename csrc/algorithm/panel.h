@@ -209,7 +209,7 @@ inline void enter_block(Panel<E>& panel, int64_t block) {
     panel.block_sum[lane] = 0;
   }
   if constexpr (E::kObserves) {
-    panel.enter_block();
+    panel.enter_block(block);
   }
 }
 

@@ -148,8 +148,7 @@ FASTATTN_NOINLINE void raise_shift(TileContext<E>& context, const typename E::Sc
     scales[lane] = static_cast<Scalar>(::exp2(-lift));
     rescales = true;
     if constexpr (E::kObserves) {
-      panel.raise(lane, scales[lane], lift, {panel.sum[lane], panel.block_sum[lane]}, panel.block_probs(panel.block),
-                  context.written, block_key);
+      panel.raise(lane, scales[lane], lift, {panel.sum[lane], panel.block_sum[lane]});
     }
     panel.sum[lane] *= scales[lane];
     panel.block_sum[lane] *= scales[lane];
@@ -223,10 +222,10 @@ FASTATTN_INLINE void observe_scores(TileContext<E>& context, Scores<E, kActive>&
   using V = typename E::V;
   Panel<E>& panel = context.panel;
   if (panel.starting) {
-    store_scores<E, kActive>(panel.first_scores + block_key * E::kLanes, s);
+    store_scores<E, kActive>(panel.group_scores(panel.block + block_key), s);
 #pragma GCC unroll 4
     for (int v = 0; v < kActive; ++v) {
-      V::store(panel.first_peaks + block_key / E::kGroupKeys * E::kLanes + v * E::kWidth, peak[v]);
+      V::store(panel.group_peaks(panel.block + block_key) + v * E::kWidth, peak[v]);
     }
     return;
   }
@@ -316,8 +315,10 @@ FASTATTN_INLINE void exponentiate(TileContext<E>& context, const Scores<E, kActi
   Panel<E>& panel = context.panel;
   const Reg factor = V::set1(context.rules.factor);
   Scalar* observed = nullptr;
+  Scalar* shifts = nullptr;
   if constexpr (E::kObserves) {
     observed = panel.block_probs(panel.block) + block_key * E::kLanes;
+    shifts = panel.group_shifts(panel.block, block_key);
   }
   constexpr int kPart = E::kRows < E::kWidth ? E::kRows : E::kWidth;  // lanes of a vector that stand in one strip
 #pragma GCC unroll 4
@@ -327,6 +328,7 @@ FASTATTN_INLINE void exponentiate(TileContext<E>& context, const Scores<E, kActi
     Reg log_sum = sum;
     if constexpr (E::kObserves) {
       log_sum = V::load(panel.block_log + v * E::kWidth);
+      V::store(shifts + v * E::kWidth, shift);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < E::kGroupKeys; r += E::kDepth) {

@@ -81,7 +81,7 @@ void write_top_keys(const InsightParams& p, int64_t row, SeenKeys seen, const In
       room.seen[count++] = room.seen[i];
     }
   }
-  sort_best(room.seen, count);
+  count = sort_best(room.seen, count, p.top_k);
   for (int64_t i = 0; i < p.top_k; ++i) {
     const int64_t key = i < count ? room.seen[i].key : -1;
     p.keys[row * p.top_k + i] = key;

