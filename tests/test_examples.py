@@ -130,7 +130,7 @@ def test_translate_with_caches_as_without():
 
 @pytest.mark.slow
 def test_translate_whole(tmp_path, monkeypatch):
-    """It translates, and reads each part where it stands: more than twice as much as if it looked anywhere."""
+    """It translates, and reads each part where it stands, at least twice as much as by chance."""
     models, draw = [], translate.draw
     monkeypatch.setattr(translate, "draw", lambda model, *rest: models.append(model) or draw(model, *rest))
     assert translate.main(["--out", str(tmp_path)]) > 0.95
