@@ -14,9 +14,10 @@ WIDE_ROWS = 64
 # summed up, do not fit into 255 registers with the gradients they are added to. Right, slow, and no more than
 # these bytes.
 SPILLED = {
-    ("key_gradient_kernel", "float32", 256): 416,
+    ("key_gradient_kernel", "float32", 256): 448,
     ("query_gradient_kernel", "float32", 256): 288,
     ("bias_gradient_kernel", "float32", 256): 424,
+    ("key_gradient_kernel", "float32", 128): 16,
     ("query_gradient_kernel", "float32", 128): 8,
     ("bias_gradient_kernel", "float32", 128): 32,
 }

@@ -309,7 +309,7 @@ class _Appended:
             self._settle()
 
     def _settle(self) -> None:
-        """The pages have the rows, and the layer lets go of them: those of a prompt are as large as its pages."""
+        """The pages have the rows: the layer lets go of them, which of a prompt are as large as its pages."""
         self.written = True
         if self.owner.last is self:
             self.owner.last = None
