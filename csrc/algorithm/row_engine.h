@@ -66,11 +66,13 @@ struct RowEngine {
   static constexpr int kHeadMultiple = kKeys;
   static constexpr int kQueryRows = kQueryRows_;
   static constexpr int kValueRows = kValueRows_;
-  static constexpr int kWideRows = kValueRows > 3 ? 3 : 0;  // the same with twice as many columns
   static constexpr bool kConvert = false;
   static constexpr bool kPacksValue = false;
   static constexpr bool kObserves = false;
   static constexpr bool kQuantised = !kSame<Source, Stored>;
+  // Keys are read in several streams, whose addresses take registers that decoding and float64 have none of.
+  static constexpr bool kStreams = !kQuantised && sizeof(Scalar) == 4;
+  static constexpr int kWideRows = kValueRows > 3 && !kQuantised ? 3 : 0;  // of values, with twice as many columns
 
   static void enter() {}
   static void leave() {}

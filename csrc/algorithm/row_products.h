@@ -158,10 +158,10 @@ FASTATTN_NOINLINE void dot_tile(typename E::Scalar* raw, const char* const* keys
   // One query has sums enough with eight keys; more share four, which they find in registers.
   constexpr int kKeyRows = kQueries == 1 ? 8 : 4;
   constexpr int kParts = E::kKeys / kKeyRows;
-  const int64_t ahead = tiles == 1 ? kRowsAhead<E> : kStreamRowsAhead<E>;
+  const int64_t step = E::kStreams ? kParts * tiles : kParts;
+  const int64_t ahead = E::kStreams && tiles > 1 ? kStreamRowsAhead<E> : kRowsAhead<E>;
   for (int64_t key = tile * kParts; key < (tile + 1) * kParts; ++key) {
-    dot_rows<E, kKeyRows, kQueries, kFetch>(raw + key, keys + key, kParts * tiles, ahead, query, head_dim,
-                                            query_stride);
+    dot_rows<E, kKeyRows, kQueries, kFetch>(raw + key, keys + key, step, ahead, query, head_dim, query_stride);
   }
 }
 
@@ -189,7 +189,7 @@ inline void multiply_rows(typename E::Scalar* raw, const Panel<E>& panel, const 
   static_assert(E::kKeys == 8);
   const int64_t stride = query_lanes<E>(head_dim);
   // Streams of keys, or where arithmetic takes longer one tile after the other.
-  const bool streams = sizeof(typename E::Stored) == sizeof(typename E::Scalar) || panel.live == 1;
+  const bool streams = E::kStreams && (sizeof(typename E::Stored) == sizeof(typename E::Scalar) || panel.live == 1);
   const int64_t step = streams ? 0 : E::kKeys;
   for (int64_t tile = 0; tile < tiles; ++tile, raw += step, keys += step) {
     for (int lane = 0; lane < panel.live;) {
@@ -210,7 +210,7 @@ FASTATTN_NOINLINE void add_rows(const typename E::Scalar* probs, const char* con
   using V = typename E::V;
   using Stored = typename E::Stored;
   constexpr int64_t kBytes = int64_t{kVectors} * E::kWidth * sizeof(Stored);
-  constexpr int kTogether = kVectors == 1 ? 1 : 2;  // vectors of a row that are widened at once
+  constexpr int kTogether = kVectors == 8 ? 2 : kVectors;  // vectors of a row that are in registers at once
   typename E::Reg sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -224,24 +224,23 @@ FASTATTN_NOINLINE void add_rows(const typename E::Scalar* probs, const char* con
     if (fetch) {
       prefetch_row(values[key + kRowsAhead<E>] + at * static_cast<int64_t>(sizeof(Stored)), kBytes);
     }
-    typename E::Reg prob[kRows];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      prob[r] = V::set1(probs[r * E::kBlockKeys + key]);
-    }
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; v += kTogether) {
       typename E::Reg x[kTogether];
-      if constexpr (kTogether == 2) {
-        V::load_two(row + v * E::kWidth, x[0], x[1]);
+      if constexpr (kTogether > 1) {
+#pragma GCC unroll 2
+        for (int i = 0; i < kTogether; i += 2) {
+          V::load_two(row + (v + i) * E::kWidth, x[i], x[i + 1]);
+        }
       } else {
         x[0] = kPartial ? V::load_partial(row, columns) : V::load(row);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
+        const auto prob = V::set1(probs[r * E::kBlockKeys + key]);
+#pragma GCC unroll 4
         for (int i = 0; i < kTogether; ++i) {
-          sum[r][v + i] = V::fma(prob[r], x[i], sum[r][v + i]);
+          sum[r][v + i] = V::fma(prob, x[i], sum[r][v + i]);
         }
       }
     }
