@@ -19,7 +19,7 @@ from rich.table import Table
 import fastattn as fa
 from tests.shapes import Case
 
-TITLES = ("", "attention, ms", "insight, ms", "ratio", "without a value", "ratio")
+TITLES = ("", "attention, ms", "insight, ms", "ratio", "no value, ms", "ratio")
 
 
 def cases(lengths: list[int]) -> list[Case]:
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> None:
                 f"{less / plain:.2f}",
             )
             table.add_row(f"{dtype} {case.name}", *times)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
 if __name__ == "__main__":

@@ -103,8 +103,10 @@ def tables_of(record: Record) -> dict[str, tables.Table]:
 def draw(record: Record, stem: Path) -> list[Path]:
     """Draw what the record has figures for, as PNG files that begin with `stem`."""
     drawn = []
+    cost = record.parts.get("cost")
+    alone = {"speedup"} if cost is not None and len(cost.settings.threads) < 2 else set()
     for name, (part, picture) in PICTURES.items():
-        if part in record.parts:
+        if part in record.parts and name not in alone:
             path = stem.with_name(f"{stem.name}-{name}.png")
             picture(record.parts[part]).savefig(path)
             drawn.append(path)
@@ -124,6 +126,11 @@ def rewrite(text: str, named: dict[str, Record]) -> str:
             new = f"<!-- table: {name} {result} -->\n{caption(record)}: {table.title}.\n\n{table.markdown()}"
             text = place.sub(lambda _, new=new: f"{new}<!-- /table -->\n", text)
     return text
+
+
+def places(text: str) -> list[str]:
+    """The results named by the tables."""
+    return list(dict.fromkeys(re.findall(r"<!-- table: \w+ (\S+) -->", text)))
 
 
 def caption(record: Record) -> str:

@@ -25,7 +25,8 @@ double keep_best(ScoredKey* keys, int64_t count, int64_t wanted) noexcept {
 int64_t sort_best(ScoredKey* keys, int64_t count, int64_t wanted) noexcept {
   const int64_t sorted = std::min(count, wanted);
   if (count > kFew) {
-    std::partial_sort(keys, keys + sorted, keys + count, IsBetter{});
+    std::nth_element(keys, keys + sorted - 1, keys + count, IsBetter{});
+    std::sort(keys, keys + sorted, IsBetter{});
     return sorted;
   }
   for (int64_t i = 1; i < count; ++i) {

@@ -45,26 +45,45 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = False
 napoleon_use_rtype = False
 
-# Pages of the root of the repository, by the page of the site that shows their text.
-ROOT_PAGES = {
+# Files outside this folder, by the page of the site that shows their text.
+ROOT = DOCS.parent
+PAGES = {
     "ARCHITECTURE.md": "project/architecture",
     "CONTRIBUTING.md": "project/contributing",
     "CHANGELOG.md": "project/changelog",
-    "README.md": "performance",
+    "README.md": "performance",  # its tables alone, which `python -m bench figures` writes
+    "examples/README.md": "examples",
 }
+_LINK = re.compile(r"(!?)\[([^]]*)\]\(([^)#\s]+)(#[^)]*)?\)")
 
 
-def mend_links(_: Sphinx, page: str, source: list[str]) -> None:
-    """Make links that are right where the sources are read lead somewhere on the site too."""
-    for name, shown in ROOT_PAGES.items():
-        if page == shown != "performance":
-            source[0] = (DOCS.parent / name).read_text().replace("](docs/", "](/")
-    if page == "performance":  # has the tables of the README, which `python -m bench figures` writes
-        readme = (DOCS.parent / "README.md").read_text()
-        source[0] += re.split(r"<!-- /?figures -->", readme)[1].replace("](docs/", "](/")
-    for name, shown in ROOT_PAGES.items():
-        source[0] = re.sub(rf"\]\((?:\.\./)*{re.escape(name)}", f"](/{shown}.md", source[0])
-    source[0] = re.sub(r"\[([^]]+)\]\(([./]+/bench/results/[^)]+)\)", r"{download}`\1 <\2>`", source[0])
+def read_page(_: Sphinx, page: str, source: list[str]) -> None:
+    """Take in the text of the file that a page shows; links lead on within the site where they can."""
+    source[0] = mend_links(source[0], (DOCS / page).parent)
+    for name in (name for name, shown in PAGES.items() if shown == page):
+        text = (ROOT / name).read_text()
+        if name == "README.md":
+            source[0] += mend_links(re.split(r"<!-- /?figures -->", text)[1], ROOT)
+        else:
+            source[0] = mend_links(text, (ROOT / name).parent)
+
+
+def mend_links(text: str, folder: Path) -> str:
+    """Turn links that are right for a reader of the file, which lies in `folder`, into those of the site."""
+
+    def mended(link: re.Match[str]) -> str:
+        image, shown, path, anchor = link[1], link[2], link[3], link[4] or ""
+        place = (folder / path).resolve()
+        if not place.exists() or ROOT not in place.parents:
+            return link[0]
+        name = place.relative_to(ROOT).as_posix()
+        if name in PAGES:
+            return f"[{shown}](/{PAGES[name]}.md{anchor})"
+        if DOCS in place.parents:
+            return f"{image}[{shown}](/{place.relative_to(DOCS).as_posix()}{anchor})"
+        return f"![{shown}](/../{name})" if image else f"{{download}}`{shown.strip('`')} </../{name}>`"
+
+    return _LINK.sub(mended, text)
 
 
 def mend_docstring(_: Sphinx, __: str, name: str, ___: object, ____: object, lines: list[str]) -> None:
@@ -91,6 +110,6 @@ def visit_math(translator: nodes.NodeVisitor, node: nodes.Element) -> None:
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("builder-inited", draw_pictures)
-    app.connect("source-read", mend_links)
+    app.connect("source-read", read_page)
     app.connect("autodoc-process-docstring", mend_docstring, priority=400)  # before napoleon
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))

@@ -39,6 +39,7 @@ CODES = {character: code for code, character in enumerate(CHARACTERS, 2)}
 TARGET_LENGTH = len("1984-03-03")
 
 FIRST, LAST = datetime.date(1900, 1, 1), datetime.date(2099, 12, 31)
+HELD_OUT = 2000  # of these 73,049 days
 SMALL = (
     "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth"
 )
@@ -169,23 +170,27 @@ def train(model: Translator, dates: Sequence[datetime.date], steps: int, rng: ra
 
 
 def split(rng: random.Random) -> tuple[list[datetime.date], list[datetime.date]]:
-    """All dates of two centuries: those to train on, and 2000 that only the test sees."""
+    """All dates of two centuries: those to train on, and those that only the test sees."""
     dates = [FIRST + datetime.timedelta(days) for days in range((LAST - FIRST).days + 1)]
     rng.shuffle(dates)
-    return dates[2000:], dates[:2000]
+    return dates[HELD_OUT:], dates[:HELD_OUT]
+
+
+def look(model: Translator, text: str) -> tuple[str, np.ndarray]:
+    """The translation, and the weights of each of its characters on those of the text, (HEADS, Lq, Lk)."""
+    with viz.record(model) as recording:
+        (translation,) = model.translate([text])
+    # One call a character, with one query each.
+    calls = recording.select("decoder.cross_attention")
+    return translation, np.concatenate([call.weights[0] for call in calls], axis=1)
 
 
 def draw(model: Translator, text: str, folder: Path) -> Path:
     """Draw where the decoder looked for each character it wrote, averaged over the heads."""
-    with viz.record(model) as recording:
-        (translation,) = model.translate([text])
+    translation, weights = look(model, text)
     print(f"   {text:<45} {translation}")
-    # One call a character, with one query each.
-    calls = recording.select("decoder.cross_attention")
-    weights = np.concatenate([call.weights for call in calls], axis=2)
-    figure = viz.heatmap(
-        weights, list(translation), list(text), head="mean", title="What each character was read from"
-    )
+    title = "What each character was read from"
+    figure = viz.heatmap(weights, list(translation), list(text), head="mean", title=title)
     return viz.save(figure, folder / "translate.png")
 
 

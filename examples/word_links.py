@@ -87,6 +87,7 @@ def draw(tokens: Sequence[str], maps: np.ndarray, query: int, names: Sequence[st
     rows = -(-len(maps) // columns)
     size = (0.3 + 3.4 * columns, 0.6 + rows * (0.5 + 0.19 * len(tokens)))
     figure = Figure(figsize=size, layout="constrained")
+    figure.get_layout_engine().set(wspace=0.12)  # the numbers of one map keep clear of the words of the next
     for axes, matrix, name in zip(figure.subplots(rows, columns).flat, maps, names, strict=False):
         viz.links(matrix, tokens, query=query, title=name, ax=axes)
     figure.suptitle(title, fontweight="bold")

@@ -266,7 +266,7 @@ def little(monkeypatch):
 def test_compare_prints_tables_and_draws(little, tmp_path):
     told = run("compare", "--out", str(tmp_path / "pictures"))
     for title in (
-        "milliseconds on 1 threads",
+        "milliseconds on 1 thread\n",
         "length from which on",
         "right answers by distance",
         "by kind of position",

@@ -235,6 +235,8 @@ def test_tables_say_what_was_measured() -> None:
     cost, recall, order = RESULTS
     assert tables.crossings(cost).rows[0] == ["full, forward, 1 thread", "100 (512)"]
     assert tables.times(cost).rows[0] == ["full, forward", "0.13 (2.0x)", "2.0 (2.0x)", "32.8 (2.0x)"]
+    alone = dataclasses.replace(cost, settings=dataclasses.replace(cost.settings, threads=(1,)))
+    assert tables.times(alone).rows[0] == ["full, forward", "0.26", "4.1", "65.5"]
     assert tables.memory(cost).rows[:2] == [["full, forward", "0.2", "1.0"], ["lstm, forward", "", ""]]
     assert tables.recall(recall).markdown() == (
         "|  | 5 | 50 |\n| --- | --: | --: |\n| full | 100% | 100% |\n| rnn | 100% | 10% |\n"
@@ -288,6 +290,9 @@ def test_the_command_keeps_prints_and_draws(tmp_path: Path, monkeypatch: pytest.
     assert tuple(kept.parts.values()) == RESULTS
     assert kept.run.machine["isa"] and kept.run.versions["torch"] == torch.__version__
     assert len(list(tmp_path.glob("*.png"))) == len(variants.PICTURES)
+    alone = dataclasses.replace(RESULTS[0], settings=dataclasses.replace(RESULTS[0].settings, threads=(1,)))
+    drawn = variants.draw(variants.Record(kept.run, {"cost": alone}), tmp_path / "alone")
+    assert [path.name for path in drawn] == ["alone-times.png", "alone-memory.png"]
     said = console.export_text()
     assert "100 (512)" in said and "99.0%" in said
 
@@ -295,9 +300,20 @@ def test_the_command_keeps_prints_and_draws(tmp_path: Path, monkeypatch: pytest.
     only = variants.Record(kept.run, {"recall": kept.parts["recall"]})
     new = variants.rewrite(text, {path.stem: only})
     assert f"<!-- table: recall {path.stem} -->" in new and "| rnn | 100% | 10% |" in new and "old" not in new
-    assert variants.rewrite(new, {path.stem: only}) == new
+    assert variants.rewrite(new, {path.stem: only}) == new and variants.places(new) == [path.stem]
     with pytest.raises(ValueError, match=r"no table 'times' in compare\.md"):
         variants.rewrite(text, {path.stem: kept})
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="not a result of 'variants'"):
         variants.Record.load(tmp_path / "other.json")
+
+
+def test_tables_of_the_document_are_those_of_the_results_kept() -> None:
+    pytest.importorskip("rich")
+    from bench import variants
+    from bench.results import find
+
+    text = variants.DOCUMENT.read_text()
+    named = {name: variants.Record.load(find(name)) for name in variants.places(text)}
+    assert {part for record in named.values() for part in record.parts} == set(variants.PARTS)
+    assert variants.rewrite(text, named) == text

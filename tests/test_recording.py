@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import threading
 from typing import Any
@@ -330,6 +331,25 @@ def test_other_threads_are_not_seen() -> None:
         assert not recording.layers
         model.first(X)
     assert len(recording.layers) == 1
+
+
+def test_tasks_are_seen_if_the_block_started_them() -> None:
+    model = Mixed()
+
+    async def call() -> None:
+        await asyncio.sleep(0)
+        model.first(X)
+
+    async def calls() -> list[int]:
+        before, counts = asyncio.create_task(call()), []
+        with record(model) as recording:
+            await before
+            counts.append(len(recording.layers))
+            await asyncio.create_task(call())
+            counts.append(len(recording.layers))
+        return counts
+
+    assert asyncio.run(calls()) == [0, 1]
 
 
 class _Llama:

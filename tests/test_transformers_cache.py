@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -357,6 +358,20 @@ def test_layers_can_be_looked_at():
 
 
 # --- refusals ----------------------------------------------------------------------------------------------
+
+
+def test_rows_are_kept_in_pages_alone():
+    model, kept = use(build(llama), "fastattn"), []
+
+    class Watched(PagedCache):
+        def update(self, key_states, value_states, *arguments: Any, **keywords: Any) -> Any:
+            kept.extend((weakref.ref(key_states), weakref.ref(value_states)))
+            return super().update(key_states, value_states, *arguments, **keywords)
+
+    cache = Watched(model.config)
+    with torch.no_grad():
+        model(**prompt(), past_key_values=cache)
+    assert kept and not any(rows() is not None for rows in kept)
 
 
 def test_a_pool_that_never_grows():

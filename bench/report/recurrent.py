@@ -18,9 +18,9 @@ _STYLES = {
     "full": ("#d55e00", "circle", "solid"),
     "causal": ("#e69f00", "triangle-up", "solid"),
     "window": ("#cc79a7", "diamond", "solid"),
-    "rnn": ("#666666", "x", "dash"),
-    "gru": ("#56b4e9", "cross", "dash"),
-    "lstm": ("#0072b2", "square", "dash"),
+    "rnn": ("#56b4e9", "x", "dash"),
+    "gru": ("#0072b2", "cross", "dash"),
+    "lstm": ("#009e73", "square", "dash"),
 }
 
 

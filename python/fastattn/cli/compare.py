@@ -57,7 +57,7 @@ def compare(
     """Compare a layer of attention with the recurrent networks that it replaced, on this machine.
 
     What it costs in time and memory over the length, how far back it remembers, and what it knows of order,
-    with each kind of position and with none. By default less of everything: about two minutes.
+    with each kind of position and with none. By default less of everything: about a minute.
     """
     with mendable(OSError):
         check_installed("torch", extra="torch")
@@ -83,7 +83,8 @@ def _measure(library: ModuleType, part: Part, full: bool) -> Any:
     kind = getattr(library, f"{part.value.capitalize()}Settings")
     settings = kind() if full else kind.quick()
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=err(), transient=True) as bars:
+    console = err()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         bar = bars.add_task(part.value)
 
         def tick(done: int, total: int, what: str) -> None:

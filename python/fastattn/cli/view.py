@@ -83,7 +83,8 @@ def _record(model: Any, tokenizer: Any, text: str) -> viz.Recording:
     length, most = inputs["input_ids"].shape[1], getattr(model.config, "max_position_embeddings", None)
     if most is not None and length > most:
         raise fail(f"--text has {length} tokens, and the model reads {most} at most")
-    tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
+    # One by one: the names of tokens in vocabularies of bytes are not readable beyond ASCII.
+    tokens = [tokenizer.decode([token]) for token in inputs["input_ids"][0].tolist()]
     with torch.inference_mode(), viz.record(model, tokens=tokens) as recording:
         model(**inputs)
     return recording

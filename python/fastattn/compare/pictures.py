@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastattn.compare.cost import Cost
 from fastattn.compare.layers import ATTENTION, RECURRENT
@@ -95,7 +95,7 @@ def draw_recall(recall: Recall) -> Figure:
     for place, kind in enumerate(settings.kinds):
         shift = 0.006 * ((len(settings.kinds) - 1) / 2 - place)  # lines that would hide each other
         _line(ax, kind, {distance: share + shift for distance, share in recall.accuracy(kind).items()})
-    _shares(ax, recall.chance, "guessing")
+    _shares(ax, recall.chance, "guessing", side="left")
     _lengths(ax, settings.distances)
     ax.set_xlabel("distance between symbol and question, rows")
     handles = [_handle(kind) for kind in settings.kinds]
@@ -192,12 +192,13 @@ def _mark_crossings(ax: Axes, cost: Cost, training: bool, threads: int) -> None:
         ax.text(0.98, 0.03, told, ha="right", fontsize=8.5, linespacing=1.4, transform=ax.transAxes)
 
 
-def _shares(ax: Axes, chance: float, told: str, least: float = 0.0) -> None:
-    """An axis of right answers from `least` up, with what guessing gives."""
+def _shares(
+    ax: Axes, chance: float, told: str, *, least: float = 0.0, side: Literal["left", "right"] = "right"
+) -> None:
+    """An axis of right answers from `least` up, with what guessing gives, told at one side."""
     ax.axhline(chance, color=_GREY, linewidth=1, linestyle="--")
-    ax.text(
-        0.995, chance + 0.015, told, ha="right", color=_GREY, fontsize=8, transform=ax.get_yaxis_transform()
-    )
+    x = 0.01 if side == "left" else 0.995
+    ax.text(x, chance + 0.015, told, ha=side, color=_GREY, fontsize=8, transform=ax.get_yaxis_transform())
     ax.set(ylim=(least, 1.05 - 0.03 * (least > 0)), ylabel="right answers")
     ax.grid(True, color="#e8e6e1", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)

@@ -28,16 +28,19 @@ class Table(NamedTuple):
 
 
 def times(cost: Cost) -> Table:
-    """Milliseconds on the most threads and, in brackets, the speed-up over the fewest."""
+    """Milliseconds on the most threads and, in brackets, the speed-up over the fewest where these differ."""
     few, many = cost.settings.threads[0], cost.settings.threads[-1]
     lengths = [length for length in cost.settings.lengths if length in _shown(cost.settings.lengths)]
     rows = []
     for training, told in _MODES:
         for kind in cost.settings.kinds:
             seconds, ratio = cost.seconds(kind, training, many), cost.speedup(kind, training)
-            cells = [f"{_milliseconds(seconds[n])} ({ratio[n]:.1f}x)" for n in lengths]
+            factors = [f" ({ratio[n]:.1f}x)" if many > few else "" for n in lengths]
+            cells = [_milliseconds(seconds[n]) + factor for n, factor in zip(lengths, factors, strict=True)]
             rows.append([f"{kind}, {told}", *cells])
-    title = f"milliseconds on {many} threads, and in brackets times as fast as on {few}"
+    title = f"milliseconds on {many} thread{'s' * (many > 1)}"
+    if many > few:
+        title += f", and in brackets times as fast as on {few}"
     return Table(title, ["", *[str(length) for length in lengths]], rows)
 
 

@@ -297,8 +297,8 @@ class _Pages:
 class _Appended:
     """The rows that a layer was given last: written when attention reads the pages, or before."""
 
-    def __init__(self, pages: _Pages, layer: int, key: torch.Tensor, value: torch.Tensor, start: int) -> None:
-        self.pages, self.layer, self.rows = pages, layer, (key, value)
+    def __init__(self, owner: _PagedLayer, key: torch.Tensor, value: torch.Tensor, start: int) -> None:
+        self.owner, self.pages, self.layer, self.rows = owner, owner.pages, owner.index, (key, value)
         self.start, self.end = start, start + key.shape[2]
         self.written = False
 
@@ -306,7 +306,13 @@ class _Appended:
         """Write the rows, unless they are."""
         if not self.written:
             self.pages.write(self.layer, *self.rows, self.start)
-            self.written = True
+            self._settle()
+
+    def _settle(self) -> None:
+        """The pages have the rows: the layer lets go of them, which of a prompt are as large as its pages."""
+        self.written = True
+        if self.owner.last is self:
+            self.owner.last = None
 
     def attend(
         self, query: torch.Tensor, starts: Sequence[int] | None, arguments: dict[str, Any]
@@ -329,7 +335,7 @@ class _Appended:
         out: torch.Tensor = attention_with_kvcache(
             query, **layer, **new, block_table=pages.block_table, cache_seqlens=lengths, **arguments
         )
-        self.written = True
+        self._settle()
         pages.written = max(pages.written, self.end)
         return out.transpose(1, 2).contiguous()
 
@@ -435,7 +441,7 @@ class _PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # of its _
         except OutOfPagesError:
             self.length = start
             raise
-        self.last = _Appended(self.pages, self.index, key, value, start)
+        self.last = _Appended(self, key, value, start)
         return PagedStates(self.last, 0), PagedStates(self.last, 1)
 
     def settle(self) -> None:
