@@ -158,10 +158,13 @@ FASTATTN_NOINLINE void dot_tile(typename E::Scalar* raw, const char* const* keys
   // One query has sums enough with eight keys; more share four, which they find in registers.
   constexpr int kKeyRows = kQueries == 1 ? 8 : 4;
   constexpr int kParts = E::kKeys / kKeyRows;
-  const int64_t step = E::kStreams ? kParts * tiles : kParts;
-  const int64_t ahead = E::kStreams && tiles > 1 ? kStreamRowsAhead<E> : kRowsAhead<E>;
-  for (int64_t key = tile * kParts; key < (tile + 1) * kParts; ++key) {
-    dot_rows<E, kKeyRows, kQueries, kFetch>(raw + key, keys + key, step, ahead, query, head_dim, query_stride);
+  // Streams of keys; or where arithmetic takes longer, neighbours.
+  constexpr bool kSpread = E::kStreams && (kQueries == 1 || sizeof(typename E::Stored) == sizeof(typename E::Scalar));
+  const int64_t step = kSpread ? kParts * tiles : 1;
+  constexpr int64_t kAhead = kSpread ? kStreamRowsAhead<E> : kRowsAhead<E>;
+  for (int part = 0; part < kParts; ++part) {
+    const int64_t key = kSpread ? tile * kParts + part : tile * E::kKeys + part * kKeyRows;
+    dot_rows<E, kKeyRows, kQueries, kFetch>(raw + key, keys + key, step, kAhead, query, head_dim, query_stride);
   }
 }
 
@@ -188,15 +191,11 @@ inline void multiply_rows(typename E::Scalar* raw, const Panel<E>& panel, const 
                           int64_t head_dim) {
   static_assert(E::kKeys == 8);
   const int64_t stride = query_lanes<E>(head_dim);
-  // Streams of keys, or where arithmetic takes longer one tile after the other.
-  const bool streams = E::kStreams && (sizeof(typename E::Stored) == sizeof(typename E::Scalar) || panel.live == 1);
-  const int64_t step = streams ? 0 : E::kKeys;
-  for (int64_t tile = 0; tile < tiles; ++tile, raw += step, keys += step) {
+  for (int64_t tile = 0; tile < tiles; ++tile) {
     for (int lane = 0; lane < panel.live;) {
       const int count = part_of(panel.live - lane, E::kQueryRows);
       const auto dot = lane == 0 ? dot_queries<E, true> : dot_queries<E, false>;
-      dot(count, raw + lane * E::kBlockKeys, keys, streams ? tile : 0, streams ? tiles : 1, panel.query + lane * stride,
-          head_dim, stride);
+      dot(count, raw + lane * E::kBlockKeys, keys, tile, tiles, panel.query + lane * stride, head_dim, stride);
       lane += count;
     }
   }
