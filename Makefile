@@ -106,13 +106,13 @@ demo: $(DONE)/demo
 # Each trains for some minutes and draws into examples/output.
 EXAMPLES := numpy_attention image translate language_model word_links
 examples: $(DONE)/examples-extra $(DONE)/minilm
-	@for name in $(EXAMPLES); do echo "==> examples/$$name.py"; $(BIN)/python examples/$$name.py $(ARGS) || exit 1; done
+	@for name in $(EXAMPLES); do echo "==> examples/$$name.py"; $(BIN)/python examples/$$name.py --out examples/output $(ARGS) || exit 1; done
 
 test: $(DONE)/test-extra
 	@echo "==> testing"
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-slow: $(DONE)/test-extra $(DONE)/minilm
+test-slow: $(DONE)/test-extra $(DONE)/docs-extra $(DONE)/minilm
 	@echo "==> testing what takes longer (some minutes)"
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 

@@ -75,7 +75,7 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "integrations": {
         *("functional", "varlen", "backends", "kvcache", "paged_cache", "problem", "observers"),
     },
-    "viz": {"functional", "insights", "problem", "strided", "float8", "integrations"},
+    "viz": {"functional", "insights", "problem", "strided", "vectors", "float8", "integrations"},
     "demo": {"__init__", "integrations", "viz"},
     "cli": {"__init__", "_config", "_core", "compare", "demo", "integrations", "viz"},
 }

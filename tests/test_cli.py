@@ -130,8 +130,8 @@ def test_explain_takes_bfloat16():
         (["--shape", "1,-1,1,1"], "'--shape': expected four sizes"),
         (["--shape", "1,1,1,1", "--dtype", "int8"], "'--dtype': "),
         (["--shape", "1,1,1,1", "--value-dim", "-1"], "'--value-dim': "),
-        (["--shape", "1,1,1,1", "--window", "3"], "'--window': expected two sizes, such as 255,0"),
-        (["--shape", "1,1,1,1", "--window=-3,0"], "'--window': expected two sizes, such as 255,0"),
+        (["--shape", "1,1,1,1", "--window", "3"], "'--window': expected LEFT,RIGHT, such as 255,0"),
+        (["--shape", "1,1,1,1", "--window=-3,0"], "'--window': expected LEFT,RIGHT, such as 255,0"),
         (
             ["--shape", "1,5,1,8", "--kv-heads", "2"],
             "query's heads must be a positive multiple of key's heads, got 5 and 2",
@@ -324,3 +324,21 @@ def test_nothing_is_unpickled():
                 looked_at += 1
                 assert keywords.get("use_safetensors") is True or "gguf_file" in keywords, path
     assert looked_at == 2  # the ways in which `fastattn view` loads a model
+
+
+def test_explain_of_what_no_call_could_do(environment):
+    assert "dimension" in words(run("explain", "--shape", f"1,1,{10**20},64", code=2).stderr)
+    environment.setenv("FASTATTN_BACKEND", "foo")
+    assert run("explain", "--shape", "1,1,1,8", code=1).stderr.startswith("error: FASTATTN_BACKEND")
+
+
+def test_a_measurement_that_fails_is_one_line(monkeypatch):
+    pytest.importorskip("torch")
+    from fastattn import compare
+
+    def fail(*_, **__):
+        raise RuntimeError("the process that measures memory\nended with -9")
+
+    monkeypatch.setattr(compare, "measure_order", fail)
+    told = run("compare", "--part", "order", code=1)
+    assert "the process that measures memory ended with -9" in told.output

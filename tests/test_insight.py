@@ -271,6 +271,28 @@ def test_nan_reaches_the_rows_that_see_it(kernel: Kernel) -> None:
     np.testing.assert_array_equal(np.isnan(look.key_mass[0, 0]), np.arange(60) <= 30)
 
 
+@pytest.mark.parametrize("backend", ["reference", "math"])
+def test_nan_is_the_mass_of_what_is_seen_elsewhere_too(backend: str) -> None:
+    query, key, value = Case("nan", 40, 63, 16, causal=True).tensors("float32")
+    query[0, 0, 10] = np.nan
+    options = {"causal": True, "query_offset": 20, "distances": [0, 5]}
+    expected = fa.insight(query, key, value, **options)
+    arrays = (query, key, value) if backend == "reference" else map(torch.from_numpy, (query, key, value))
+    look = fa.insight(*arrays, **options, backend=backend)
+    for found, right in ((look.key_mass, expected.key_mass), (look.distance_mass, expected.distance_mass)):
+        np.testing.assert_array_equal(np.isnan(np.asarray(found)), np.isnan(right))
+    assert np.isnan(expected.key_mass).sum() == 31
+
+
+@pytest.mark.parametrize("bound", [2**62 - 1, 2**62 - 16, 2**61])
+def test_windows_of_any_size(bound: int) -> None:
+    """Their sum may exceed 64 bits."""
+    query, key, _ = Case("far", 40, 5000, 16).tensors("float32")
+    look = fa.insight(query, key, window=(bound, bound))
+    expected = fa.insight(query, key)
+    assert_same_bits((look.keys, look.key_mass), (expected.keys, expected.key_mass))
+
+
 def test_bits_do_not_depend_on_threads_batch_or_heads(kernel: Kernel) -> None:
     rows = 40 if kernel.isa == "scalar" else 300
     case = Case("bits", rows, 2 * rows, 32, batch=2, query_heads=4, kv_heads=2, causal=True)

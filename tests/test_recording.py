@@ -133,7 +133,7 @@ class Mixed(nn.Module):
 
 def test_calls_of_one_layer_are_told_apart() -> None:
     model = Mixed()
-    with record(model, tokens="abcde") as recording:
+    with record(model, tokens=list("abcde")) as recording:
         model(X)
     assert [(layer.name, layer.call) for layer in recording.layers] == [
         ("first", 0),
@@ -520,3 +520,105 @@ def test_compiled_and_scripted_models_are_refused() -> None:
 def test_numbers_are_checked(option: dict[str, Any], error: type, message: str) -> None:
     with pytest.raises(error, match=message), viz.record(Mixed(), **option):
         pass
+
+
+def test_a_patch_of_somebody_else_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, calls = nn.MultiheadAttention(16, 4, batch_first=True), []
+    torchs = nn.functional.multi_head_attention_forward
+
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return torchs(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "multi_head_attention_forward", theirs)
+        with record(layer) as recording:
+            layer(X, X, X)
+        assert calls and len(recording.layers) == 1
+        assert nn.functional.multi_head_attention_forward is theirs
+
+
+def test_a_subclass_of_tensor_is_seen_once() -> None:
+    class Marked(torch.Tensor):
+        pass
+
+    layer = nn.MultiheadAttention(16, 4, batch_first=True)
+    marked = X.as_subclass(Marked)
+    with record(layer) as recording:
+        layer(marked, marked, marked)
+    assert len(recording.layers) == 1
+
+
+def test_a_task_that_outlasts_the_block_is_not_recorded() -> None:
+    layer, other = SelfAttention(16, 4), SelfAttention(16, 4)
+
+    async def later(go: asyncio.Event) -> None:
+        await go.wait()
+        layer(X)
+
+    async def main() -> None:
+        go = asyncio.Event()
+        with record(layer) as first:
+            task = asyncio.create_task(later(go))
+            layer(X)
+        with record(other) as second:
+            go.set()
+            await task
+        assert (len(first.layers), len(second.layers)) == (1, 0)
+
+    with pytest.raises(RuntimeError, match="no attention"):  # of the second block
+        asyncio.run(main())
+
+
+@pytest.mark.parametrize("dense_up_to", [0, 512])
+@pytest.mark.parametrize("rule", ["mask", "bias", "segment_ids"])
+def test_a_cache_with_room_and_another_rule(rule: str, dense_up_to: int) -> None:
+    """What has an axis of keys has all of it, the room for more as well."""
+    query, key = torch.randn(2, 2, 3, 8), torch.randn(2, 2, 16, 8)
+    lengths = torch.tensor([10, 8])
+    numbers = torch.randn(2, 1, 3, 16)
+    options: dict[str, Any] = {"causal": True, "kv_lengths": lengths, "query_offset": lengths - 3}
+    options[rule] = {
+        "mask": numbers > -1,
+        "bias": numbers,
+        "segment_ids": (torch.zeros(2, 3).long(), (torch.arange(16) % 5 == 1).long().expand(2, -1)),
+    }[rule]
+
+    class Model(nn.Module):
+        def forward(self) -> Any:
+            return fa.attention(query, key, key, **options)
+
+    model = Model()
+    with record(model, dense_up_to=dense_up_to, top_k=16) as recording:
+        model()
+    _, weights = fa.attention(query, key, key, **options, return_weights=True)
+    (seen,) = recording.layers
+    if dense_up_to:
+        np.testing.assert_allclose(seen.weights, weights.numpy(), **CLOSE)
+    else:
+        np.testing.assert_allclose(seen.insight.key_mass, weights.sum(2).numpy(), **CLOSE)
+    assert seen.causal
+
+
+def test_a_head_that_looks_ahead_a_little_is_not_causal() -> None:
+    """Even where its strongest key lies behind."""
+    query = torch.tensor([[1.0], [1.0]])[None, None]
+    key = torch.tensor([[9.0], [1.0]])[None, None]
+
+    class Model(nn.Module):
+        def forward(self) -> Any:
+            return fa.attention(query, key, key)
+
+    model = Model()
+    with record(model, dense_up_to=0, top_k=1) as recording:
+        model()
+    assert not recording.layers[0].causal
+
+
+def test_tokens_are_a_list() -> None:
+    with pytest.raises(TypeError, match="one string"), record(SelfAttention(16, 4), tokens="abcde"):
+        pass
+    layer = SelfAttention(16, 4)
+    with record(layer, dense_up_to=0, top_k=np.int64(2)) as recording:
+        layer(X)
+    assert recording.layers[0].insight.keys.shape[-1] == 2

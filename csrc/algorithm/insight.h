@@ -43,7 +43,10 @@ struct InsightCall {
 template <class E>
 inline int64_t seen_extent(const AttentionParams& p) {
   const bool windowed = p.window_left < kUnbounded && p.window_right < kUnbounded;
-  return windowed ? min64(p.seqlen_k, p.window_left + p.window_right + E::kLanes) : p.seqlen_k;
+  // Each first: the sum of two bounds may exceed 64 bits.
+  const int64_t left = min64(p.window_left, p.seqlen_k);
+  const int64_t right = min64(p.window_right, p.seqlen_k);
+  return windowed ? min64(p.seqlen_k, left + right + E::kLanes) : p.seqlen_k;
 }
 
 template <class E>

@@ -207,13 +207,14 @@ def each_insight(
         )
         keys = strongest_keys(scores, top_k)
         taken = np.take_along_axis(np.pad(weights, [(0, 0), (0, 1)]), keys, 1)  # key -1: the padding
+        seen = np.where(scores == -np.inf, 0, weights)  # of a row that is NaN, what it sees
         distance_mass: Floats | None = None
         if edges is not None:
             query_at, key_at = positions(problem, b)
             bucket = np.searchsorted(edges, query_at - key_at, "right")
-            distance_mass = np.bincount(bucket.ravel(), weights.ravel(), len(edges) + 1).astype(np.float64)
+            distance_mass = np.bincount(bucket.ravel(), seen.ravel(), len(edges) + 1).astype(np.float64)
         entropy = entropies(weights, -np.inf if problem.sinks is None else problem.sinks[h], scores)
-        yield (b, h), HeadInsight(keys, taken, entropy, weights.sum(0), out, distance_mass)
+        yield (b, h), HeadInsight(keys, taken, entropy, seen.sum(0), out, distance_mass)
 
 
 def strongest_keys(scores: Floats, top_k: int) -> NDArray[np.int64]:

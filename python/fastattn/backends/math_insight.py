@@ -64,7 +64,8 @@ def _look_at(
     rest = torch.exp(sinks(problem)[:, None] - torch.where(lse == -INF, INF, lse))  # the sink's share
     entropy = -torch.special.xlogy(weights, weights).sum(3) - torch.special.xlogy(rest, rest)
     outputs.entropy.array[:, :, rows] = entropy.clamp(min=0)
-    outputs.key_mass.array.add_(weights.sum(2))
+    seen = torch.where(scores != -INF, weights, 0)  # of a row that is NaN, what it sees
+    outputs.key_mass.array.add_(seen.sum(2))
     if outputs.out is not None:
         out = weighted_sum(weights, scores != -INF, value)
         if problem.layout == "bshd":
@@ -76,7 +77,7 @@ def _look_at(
         starts = torch.as_tensor(edges, device=scores.device)
         bucket = torch.bucketize(query_at - key_at, starts, right=True)
         for n in range(len(starts) + 1):  # not scatter_add, whose order is any on a GPU
-            outputs.distance_mass.array[:, :, n] += torch.where(bucket == n, weights, 0).sum((2, 3))
+            outputs.distance_mass.array[:, :, n] += torch.where(bucket == n, seen, 0).sum((2, 3))
 
 
 def _write_top_keys(scores: Tensor, weights: Tensor, outputs: InsightOutputs, rows: slice) -> None:

@@ -44,7 +44,7 @@ _PICTURES = {
 
 
 def compare(
-    full: Annotated[bool, typer.Option("--full", help="All of it: about twenty minutes.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="All of it: about half an hour.")] = False,
     parts: Annotated[
         list[Part] | None, typer.Option("--part", help="May be given more than once.", show_default="all")
     ] = None,
@@ -59,7 +59,7 @@ def compare(
     What it costs in time and memory over the length, how far back it remembers, and what it knows of order,
     with each kind of position and with none. By default less of everything: about a minute.
     """
-    with mendable(OSError):
+    with mendable(OSError, ValueError, RuntimeError):
         check_installed("torch", extra="torch")
         if folder is not None:
             check_installed("matplotlib", extra="viz")

@@ -62,7 +62,7 @@ def mendable(*errors: type[Exception]) -> Iterator[None]:
     except typer.Exit:  # which is a RuntimeError, and somebody's last word
         raise
     except caught as error:
-        raise fail(str(error)) from error
+        raise fail(" ".join(str(error).split())) from error
 
 
 def _console(stderr: bool) -> Console:

@@ -78,13 +78,19 @@ def explain(
         (batch, kv_heads, kv_length, value_dim or dim),
     )
     bounds = _window(window)
-    arrays = [_empty(sizes, dtype.value, device.value) for sizes in shapes]
     try:
+        arrays = [_empty(sizes, dtype.value, device.value) for sizes in shapes]
         found = fastattn.explain(
             *arrays, causal=causal, window=bounds, softcap=softcap, backend=backend and backend.value
         )
-    except (TypeError, ValueError) as error:  # the library's words name arguments as options do
-        raise usage("--shape", str(error)) from error
+    except (TypeError, ValueError, OverflowError) as error:
+        if str(error).startswith("FASTATTN_"):  # a variable that no call can use
+            raise fail(str(error)) from error
+        raise usage("--shape", str(error)) from error  # the library's words name arguments as options do
+    except typer.Exit:  # which is a RuntimeError
+        raise
+    except RuntimeError as error:
+        raise fail(str(error)) from error
     costs = cost(shapes, causal, bounds, arrays[0].dtype.itemsize)
     if as_json:
         about = {"call": found.call, "backend": found.backend, "details": dict(found.details)}
@@ -177,7 +183,10 @@ def _window(text: str | None) -> tuple[int | None, int | None] | None:
     except ValueError:
         left = right = -1
     if min(left or 0, right or 0) < 0:
-        raise usage("--window", f"expected two sizes, such as 255,0, or one of them, 255, got {text!r}")
+        raise usage(
+            "--window",
+            f"expected LEFT,RIGHT, such as 255,0, or 255, with no bound on the right: got {text!r}",
+        )
     return left, right
 
 

@@ -43,7 +43,7 @@ def gather() -> dict[str, Any]:
         with err().status("asking torch for GPUs"):
             import torch  # noqa: F401
 
-        del facts["GPU"]
+        facts.pop("GPU", None)  # not there where torch had been imported before
         facts |= _config.gpus()
         threads = _config.config()["threads"]
         if threads != facts["threads"]:

@@ -45,7 +45,7 @@ def view(
     text = sys.stdin.read() if text == "-" else text
     if not text.strip():
         raise usage("--text", "expected some words, got none")
-    with err().status(f"loading {model}") as status, mendable(OSError, ValueError, RuntimeError):
+    with err().status(f"loading {model}") as status, mendable(OSError, ValueError, TypeError, RuntimeError):
         loaded, tokenizer = _load(model)
         status.update("reading the text")
         recording = _record(loaded, tokenizer, text)

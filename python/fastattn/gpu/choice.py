@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from fastattn._flags import flag
 from fastattn.gpu import configs, hopper
 from fastattn.gpu.backward import backward
 from fastattn.gpu.call import Call, Gradients
@@ -52,13 +55,18 @@ def of_backward(call: Call, wanted: Gradients, grad_weights: Tensor | None, atom
         reasons.append("the weights have a gradient")
     if not reasons:
         return Kernel("hopper", on_hopper, _hopper_backward_tiles, {})
-    return Kernel("portable", portable, _backward_tiles, {"hopper": reasons})
+    return Kernel("portable", portable, partial(_backward_tiles, atomic), {"hopper": reasons})
+
+
+def adds_atomically() -> bool:
+    """Whether gradients of query are added up in any order: where the user asked for it."""
+    return flag("FASTATTN_ATOMIC") and not torch.are_deterministic_algorithms_enabled()
 
 
 def explained(call: Call) -> dict[str, str]:
     """What `fastattn.explain` prints: the kernels, there and back, and why it is none of the others."""
     rows = {}
-    ways = {"kernel": of_forward(call), "backward": of_backward(call, Gradients(), None, False)}
+    ways = {"kernel": of_forward(call), "backward": of_backward(call, Gradients(), None, adds_atomically())}
     for title, kernel in ways.items():
         tiles = ", ".join(f"{name} {value}" for name, value in kernel.tiles(call)._asdict().items())
         rows[title] = f"{kernel.name}: {tiles}"
@@ -98,8 +106,8 @@ class HopperTiles(NamedTuple):
     stages: int
 
 
-def _backward_tiles(call: Call) -> NamedTuple:
-    return configs.backward_keys(call, False)
+def _backward_tiles(atomic: bool, call: Call) -> NamedTuple:
+    return configs.backward_keys(call, False, atomic)
 
 
 def _hopper_tiles(call: Call) -> HopperTiles:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from fastattn._flags import flag
 from fastattn.arrays import Strided
 from fastattn.cache_problem import CacheUpdate
 from fastattn.cache_problem import Rotary as CacheRotary
@@ -75,10 +74,9 @@ def backward(problem: AttentionProblem, outputs: Outputs, incoming: Outputs, mem
     )
     if memory.bias is not None:
         memory = memory._replace(bias=_once(memory.bias))
-    atomic = flag("FASTATTN_ATOMIC") and not torch.are_deterministic_algorithms_enabled()
     with on_device(out.device):
         call, wanted = from_problem(problem), Gradients(*map(_optional, memory))
-        kernel = choice.of_backward(call, wanted, grad_weights, atomic)
+        kernel = choice.of_backward(call, wanted, grad_weights, choice.adds_atomically())
         kernel.launch(call, out, lse, grad_out, grad_lse)
 
 

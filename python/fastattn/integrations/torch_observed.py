@@ -17,7 +17,7 @@ from fastattn.integrations.torch_sdpa import as_problem
 
 _patching = threading.Lock()
 _patched = 0  # blocks in which torch's multi-head attention is replaced
-_multihead: Callable[..., Any] = torch.nn.functional.multi_head_attention_forward
+_multihead: Callable[..., Any] = torch.nn.functional.multi_head_attention_forward  # or who took its place
 _signature = inspect.signature(_multihead)
 
 
@@ -36,31 +36,36 @@ def multihead() -> Iterator[None]:
 
     Replaced, in this block alone, is torch's function for the whole process, which asks whose call it is.
     """
-    global _patched
+    global _patched, _multihead
+    functions = torch.nn.functional
     with _patching:
         _patched += 1
         if _patched == 1:
-            torch.nn.functional.multi_head_attention_forward = _observed_multihead
+            _multihead = functions.multi_head_attention_forward
+            functions.multi_head_attention_forward = _observed_multihead
     try:
         yield
     finally:
         with _patching:
             _patched -= 1
-            if not _patched:
-                torch.nn.functional.multi_head_attention_forward = _multihead
+            if not _patched and functions.multi_head_attention_forward is _observed_multihead:
+                functions.multi_head_attention_forward = _multihead
 
 
 @functools.wraps(_multihead)
 def _observed_multihead(*args: Any, **kwargs: Any) -> Any:
-    results = _multihead(*args, **kwargs)
-    if observers.watching():
-        call = _signature.bind(*args, **kwargs)
-        call.apply_defaults()
-        if call.arguments["need_weights"]:
-            # The same without weights and dropout goes through the function that tells.
-            call.arguments.update(need_weights=False, is_causal=False, training=False)
-            with torch.no_grad():
-                _multihead(*call.args, **call.kwargs)
+    if not observers.watching():
+        return _multihead(*args, **kwargs)
+    call = _signature.bind(*args, **kwargs)
+    call.apply_defaults()
+    if not call.arguments["need_weights"]:
+        return _multihead(*args, **kwargs)
+    with observers.silence():  # a subclass of Tensor is led here once more
+        results = _multihead(*args, **kwargs)
+    # The same without weights and dropout goes through the function that tells.
+    call.arguments.update(need_weights=False, is_causal=False, training=False)
+    with torch.no_grad():
+        _multihead(*call.args, **call.kwargs)
     return results
 
 

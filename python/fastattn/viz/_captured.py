@@ -51,7 +51,9 @@ def _captured(call: _Call, dense: bool, top_k: int) -> Captured:
         ahead = np.arange(call.key.shape[2]) > query_at
         return Captured(weights, None, not np.where(ahead, weights, 0).any())
     found = _insight(call, top_k)
-    return Captured(None, found, not (found.keys > query_at).any())
+    assert found.distance_mass is not None
+    ahead_mass = found.distance_mass[:, :, 0]
+    return Captured(None, found._replace(distance_mass=None), not ahead_mass.any())
 
 
 def _packed(problem: AttentionProblem, dense: bool, top_k: int) -> Captured:
@@ -76,12 +78,12 @@ def _packed(problem: AttentionProblem, dense: bool, top_k: int) -> Captured:
 
 
 def _insight(call: _Call, top_k: int) -> Insight:
-    arguments: dict[str, Any] = {"top_k": top_k, **call.rules}
+    arguments: dict[str, Any] = {"top_k": top_k, "distances": [0], **call.rules}
     try:
         found = insight(call.query, call.key, **arguments, backend="cpu")
     except NotImplementedError:  # a head dimension that no kernel reaches
         found = insight(call.query, call.key, **arguments, backend="reference")
-    return _without_output(found.keys, found.weights, found.entropy, found.key_mass)
+    return _without_output(*found[:4])._replace(distance_mass=found.distance_mass)
 
 
 def _without_output(keys: Any, weights: Any, entropy: Any, key_mass: Any) -> Insight:
@@ -102,7 +104,8 @@ def _weights(call: _Call) -> NDArray[np.float32]:
 def _read(problem: AttentionProblem) -> _Call:
     query, key = _floats(_tensor(problem.query)), _keys(problem)
     lengths, offset = _numbers(problem.kv_lengths), _numbers(problem.query_offset)
-    if lengths is not None and np.array_equal(offset, lengths - query.shape[2]):
+    alone = problem.mask is None and problem.bias is None and problem.segment_ids is None
+    if alone and lengths is not None and np.array_equal(offset, lengths - query.shape[2]):
         # A cache: queries stand at the end of what it holds, and the rest is room for more.
         key = key[:, :, : lengths.max(initial=0)]
     bounds = (problem.window_left, problem.window_right)

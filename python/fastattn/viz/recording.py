@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 from fastattn.insights import Insight
 from fastattn.problem import AttentionProblem
+from fastattn.strided import type_name
+from fastattn.vectors import is_integer
 from fastattn.viz._captured import captured
 
 if TYPE_CHECKING:
@@ -157,6 +159,8 @@ def record(
     """
     _check_count("dense_up_to", dense_up_to, 0)
     _check_count("top_k", top_k, 1)
+    if isinstance(tokens, str):
+        raise TypeError("tokens: expected a sequence of strings, one a token, got one string")
     _check_model(model)
     from fastattn.integrations.torch_sdpa_patch import observed
 
@@ -195,8 +199,8 @@ def _attending(names: dict[int, str]) -> str | None:
 
 
 def _check_count(name: str, given: Any, least: int) -> None:
-    if isinstance(given, bool) or not isinstance(given, int):
-        raise TypeError(f"{name} must be an integer, got {type(given).__name__}")
+    if not is_integer(given):
+        raise TypeError(f"{name} must be an integer, got {type_name(given)}")
     if given < least:
         raise ValueError(f"{name} must be at least {least}, got {given}")
 
