@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     """Train, test, draw; return the share of unseen dates that are translated without a mistake."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=1500, help="of training, 64 dates each (default: 1500)")
-    parser.add_argument("--text", default="saturday, the twenty-third of march, 1984", help="what is drawn")
+    parser.add_argument("--text", default="friday, the twenty-third of march, 1984", help="what is drawn")
     parser.add_argument("--seed", type=int, default=0, help="of weights, split and batches (default: 0)")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).with_name("output"), help="folder for the picture"
