@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 
 # Threads that wait by spinning make thousands of small calls slow on a machine that is busy otherwise.
@@ -10,10 +11,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import pytest
+import torch
 
 from browser import Browser, chromium
 from fastattn import _flags, _threads, dispatch, set_num_threads
 from kernels import KERNELS, Kernel
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws without a generator of its own, a module's weights say, is the same in every run."""
+    random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -433,7 +433,9 @@ class TestGraph:
         for layer, backend in ((linear, None), (twin, "math")):
             x = layer(self.query.detach())
             fa.attention(x, x, x, causal=True, backend=backend).square().sum().backward()
-        torch.testing.assert_close(linear.weight.grad, twin.weight.grad, rtol=1e-5, atol=1e-6)
+        # Sums over all rows: an entry near zero keeps the error of those that it is the difference of.
+        scale = twin.weight.grad.abs().max().item()
+        torch.testing.assert_close(linear.weight.grad, twin.weight.grad, rtol=0, atol=1e-5 * scale)
 
 
 def test_memory_grows_with_the_length_alone() -> None:
