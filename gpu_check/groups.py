@@ -191,6 +191,12 @@ def serving() -> list[Item]:
     return [*CHECKS, *flash.CHECKS]
 
 
+def insight() -> list[Item]:
+    from gpu_check.looks import CHECKS
+
+    return list(CHECKS)
+
+
 GROUPS: dict[str, Callable[[], Sequence[Item]]] = {
     "hopper-forward": lambda: hopper("forward"),
     "forward-bfloat16": lambda: rules("bfloat16"),
@@ -198,6 +204,7 @@ GROUPS: dict[str, Callable[[], Sequence[Item]]] = {
     "decode": decode,
     "torch": torch_checks,
     "serving": serving,
+    "insight": insight,
     "hopper-backward": lambda: hopper("backward"),
     "forward-float32": lambda: rules("float32"),
     "backward-float32": lambda: rules("float32", "backward"),
