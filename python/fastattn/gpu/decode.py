@@ -57,6 +57,7 @@ def decode(call: Call, out: Tensor, lse: Tensor | None, tiles: Tiles | None = No
             *levels,
             rules,
             batch * heads * seqlen_q,
+            blocks,
             kv_heads,
             seqlen_q,
             seqlen_k,
@@ -99,6 +100,7 @@ def chunk_kernel(
     totals,
     rules,
     all_rows,
+    blocks,
     kv_heads,
     seqlen_q,
     seqlen_k,
@@ -117,7 +119,6 @@ def chunk_kernel(
     """Attend to one chunk of the keys: `means` (chunks, rows, Dv), `levels` and `totals` (chunks, rows)."""
     chunks = tl.cdiv(tl.maximum(seqlen_k, 1), CHUNK)
     # Blocks of the same keys next to each other, so that all but one find them in the second-level cache.
-    blocks = tl.cdiv(seqlen_q * GROUP, BLOCK_M)
     block, place = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     chunk, batch_kv = place % chunks, place // chunks
     batch, kv_head = batch_kv // kv_heads, batch_kv % kv_heads

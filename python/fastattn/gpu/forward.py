@@ -275,24 +275,23 @@ def attend(
     values_at = key_base(value, rules, batch, kv_head, seqlen_k)
     factor = rules.scale * LOG2E if PLAIN else LOG2E
     if AHEAD:  # of a tile that need not exist
-        following = products(
-            q, keys_at, key, rules, batch, start, count, HEAD_DIM, BLOCK_DIM, PRECISION, BLOCK_N, True
-        )
+        k = load_keys(keys_at, key, rules, batch, start, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, True, True)
+        following = tl.dot(q, numbers_of(k, q.dtype), input_precision=PRECISION)
     for first in tl.range(start, end, BLOCK_N):
         first = tl.multiple_of(first, BLOCK_N)
         keys = first + tl.arange(0, BLOCK_N)
         if AHEAD:
             scores = following
-            next_first = tl.multiple_of(tl.minimum(first + BLOCK_N, end - BLOCK_N), BLOCK_N)
-            following = products(
-                q, keys_at, key, rules, batch, next_first, count,
-                HEAD_DIM, BLOCK_DIM, PRECISION, BLOCK_N, CHECKED,
-            )  # fmt: skip
+            first_ahead = tl.multiple_of(tl.minimum(first + BLOCK_N, end - BLOCK_N), BLOCK_N)
+            k = load_keys(
+                keys_at, key, rules, batch, first_ahead, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, True, CHECKED
+            )
+            following = tl.dot(q, numbers_of(k, q.dtype), input_precision=PRECISION)
         else:
-            scores = products(
-                q, keys_at, key, rules, batch, first, count,
-                HEAD_DIM, BLOCK_DIM, PRECISION, BLOCK_N, CHECKED,
-            )  # fmt: skip
+            k = load_keys(
+                keys_at, key, rules, batch, first, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, True, CHECKED
+            )
+            scores = tl.dot(q, numbers_of(k, q.dtype), input_precision=PRECISION)
         if rules.key_scales is not None:
             scores *= load_scales(rules.key_scales, rules, batch, kv_head, keys, count, seqlen_k)[None, :]
         if not PLAIN:
@@ -321,23 +320,3 @@ def attend(
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         level = highest
     return level, total, acc
-
-
-@triton.jit
-def products(
-    q,
-    keys_at,
-    key,
-    rules,
-    batch,
-    first,
-    count,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CHECKED: tl.constexpr,
-):
-    """Multiply the queries with BLOCK_N keys from `first`."""
-    k = load_keys(keys_at, key, rules, batch, first, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, True, CHECKED)
-    return tl.dot(q, numbers_of(k, q.dtype), input_precision=PRECISION)
