@@ -175,6 +175,7 @@ DECODE: dict[int, Tiles] = {
     64: Tiles(64, 64, 4, 3),
     128: Tiles(128, 128, 8, 3),
 }
+DECODE_SM120 = Tiles(64, 32, 4, 3)  # there, from 64 rows on: more columns leave no registers
 DECODE_RICH = Tiles(16, 32, 4, 1)  # also for float32
 DECODE_WIDE = Tiles(16, 32, 8, 1)  # for head dimensions above 128
 DECODE_QUANTISED = Tiles(16, 64, 4, 2)  # codes are made numbers by more threads; not measured

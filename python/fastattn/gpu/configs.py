@@ -11,6 +11,7 @@ from fastattn.gpu.config_tables import (
     DECODE_AHEAD,
     DECODE_QUANTISED,
     DECODE_RICH,
+    DECODE_SM120,
     DECODE_WIDE,
     FORWARD_AHEAD,
     FORWARD_QUANTISED,
@@ -97,6 +98,8 @@ def decode(call: Call) -> Tiles:
     if call.key_scale is not None:
         return DECODE_QUANTISED
     rows = padded(call.query.shape[2] * (call.query.shape[1] // call.key.shape[1]))
+    if gpu == "sm120" and rows >= DECODE_SM120.rows:
+        return DECODE_SM120
     return TABLES.decode[min(rows, {"gfx942": 32, "sm90": 128}.get(gpu, 64))]
 
 
