@@ -162,8 +162,9 @@ BIAS: dict[Numbers, Tiles] = {
     ("float32", 256): Tiles(16, 16, 8, 1),
 }
 
-# Of the forward over quantised caches, by columns, on every GPU, for queries of 16 bits; not measured.
+# Of the forward over quantised caches, by columns, for queries of 16 bits; not measured.
 FORWARD_QUANTISED = {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 8, 1)}
+FORWARD_QUANTISED_GFX942 = FORWARD_QUANTISED | {256: Tiles(64, 16, 8, 1)}
 
 # Of the backward with ids of segments, for 16 bits and up to 128 columns, on every GPU; not measured.
 BACKWARD_SEGMENTS = Tiles(32, 16, 8, 1)

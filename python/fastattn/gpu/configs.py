@@ -15,6 +15,7 @@ from fastattn.gpu.config_tables import (
     DECODE_WIDE,
     FORWARD_AHEAD,
     FORWARD_QUANTISED,
+    FORWARD_QUANTISED_GFX942,
     Gradients,
     Tiles,
     Uses,
@@ -76,7 +77,8 @@ def _forward_over_cache(call: Call, uses: Uses) -> Tiles:
     """Addresses of rows, and codes, take registers."""
     is_half = _numbers(call) == "half"
     if is_half and call.key_scale is not None:
-        return FORWARD_QUANTISED[_columns(call)]
+        is_amd = kind_of_gpu(call.query) == "gfx942"
+        return (FORWARD_QUANTISED_GFX942 if is_amd else FORWARD_QUANTISED)[_columns(call)]
     return uses.placed if is_half and _columns(call) == 128 else uses.rich
 
 
