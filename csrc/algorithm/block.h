@@ -38,20 +38,27 @@ struct ForwardTask {
 // Method::rows: finds every row of the block, wherever it stands.
 template <class E>
 inline void list_block(const ForwardTask<E>& task, KeyValueView& view) {
-  constexpr int64_t kRows = E::kBlockKeys + kRowsAhead<E>;
+  RowTable<E>& table = task.table();
+  constexpr int64_t kNext = sizeof table.next / sizeof *table.next;
   constexpr auto kSize = static_cast<int64_t>(sizeof(typename E::Stored));
   const AttentionParams& p = task.p;
-  RowTable<E>& table = task.table();
   const auto list = [&](bool copied, const char* row, int64_t step, const void* tensor, const int64_t* strides,
                         const char** rows) {
     if (copied) {
-      list_copied_rows(row, step, task.block_end(view.start) - view.start, kRows, rows);
+      list_copied_rows(row, step, task.block_end(view.start) - view.start, E::kBlockKeys, rows);
     } else {
-      list_rows(p, tensor, strides, kSize, task.rows.batch, task.rows.kv_head, view.start, task.keys, kRows, rows);
+      list_rows(p, tensor, strides, kSize, task.rows.batch, task.rows.kv_head, view.start, task.keys, E::kBlockKeys,
+                rows);
     }
   };
   list(task.plan.layout.pack_key, view.key, view.key_stride, p.key, p.key_strides, table.keys);
   list(task.plan.layout.pack_value, view.value, view.value_stride, p.value, p.value_strides, table.values);
+  const int64_t next = view.start + E::kBlockKeys;
+  if (task.plan.layout.pack_key || next >= task.keys) {
+    list_copied_rows(table.keys[0], 0, 1, kNext, table.next);
+  } else {
+    list_rows(p, p.key, p.key_strides, kSize, task.rows.batch, task.rows.kv_head, next, task.keys, kNext, table.next);
+  }
   if constexpr (E::kQuantised) {
     list_scales<E>(p, task.rows.batch, task.rows.kv_head, view.start, task.block_end(view.start), table);
   }
@@ -233,6 +240,11 @@ inline BlockExtent<E> score_rows(const ForwardTask<E>& task, TileContext<E>& con
   if constexpr (E::kQuantised) {
     scales[0] = task.table().key_scales;
     scales[1] = task.table().value_scales;
+  }
+  if (E::Dot::kPairsValues && &context.panel == task.panel(0)) {
+    context.fetch = {view.value_rows + (spreads_keys<E>(context.panel.live) ? kStreamRowsAhead<E> : kRowsAhead<E>),
+                     rows_of_softmax<E>(context.panel.live),
+                     task.p.value_dim * static_cast<int64_t>(sizeof(typename E::Stored))};
   }
   row_softmax<E>(context, extent.begin, extent.end, hides, scales);
   return extent;

@@ -13,7 +13,8 @@ struct WideDot {
   using Reg = typename V::Reg;
   static constexpr int kElements = V::kWidth;  // of a row, in a vector
   static constexpr bool kScaleQuery = true;
-  static constexpr bool kWords = false;  // queries and probabilities become integers
+  static constexpr bool kWords = false;        // queries and probabilities become integers
+  static constexpr bool kPairsValues = false;  // probabilities are multiplied by two keys' values at once
   static FASTATTN_INLINE Reg load(const Stored* row) { return V::load(row); }
   static FASTATTN_INLINE Reg load_partial(const Stored* row, int count) { return V::load_partial(row, count); }
   static FASTATTN_INLINE Reg run(Reg key, Reg query, Reg sum) { return V::fma(key, query, sum); }

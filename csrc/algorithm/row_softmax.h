@@ -98,6 +98,7 @@ FASTATTN_NOINLINE void exponentiate_rows(TileContext<E>& context, int64_t begin,
   using V = typename E::V;
   using Scalar = typename E::Scalar;
   Panel<E>& panel = context.panel;
+  Fetch fetch = context.fetch;
   for (int lane = 0; lane < panel.live; ++lane) {
     Scalar* row = context.probs + lane * E::kBlockKeys;
     const auto shift = V::set1(panel.shift[lane]);
@@ -110,6 +111,7 @@ FASTATTN_NOINLINE void exponentiate_rows(TileContext<E>& context, int64_t begin,
       const auto prob = E::Product::power(x);
       sum = V::add(sum, prob);
       V::store(row + key, prob);
+      fetch.step();
     }
     Scalar lanes[E::kWidth];
     V::store(lanes, sum);

@@ -63,6 +63,7 @@ struct TileContext {
   bool edge;                                        // the tile reaches past what some lane may see by the rules
   int64_t written;                                  // first key of the block whose probabilities have been written
   alignas(64) typename E::Scalar peaks[E::kLanes];  // largest scores of the block
+  Fetch fetch{};                                    // Method::rows
 };
 
 // The rows of one tile of keys.
