@@ -161,7 +161,7 @@ site: $(DONE)/docs-extra
 	@$(BIN)/python -m sphinx -q -E -W --keep-going docs build/docs
 
 docs: $(DONE)/test-extra site
-	@$(BIN)/python -m pytest tests/test_docs.py
+	@$(BIN)/python -m pytest tests/test_docs.py tests/test_docs_commands.py
 
 PYTHON_DIRS := $(wildcard python tests bench docs examples gpu_check)
 
