@@ -21,6 +21,7 @@ pytest.importorskip("rich")
 import typer
 from typer.testing import CliRunner
 
+from fastattn import _config
 from fastattn.cli import app
 from test_docs import DOCUMENTS, ROOT, document_id
 
@@ -32,6 +33,8 @@ RESULT = re.compile(r"([a-z]+)-\d{8}-\d{6}")
 # Commands that begin so are run; those of some seconds and more in `make test-slow`.
 MOMENTS = ("fastattn --help", "fastattn info", "fastattn explain", "python examples/numpy_attention.py")
 LONGER = ("fastattn compare --part", "fastattn view --text The", "python examples/word_links.py")
+PROGRAMS = "build/cpp/tests/cpp/"
+VARIABLES = {*_config.VARIABLES, "TRITON_INTERPRET"}
 # Blocks without a language: what checks them.
 PLAIN = {
     "ARCHITECTURE.md": "test_architecture.py",
@@ -137,27 +140,62 @@ def pip_install(words: Words, run: bool) -> None:
             assert word in ("--no-deps", *MODELS), word
 
 
+def python_code(words: Words, run: bool) -> None:
+    """``python -c``: what Python can compile."""
+    compile(words[2], "<command>", "exec")
+
+
+def pytest_of(words: Words, run: bool) -> None:
+    """``python -m pytest``: files and folders that there are."""
+    assert (ROOT / words[3]).exists(), words[3]
+
+
+def cmake(words: Words, run: bool) -> None:
+    """``cmake``, or a program that it makes: options and programs of the CMakeLists."""
+    options = re.findall(r"^option\((\w+)", (ROOT / "CMakeLists.txt").read_text(), re.MULTILINE)
+    programs = re.findall(
+        r"^add_executable\((\w+)", (ROOT / "tests/cpp/CMakeLists.txt").read_text(), re.MULTILINE
+    )
+    assert {word[2:].split("=")[0] for word in words if word.startswith("-D")} <= set(options)
+    named = [words[words.index("--target") + 1]] if "--target" in words else []
+    named += [words[0].removeprefix(PROGRAMS)] if words[0] != "cmake" else []
+    assert set(named) <= set(programs)
+
+
 RULES: dict[str, Callable[[Words, bool], str | None]] = {
     "fastattn": fastattn,
     "make": make,
     "pip install": pip_install,
     "python -m bench": bench,
+    "python -m pytest": pytest_of,
+    "python -c": python_code,
     "python": program,
+    "cmake": cmake,
+    f"{PROGRAMS}exp2_test": cmake,
 }
+
+
+def part(words: Words, sign: str) -> tuple[Words, Words]:
+    """What is before a sign, and what behind it."""
+    place = words.index(sign) if sign in words else len(words)
+    return words[:place], words[place + 1 :]
 
 
 def check(words: Words, run: bool) -> None:
     """By the rule with the longest name that it begins with; what comes behind a pipe is a field of JSON."""
-    pipe = words.index("|") if "|" in words else len(words)
-    words, piped = words[:pipe], words[pipe + 1 :]
-    files = min((words.index(sign) for sign in "<>" if sign in words), default=len(words))
-    words = words[:files]
+    words, others = part(words, "&&")
+    if others:
+        check(others, run)
+    words, piped = part(words, "|")
+    words, _ = part(part(words, ">")[0], "<")
+    while "=" in words[0]:
+        assert words.pop(0).split("=")[0] in VARIABLES
     fitting = [name for name in RULES if words[: len(name.split())] == name.split()]
     assert fitting, f"no rule for: {shlex.join(words)}"
     printed = RULES[max(fitting, key=len)](words, run)
     if piped:
         jq, field = piped
-        assert jq == "jq" and json.loads(printed)[field.removeprefix(".")]
+        assert jq == "jq" and json.loads(printed or "")[field.removeprefix(".")]
 
 
 @pytest.fixture(autouse=True)
@@ -187,7 +225,10 @@ def test_explain_prints_what_is_shown() -> None:
     assert here == there
 
 
-def test_every_block_has_a_rule() -> None:
+def test_every_block_is_fenced_and_has_a_rule() -> None:
+    for path in DOCUMENTS:
+        unfenced = BLOCK.sub("", path.read_text())
+        assert re.findall(r"^\n {4}.*", unfenced, re.MULTILINE) == [], path
     kinds = {kind for path in DOCUMENTS for kind, _ in BLOCK.findall(path.read_text())}
     assert kinds <= {"python", "{toctree}", "sh", ""}  # the first two by test_docs.py
     assert {document_id(path) for path in DOCUMENTS if blocks(path, "")} == set(PLAIN)
@@ -217,6 +258,12 @@ def test_named_extras_exist() -> None:
         "python -m bench.overheads",
         "python examples/numpy_attention.py --word it",
         "python examples/pictures.py",
+        "cmake -S . -DFASTATTN_TEST=ON",
+        "cmake --build build/cpp --target exp",
+        "FASTATTN_ISAS=avx2 fastattn info",
+        "fastattn info && fastattn infos",
+        "python -m pytest tests/nothing",
+        "python -c 'import'",
         "pytest tests",
     ],
 )
