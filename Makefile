@@ -71,7 +71,7 @@ $(FILES): $(DONE)/venv
 EDITABLE = install --no-build-isolation -Cbuild-dir=$(BUILD) $(if $(wildcard $(DONE)/dev),-Ceditable.rebuild=true)
 
 $(DONE)/package: $(DONE)/build-tools $(FILES) CMakeLists.txt pyproject.toml $(CSRC)
-	@echo "==> compiling and installing fastattn (about a minute the first time)"
+	@echo "==> compiling and installing fastattn (three to four minutes on two cores the first time)"
 	@$(PIP) $(EDITABLE) -e .
 	@touch $@
 
