@@ -98,7 +98,7 @@ def load(names: list[str]) -> tuple[list[Row], Run]:
             rows[row.name, row.dtype, row.top_k] = row
         del content["schema"]
         run = Run(**content)
-    return list(rows.values()), run
+    return sorted(rows.values(), key=lambda row: (row.top_k, DTYPES.index(row.dtype))), run
 
 
 def save(run: Run, rows: list[Row], path: Path | None = None) -> Path:
