@@ -140,6 +140,20 @@ FASTATTN_NOINLINE void find_scales(const Panel<E>& panel, const ScoreRules<E>& r
   }
 }
 
+// Shifts are never NaN.
+template <class E>
+FASTATTN_INLINE bool shifts_differ(const typename E::Scalar* a, const typename E::Scalar* b) {
+  using V = typename E::V;
+  bool differ = false;
+#pragma GCC unroll 4
+  for (int v = 0; v < E::kVectors; ++v) {
+    const auto one = V::load(a + v * E::kWidth);
+    const auto other = V::load(b + v * E::kWidth);
+    differ |= V::any(V::less(one, other)) || V::any(V::less(other, one));
+  }
+  return differ;
+}
+
 // totals[key] = the sum over the lanes of scale * probs[key][lane], for one group of keys.
 template <class E, int kActive>
 FASTATTN_INLINE void weigh_group(const typename E::Scalar* probs, const typename E::Scalar* scale,
@@ -215,7 +229,7 @@ FASTATTN_NOINLINE void add_block_mass(const InsightCall<E>& call, const Panel<E>
   bool broken = false;
   for (int64_t key = begin; key < end; key += E::kGroupKeys) {
     const Scalar* shifts = panel.group_shifts(block, key - block);
-    if (under == nullptr || memcmp(shifts, under, sizeof scale) != 0) {
+    if (under == nullptr || shifts_differ<E>(shifts, under)) {
       under = shifts;
       find_scales<E>(panel, call.plan.forward.rules, shifts, inverse, scale);
       broken = false;

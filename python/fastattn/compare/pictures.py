@@ -137,8 +137,9 @@ _PICTURES: dict[str, dict[str, Callable[[Any], Figure]]] = {
 def of_part(part: str, result: Cost | Recall | Order) -> Iterator[tuple[str, Figure]]:
     """All pictures of what was compared, "cost", "recall" or "order", with their names."""
     for name, draw in _PICTURES[part].items():
-        if name != "speedup" or len(result.settings.threads) > 1:
-            yield name, draw(result)
+        if name == "speedup" and isinstance(result, Cost) and len(result.settings.threads) < 2:
+            continue
+        yield name, draw(result)
 
 
 def _figure(width: float, height: float) -> Figure:
