@@ -108,6 +108,11 @@ CONTESTANTS: dict[str, Prepare] = {
     "portable atomic": _ours(Kernels("portable", atomic=True)),
     "hopper": _ours(Kernels("hopper")),
     "decode": _ours(Kernels("decode")),
+    **{
+        f"{name} ahead {number}": _ours(Kernels(name, ahead=number))
+        for name in ("portable", "decode")
+        for number in (1, 2)
+    },
     "cudnn": _sdpa("cudnn"),
     "flash": _sdpa("flash"),
     "cudnn folded": _folded("cudnn"),

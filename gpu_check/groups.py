@@ -122,6 +122,7 @@ def decode() -> list[Check]:
         Case(
             "decode-splits-16-window", 16, 5000, 64, query_heads=8, kv_heads=2, causal=True, window=(1000, 0)
         ),
+        Case("decode-blocks", 40, 3000, 128, query_heads=8, kv_heads=1, causal=True),
         Case("decode-sinks", 4, 3001, 64, batch=2, query_heads=8, kv_heads=2, causal=True, arrays=("sinks",)),
         Case("decode-alibi", 1, 3001, 80, query_heads=8, kv_heads=2, causal=True, arrays=("alibi_slopes",)),
         Case("decode-bias", 3, 2000, 128, query_heads=4, kv_heads=4, arrays=("bias",)),
@@ -191,6 +192,12 @@ def serving() -> list[Item]:
     return [*CHECKS, *flash.CHECKS]
 
 
+def insight() -> list[Item]:
+    from gpu_check.looks import CHECKS
+
+    return list(CHECKS)
+
+
 GROUPS: dict[str, Callable[[], Sequence[Item]]] = {
     "hopper-forward": lambda: hopper("forward"),
     "forward-bfloat16": lambda: rules("bfloat16"),
@@ -198,6 +205,7 @@ GROUPS: dict[str, Callable[[], Sequence[Item]]] = {
     "decode": decode,
     "torch": torch_checks,
     "serving": serving,
+    "insight": insight,
     "hopper-backward": lambda: hopper("backward"),
     "forward-float32": lambda: rules("float32"),
     "backward-float32": lambda: rules("float32", "backward"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -68,11 +69,17 @@ class Public:
 class Kernels:
     """One set of kernels of `fastattn.gpu`, whichever the public function would choose."""
 
-    def __init__(self, name: str = "portable", atomic: bool = False, tf32: bool = False) -> None:
+    def __init__(
+        self, name: str = "portable", atomic: bool = False, tf32: bool = False, ahead: int = 0
+    ) -> None:
         self.name, self.atomic, self.tf32 = name, atomic, tf32
+        self.ahead = (
+            ahead  # which of `configs.ahead` the forward takes, counted from 1; 0: what the tables say
+        )
 
     def forward(self, inputs: Inputs, lse: bool = False, weights: bool = False) -> Callable[[], Outputs]:
-        call, launch = call_of(inputs, self.tf32), self._launch_forward()
+        call = call_of(inputs, self.tf32)
+        launch = self._launch_forward(call)
         shape = (*inputs.query.shape[:3], inputs.value.shape[3])
 
         def run() -> Outputs:
@@ -110,16 +117,19 @@ class Kernels:
 
         return run
 
-    def _launch_forward(self) -> Callable[..., None]:
+    def _launch_forward(self, call: Any) -> Callable[..., None]:
         if self.name == "hopper":
             return self._hopper().forward
-        if self.name == "decode":
-            from fastattn.gpu import decode
+        from fastattn.gpu import configs, decode, forward
 
-            return decode.decode
-        from fastattn.gpu import forward
-
-        return forward.forward
+        launch = decode.decode if self.name == "decode" else forward.forward
+        if not self.ahead:
+            return launch
+        kernel = "decode" if self.name == "decode" else "forward"
+        tiles = configs.ahead(kernel, call)
+        if len(tiles) < self.ahead:
+            raise SkippedError("there are no such tiles for this device and these numbers")
+        return partial(launch, tiles=tiles[self.ahead - 1])
 
     def _hopper(self) -> Any:
         from fastattn.gpu import hopper

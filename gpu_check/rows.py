@@ -170,6 +170,8 @@ def decoding(queries: int) -> Case:
 
 
 WINDOW = Case("d128-s16384-window128", TOKENS, TOKENS, 128, 0, 1, 16, 16, True, (127, 0))
+_AHEAD = ("portable", "portable ahead 1", "portable ahead 2", "cudnn", "flash")
+_DECODE_AHEAD = ("decode", "decode ahead 1", "decode ahead 2", "flash folded")
 _DECODE = ("fastattn", "decode", "cudnn", "flash", "cudnn folded", "flash folded")
 
 
@@ -201,7 +203,21 @@ def sweep() -> list[Any]:
             rows += [Row("grouped", case, FORWARD, "forward") for case in grouped]
             rows += [Row("grouped", case, BACKWARD, "backward") for case in grouped]
     told = {row.label for row in targets()}
-    return [row for row in rows if row.label not in told]
+    return [*(row for row in rows if row.label not in told), *alternatives()]
+
+
+def alternatives() -> list[Any]:
+    """Tiles that do not ship yet, beside those that do."""
+    whole = [square(8192, dim, causal) for dim in (128, 64) for causal in (False, True)]
+    few = [decoding(queries) for queries in (8, 16)]
+    return [
+        *(Row("alternatives", _named(case), _AHEAD) for case in whole),
+        *(Row("alternatives", _named(case), _DECODE_AHEAD, graph=True) for case in few),
+    ]
+
+
+def _named(case: Case) -> Case:
+    return replace(case, name=f"ahead-{case.name}")
 
 
 def timed() -> Sequence[Any]:

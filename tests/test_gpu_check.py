@@ -17,6 +17,7 @@ pytest.importorskip("torch")
 import numpy as np
 import torch
 
+import fastattn as fa
 from fastattn import reference as oracle
 from fastattn.problem import AttentionProblem
 from gpu_check import ROOT, checks, contestants, reference, rows, timing
@@ -24,6 +25,7 @@ from gpu_check.checks import Check, WrongError, compare, compare_lse
 from gpu_check.groups import GROUPS
 from gpu_check.inputs import LAYOUTS, draw, draw_on_device, laid_out
 from gpu_check.lists import items_of
+from gpu_check.looks import Look
 from gpu_check.processes import ENDING, Outcome, Runner, Task
 from gpu_check.report import Report, markdown, summary
 from gpu_check.routes import Public
@@ -142,6 +144,22 @@ class Faulty:
             return gradients
 
         return wrong
+
+
+@pytest.mark.parametrize("name", ["keys", "weights", "entropy", "key_mass", "output", "distance_mass"])
+def test_a_wrong_look_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = Look(Case("look", 20, 50, 16, query_heads=2, arrays=("sinks",)), "float32")
+    look.run("cpu", 0, None)
+    plain = fa.insight
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        found = plain(*arguments, **options)
+        getattr(found, name)[0, 1, 3] += 1
+        return found
+
+    monkeypatch.setattr(fa, "insight", wrong)
+    with pytest.raises(WrongError):
+        look.run("cpu", 0, None)
 
 
 @pytest.mark.parametrize("name", ["out", "lse", "weights", "query", "key", "value", "bias"])

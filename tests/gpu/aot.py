@@ -24,13 +24,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from binaries import describe
+from binaries import describe, disassembled, exponentials_beside_no_product
 from fastattn.gpu import configs
 from fastattn.gpu.append import Rotary, Update
 from fastattn.gpu.call import Call, Gradients, Ragged, segments_of
 from fastattn.gpu.config_tables import tables
 from interpreter import use_target
-from jobs import JOBS, TARGETS, Job, Target
+from jobs import AHEAD, JOBS, TARGETS, Job, Target
 from portable import call_of
 
 PAGE = 16  # keys of a page
@@ -62,7 +62,10 @@ def compile_instead(report: Callable[[Any], None], compiles: bool) -> None:
         told = {name: value for name, value in options.items() if name.isupper() or name.startswith("num_")}
         record = {"kernel": self.__name__, "options": told}
         if compiles:
-            record |= describe(plain(self, *arguments, grid=grid, warmup=True, **options))
+            kernel = plain(self, *arguments, grid=grid, warmup=True, **options)
+            record |= describe(kernel)
+            if told.get("AHEAD"):
+                record["exp2 beside no product"] = exponentials_beside_no_product(disassembled(kernel))
         report(record)
 
     JITFunction.run = run
@@ -100,6 +103,8 @@ def launch(job: Job) -> None:
             launcher(update_of(call))
         elif job.launcher == "backward":
             launcher(call, out, lse, out, None, None, memory_for(call), job.atomic)
+        elif job.ahead:
+            launcher(call, out, lse, configs.ahead(job.launcher, call)[job.ahead - 1])
         else:
             launcher(call, out, lse)
 
@@ -179,7 +184,7 @@ def main() -> None:
         pretend(TARGETS[target])
         for name in given.jobs:
             tell(begin=name)
-            launch(JOBS[name])
+            launch(JOBS.get(name) or AHEAD[name])
             tell(end=name, target=target)
 
 

@@ -46,22 +46,61 @@ def _too_wide(code: str) -> list[str]:
     return [f"{width} of {columns}" for columns, width in sorted(sizes) if 4 * width > columns]
 
 
+def disassembled(kernel: Any) -> str:
+    """The instructions of a kernel for an NVIDIA GPU."""
+    return _told_by("nvdisasm", "-c", kernel.asm["cubin"])
+
+
+def loops_of_products(code: str) -> list[list[str]]:
+    """The lines of each loop over blocks: it has wide products in it, and no other loop that has.
+
+    Around those a persistent kernel goes over tiles. Unconditional jumps backwards close none: they lead back
+    from a wait that was moved to the end.
+    """
+    lines = code.splitlines()
+    labels = {match[1]: at for at, line in enumerate(lines) if (match := re.match(r"\s*(\.L_x_\d+):", line))}
+    jumps = [
+        (at, match[1])
+        for at, line in enumerate(lines)
+        if (match := re.search(r"@!?U?P\d+ BRA `\((\.L_x_\d+)", line))
+    ]
+    loops = [range(labels[label], at + 1) for at, label in jumps if labels[label] < at]
+    loops = [loop for loop in loops if any("HGMMA" in lines[at] for at in loop)]
+    inner = [a for a in loops if not any(b[0] in a and b[-1] in a and len(b) < len(a) for b in loops)]
+    return [[lines[at] for at in loop] for loop in inner]
+
+
+def exponentials_beside_no_product(code: str) -> list[int]:
+    """How many exp2 each loop over blocks has between the wait for all products and the next of them."""
+    counts = []
+    for loop in loops_of_products(code):
+        count, runs = 0, True  # the product of the turn before
+        for line in loop:
+            runs = "HGMMA" in line or (runs and "WARPGROUP.DEPBAR" not in line)
+            count += "MUFU.EX2" in line and not runs
+        counts.append(count)
+    return counts
+
+
 def _nvidia(cubin: bytes) -> dict[str, Any]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, code = (
-            subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True)
-            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
-    numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage.stdout + usage.stderr)
-    assert numbers is not None, usage.stdout + usage.stderr
+    usage, code = _told_by("cuobjdump", "-res-usage", cubin), _told_by("nvdisasm", "-c", cubin)
+    numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert numbers is not None, usage
     registers, stack, _, local = map(int, numbers.groups())
     return {
         "registers": registers,
         "spilled": stack + local,  # bytes
-        "instructions": _count(code.stdout, NVIDIA),
+        "instructions": _count(code, NVIDIA),
     }
+
+
+def _told_by(tool: str, option: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [TOOLS / tool, option, file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def _amd(code: str) -> dict[str, Any]:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.jit import JITFunction
 
 from aot import pretend
-from binaries import TOOLS, describe
+from binaries import describe, disassembled, loops_of_products
 from jobs import TARGETS
 
 
@@ -75,31 +73,13 @@ def exponentials_under_products(code: str) -> list[int]:
 
 
 def local_memory_in_loops(code: str) -> int:
-    """How many loads and stores of spilled registers there are in loops over blocks.
-
-    These have products in them and no other loop that has: around them a persistent kernel goes over tiles.
-    Unconditional jumps backwards close none: they lead back from a wait that was moved to the end.
-    """
-    lines = code.splitlines()
-    labels = {match[1]: at for at, line in enumerate(lines) if (match := re.match(r"\s*(\.L_x_\d+):", line))}
-    jumps = [
-        (at, match[1])
-        for at, line in enumerate(lines)
-        if (match := re.search(r"@!?U?P\d+ BRA `\((\.L_x_\d+)", line))
-    ]
-    loops = [range(labels[label], at + 1) for at, label in jumps if labels[label] < at]
-    loops = [loop for loop in loops if any("HGMMA" in lines[at] for at in loop)]
-    inner = [a for a in loops if not any(b[0] in a and b[-1] in a and len(b) < len(a) for b in loops)]
-    return len({at for loop in inner for at in loop if re.search(r"\b(LDL|STL)\b", lines[at])})
+    """How many loads and stores of spilled registers there are in loops over blocks."""
+    return sum(bool(re.search(r"\b(LDL|STL)\b", line)) for loop in loops_of_products(code) for line in loop)
 
 
 def report(kernel: Any) -> dict[str, Any]:
     """What `describe` says, and what only these kernels have."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [TOOLS / "nvdisasm", "-c", file.name]
-        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code = disassembled(kernel)
     return describe(kernel) | {
         "local memory in loops": local_memory_in_loops(code),
         "waits": len(re.findall(r"\bWARPGROUP\.DEPBAR", code)),

@@ -44,22 +44,25 @@ class Job:
     tf32: bool = False  # products of float32 rounded
     atomic: bool = False  # a backward that adds dQ up as it comes
     serving: str = ""  # padded, segments, ragged, paged, int8, e4m3, e5m2: what else the call has
+    ahead: int = 0  # which of `configs.ahead` it is launched with, counted from 1
 
     def __str__(self) -> str:
         flags = "-atomic" * self.atomic + "".join(f"-{word}" for word in self.serving.split())
+        flags += f"-ahead-{self.ahead}" * bool(self.ahead)
         return f"{self.launcher}-{self.case}-{'tf32' if self.tf32 else self.dtype}{flags}"
 
 
 ALL = ("mask", "bias", "kv_lengths", "query_offset", "alibi_slopes", "sinks")
 DIMS = (64, 128, 256)
+WINDOWS = {"window": 100, "wide": 4000}
 LONG = {"keys": 1 << 15, "batch": 1}
 
 
 def _case(dim: int, features: str, rows: int = 256, keys: int = 1024, batch: int = 2) -> Case:
     name = f"d{dim}-{features}" + (f"-{rows}" if rows < 64 else "")
     shape = Case(name, rows, keys, dim, dim, batch, 8, 2, causal=features == "causal")
-    if features == "window":
-        return replace(shape, window=(100, 0))
+    if features in WINDOWS:
+        return replace(shape, window=(WINDOWS[features], 0))
     if features == "all":
         return replace(shape, causal=True, window=(100, 0), softcap=3.0, arrays=ALL)
     return shape
@@ -99,6 +102,7 @@ JOBS = {
     str(job): job
     for job in (
         *_jobs("forward", DIMS, FORWARD),
+        *_jobs("forward", (128,), {"bfloat16": "wide"}, keys=8192),
         *_jobs("forward", (32, 96), {"bfloat16": "all", "float16": "causal"}),
         *_jobs("decode", DIMS, {"bfloat16": "full all", "float32": "full"}, rows=1, **LONG),
         *_jobs("decode", (128,), {"bfloat16": "full"}, rows=8, **LONG),
@@ -125,8 +129,19 @@ JOBS = {
         *_jobs("append", (128,), FULL, serving="e5m2", rows=1, **LONG),
     )
 }
+# What does not ship, and has to be worth a try on a device: on Hopper alone.
+AHEAD = {
+    str(job): job
+    for name in (
+        "forward-d64-causal-bfloat16",
+        "forward-d128-causal-bfloat16",
+        "decode-d128-full-32-bfloat16",
+    )
+    for number in (1, 2)
+    for job in [replace(JOBS[name], ahead=number)]
+}
 # What the newest Triton is tried with.
-NEWEST = tuple(name for name, job in JOBS.items() if "d128" in name and not job.serving)
+NEWEST = tuple(name for name in JOBS if "d128" in name)
 # What every run of the tests compiles: the calls that most programs make.
 QUICK = (
     "forward-d128-full-bfloat16",

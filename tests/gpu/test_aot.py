@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from compiled import ROOT, Records, Refused, compile_jobs, shipped_options
-from jobs import JOBS, NEWEST, QUICK, QUICK_ONCE, QUICK_TARGETS, TARGETS
+from jobs import AHEAD, JOBS, NEWEST, QUICK, QUICK_ONCE, QUICK_TARGETS, TARGETS
 from limits import faults
 from resources import PREFIX, RESULTS, Table, path_of, version_of
 
@@ -70,6 +70,21 @@ def test_all(target: str, name: str) -> None:
 def test_all_by_the_newest_triton(target: str, name: str) -> None:
     assert OTHER is not None
     check(target, name, NEWEST, ROOT / OTHER)
+
+
+@pytest.mark.gpu_slow
+@pytest.mark.parametrize(
+    "folder", [None, *([ROOT / OTHER] if OTHER else [])], ids=lambda path: path and "newest"
+)
+@pytest.mark.parametrize("name", AHEAD)
+def test_products_ahead_of_their_turn(name: str, folder: Path | None) -> None:
+    """In the loop over whole tiles exponentials run beside products, and nothing is spilled for it."""
+    records = compiled("sm90", tuple(AHEAD), folder)[name]
+    if isinstance(records, Refused):
+        pytest.fail(records, pytrace=False)
+    record = records[0]
+    assert not faults(record, AHEAD[name], TARGETS["sm90"], version_of(folder))
+    assert min(record["exp2 beside no product"]) == 0 < max(record["exp2 beside no product"])
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)

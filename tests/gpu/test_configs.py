@@ -80,7 +80,7 @@ def test_what_a_call_asks_for_decides(gpu: Callable[[str], None]) -> None:
     assert len(set(uses)) == 4
     assert configs.forward(call_of()) == uses.plain
     assert configs.forward(call_of(window_left=127)) == uses.narrow
-    assert configs.forward(call_of(window_left=4000)) == uses.plain
+    assert configs.forward(call_of(window_left=4000)) == uses.placed == uses.plain
     assert configs.forward(call_of(dropout_p=0.1)) == uses.rich
     assert configs.forward(call_of(96, dropout_p=0.1)) == uses.ragged
     assert configs.forward(call_of(dropout_p=0.1, window_left=3)) == uses.rich
@@ -90,6 +90,16 @@ def test_what_a_call_asks_for_decides(gpu: Callable[[str], None]) -> None:
     assert configs.backward_keys(call_of(), False, atomic=True) == keys.atomic_keys != keys.keys
     assert configs.backward_keys(call_of(softcap=2.0), False, atomic=True) == keys.rich_keys
     assert configs.backward_queries(call_of(window_left=3), False) == keys.rich_queries
+
+
+def test_a_later_triton_has_fewer_registers_for_keys_that_begin_anywhere(
+    gpu: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu("sm90")
+    monkeypatch.setattr(configs, "TABLES", tables("3.9.0"))
+    plain, wide = configs.forward(call_of()), configs.forward(call_of(window_left=4000))
+    padded = configs.forward(call_of()._replace(kv_starts=torch.zeros(2, dtype=torch.int64)))
+    assert plain != wide == padded == configs.TABLES.forward["sm90"]["half", 128].placed
 
 
 @pytest.mark.parametrize(("rows", "packed"), [(1, 16), (4, 16), (5, 32), (16, 64), (17, 128), (64, 128)])

@@ -44,17 +44,21 @@ FASTATTN_NOINLINE void add_pairs(const PairedBlock& block) {
   const auto multiply = [&](int64_t key, int64_t second, bool single) FASTATTN_LAMBDA_INLINE {
     const auto* even = reinterpret_cast<const Stored*>(block.values[key]) + block.at;
     const auto* odd = reinterpret_cast<const Stored*>(block.values[second]) + block.at;
-    // A row's lines one after another: so the CPU fetches what follows.
+    // Where there are registers, a row's lines one after another: then the CPU fetches what follows.
+    constexpr bool kInOrder = kRows < 6;
     typename Pairs::Row first[kPieces];
 #pragma GCC unroll 4
-    for (int piece = 0; piece < kPieces; ++piece) {
+    for (int piece = 0; kInOrder && piece < kPieces; ++piece) {
       first[piece] = Pairs::load(even + piece * kPieceColumns, piece == kPieces - 1 ? last : ~0U);
     }
 #pragma GCC unroll 4
     for (int piece = 0; piece < kPieces; ++piece) {
-      const __mmask32 mask = single ? 0 : piece == kPieces - 1 ? last : ~0U;
+      const __mmask32 mask = piece == kPieces - 1 ? last : ~0U;
+      if constexpr (!kInOrder) {
+        first[piece] = Pairs::load(even + piece * kPieceColumns, mask);
+      }
       Operands pairs;
-      Pairs::interleave(first[piece], Pairs::load(odd + piece * kPieceColumns, mask), pairs);
+      Pairs::interleave(first[piece], Pairs::load(odd + piece * kPieceColumns, single ? 0 : mask), pairs);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         int32_t two;
@@ -68,7 +72,7 @@ FASTATTN_NOINLINE void add_pairs(const PairedBlock& block) {
   };
   int64_t key = block.begin;
   for (; key + 1 < block.end; key += 2) {
-    if (block.fetched >= 0) {
+    if (kPieces < 4 && block.fetched >= 0) {
       constexpr int64_t kBytes = int64_t{kPieces} * kPieceColumns * sizeof(Stored);
       const int64_t from = block.at * static_cast<int64_t>(sizeof(Stored));
       const int64_t ahead = key + block.fetched - key * (block.fetched - kRowsAhead<E>) / E::kBlockKeys;

@@ -68,7 +68,9 @@ def explained(call: Call) -> dict[str, str]:
     rows = {}
     ways = {"kernel": of_forward(call), "backward": of_backward(call, Gradients(), None, adds_atomically())}
     for title, kernel in ways.items():
-        tiles = ", ".join(f"{name} {value}" for name, value in kernel.tiles(call)._asdict().items())
+        tiles = ", ".join(
+            f"{name} {value}" for name, value in kernel.tiles(call)._asdict().items() if value is not False
+        )
         rows[title] = f"{kernel.name}: {tiles}"
         suffix = "" if title == "kernel" else f" {title}"
         rows |= {f"no {name}{suffix}": "; ".join(why) for name, why in kernel.refusals.items()}

@@ -8,9 +8,11 @@ import triton
 from fastattn.gpu.call import Call
 from fastattn.gpu.config_tables import (
     BACKWARD_SEGMENTS,
+    DECODE_AHEAD,
     DECODE_QUANTISED,
     DECODE_RICH,
     DECODE_WIDE,
+    FORWARD_AHEAD,
     FORWARD_QUANTISED,
     Gradients,
     Tiles,
@@ -64,7 +66,9 @@ def forward(call: Call) -> Tiles:
         return uses.rich if is_full else uses.ragged
     if call.block_table is not None or call.key_scale is not None:
         return _forward_over_cache(call, uses)
-    return uses.narrow if call.window_left + call.window_right < NARROW else uses.plain
+    if call.window_left + call.window_right < NARROW:
+        return uses.narrow
+    return uses.placed if call.window_left < UNBOUNDED or call.kv_starts is not None else uses.plain
 
 
 def _forward_over_cache(call: Call, uses: Uses) -> Tiles:
@@ -72,7 +76,7 @@ def _forward_over_cache(call: Call, uses: Uses) -> Tiles:
     is_half = _numbers(call) == "half"
     if is_half and call.key_scale is not None:
         return FORWARD_QUANTISED[_columns(call)]
-    return uses.plain if is_half and _columns(call) == 128 else uses.rich
+    return uses.placed if is_half and _columns(call) == 128 else uses.rich
 
 
 def is_rich(call: Call) -> bool:
@@ -142,11 +146,19 @@ def candidates(kernel: str, call: Call) -> list[Tiles]:
     numbers = _numbers(call), _columns(call)
     if kernel == "forward":
         entries = [table[numbers] for table in TABLES.forward.values() if numbers in table]
-        return [tiles for uses in entries for tiles in uses]
+        return [*(tiles for uses in entries for tiles in uses), *ahead(kernel, call)]
     if kernel == "decode":
-        return [*TABLES.decode.values(), DECODE_RICH, DECODE_WIDE, DECODE_QUANTISED]
+        return [*TABLES.decode.values(), DECODE_RICH, DECODE_WIDE, DECODE_QUANTISED, *ahead(kernel, call)]
     ways = [table[numbers] for table in TABLES.backward.values() if numbers in table]
     return [tiles for gradients in ways for tiles in gradients]
+
+
+def ahead(kernel: str, call: Call) -> tuple[Tiles, ...]:
+    """Tiles whose products begin a turn before their exponentials, where a GPU might gain from it."""
+    numbers = _numbers(call), _columns(call)
+    if kind_of_gpu(call.query) != "sm90" or numbers not in FORWARD_AHEAD:
+        return ()
+    return FORWARD_AHEAD[numbers] if kernel == "forward" else DECODE_AHEAD
 
 
 def _is_rich_backward(call: Call) -> bool:

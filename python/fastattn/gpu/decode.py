@@ -32,8 +32,11 @@ from fastattn.gpu.tile import (
 )
 
 
-def decode(call: Call, out: Tensor, lse: Tensor | None) -> None:
-    """Write `out` (B, Hq, Lq, Dv) and, unless it is None, `lse` (B, Hq, Lq), float32."""
+def decode(call: Call, out: Tensor, lse: Tensor | None, tiles: Tiles | None = None) -> None:
+    """Write `out` (B, Hq, Lq, Dv) and, unless it is None, `lse` (B, Hq, Lq), float32.
+
+    `tiles`: to be launched with, whatever the tables say.
+    """
     batch, heads, seqlen_q, head_dim = call.query.shape
     kv_heads, seqlen_k, value_dim = call.key.shape[1], call.seqlen_k, call.value.shape[3]
     chunk = configs.decode_chunk(seqlen_k)
@@ -46,7 +49,7 @@ def decode(call: Call, out: Tensor, lse: Tensor | None) -> None:
 
     def launch(tiles: Tiles) -> None:
         blocks = triton.cdiv(seqlen_q * (heads // kv_heads), tiles.rows)
-        chunk_kernel[(chunks * batch * kv_heads, blocks)](
+        chunk_kernel[(chunks * batch * kv_heads * blocks,)](
             matrix(call.query),
             matrix(call.key),
             matrix(call.value),
@@ -54,6 +57,7 @@ def decode(call: Call, out: Tensor, lse: Tensor | None) -> None:
             *levels,
             rules,
             batch * heads * seqlen_q,
+            blocks,
             kv_heads,
             seqlen_q,
             seqlen_k,
@@ -68,8 +72,7 @@ def decode(call: Call, out: Tensor, lse: Tensor | None) -> None:
             **tiles.options(),
         )
 
-    tiles = configs.decode(call)
-    launch(tuning.chosen("decode", call, tiles, launch))
+    launch(tiles or tuning.chosen("decode", call, configs.decode(call), launch))
     merge_kernel[(batch * heads * seqlen_q,)](
         means,
         *levels,
@@ -97,6 +100,7 @@ def chunk_kernel(
     totals,
     rules,
     all_rows,
+    blocks,
     kv_heads,
     seqlen_q,
     seqlen_k,
@@ -110,10 +114,13 @@ def chunk_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr = False,
 ):
     """Attend to one chunk of the keys: `means` (chunks, rows, Dv), `levels` and `totals` (chunks, rows)."""
     chunks = tl.cdiv(tl.maximum(seqlen_k, 1), CHUNK)
-    chunk, block, batch_kv = tl.program_id(0) % chunks, tl.program_id(1), tl.program_id(0) // chunks
+    # Blocks of the same keys next to each other, so that all but one find them in the second-level cache.
+    block, place = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    chunk, batch_kv = place % chunks, place // chunks
     batch, kv_head = batch_kv // kv_heads, batch_kv % kv_heads
     packed = block * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = packed // GROUP
@@ -135,7 +142,7 @@ def chunk_kernel(
         q, key, value, rules, batch, head[:, None], batch_head[:, None], kv_head, rows,
         within(start, low, high), within(inner_start, low, high), within(inner_end, low, high),
         within(end, low, high), queries, seqlen_k, offset, count,
-        HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N,
+        HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_M, BLOCK_N, AHEAD,
     )  # fmt: skip
     mean, _ = normalised(level, total, acc)
     at_row = chunk.to(tl.int64) * all_rows + batch_head.to(tl.int64) * seqlen_q + rows

@@ -47,8 +47,11 @@ from fastattn.gpu.tile import (
 )
 
 
-def forward(call: Call, out: Tensor, lse: Tensor | None) -> None:
-    """Write `out` (B, Hq, Lq, Dv) and, unless it is None, `lse` (B, Hq, Lq), float32."""
+def forward(call: Call, out: Tensor, lse: Tensor | None, tiles: Tiles | None = None) -> None:
+    """Write `out` (B, Hq, Lq, Dv) and, unless it is None, `lse` (B, Hq, Lq), float32.
+
+    `tiles`: to be launched with, whatever the tables say.
+    """
     batch, (heads, seqlen_q, head_dim) = call.batch, call.query.shape[1:]
     kv_heads, seqlen_k, value_dim = call.key.shape[1], call.seqlen_k, call.value.shape[3]
 
@@ -80,8 +83,7 @@ def forward(call: Call, out: Tensor, lse: Tensor | None) -> None:
             **tiles.options(),
         )
 
-    tiles = configs.forward(call)
-    launch(tuning.chosen("forward", call, tiles, launch))
+    launch(tiles or tuning.chosen("forward", call, configs.forward(call), launch))
 
 
 def is_plain(call: Call) -> bool:
@@ -112,6 +114,7 @@ def forward_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr = False,
 ):
     """One block of queries of one head."""
     block, batch, head, batch_head = own_block(
@@ -140,7 +143,7 @@ def forward_kernel(
     level, total, acc = attend_all(
         q, key, value, rules, batch, head, batch_head, kv_head, rows, start, inner_start, inner_end, end,
         queries, seqlen_k, offset, count, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION,
-        BLOCK_M, BLOCK_N,
+        BLOCK_M, BLOCK_N, AHEAD,
     )  # fmt: skip
     if rules.sinks is not None:
         level, total, acc = with_sink(level, total, acc, tl.load(rules.sinks + head))
@@ -197,6 +200,7 @@ def attend_all(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Attend to the ranges of `key_ranges`: highest score of each row (natural units), sum, weighted values.
 
@@ -209,17 +213,17 @@ def attend_all(
         level, total, acc = attend(
             level, total, acc, q, key, value, rules, batch, head, batch_head, kv_head, rows,
             start, inner_start, queries, seqlen_k, offset, count,
-            HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, True,
+            HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, True, False,
         )  # fmt: skip
     level, total, acc = attend(
         level, total, acc, q, key, value, rules, batch, head, batch_head, kv_head, rows,
         inner_start, inner_end, queries, seqlen_k, offset, count,
-        HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, False,
+        HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, False, AHEAD,
     )  # fmt: skip
     level, total, acc = attend(
         level, total, acc, q, key, value, rules, batch, head, batch_head, kv_head, rows,
         inner_end, end, queries, seqlen_k, offset, count,
-        HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, True,
+        HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION, BLOCK_N, True, False,
     )  # fmt: skip
     if PLAIN:
         level = level * rules.scale
@@ -260,16 +264,34 @@ def attend(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHECKED: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """Go over the keys [start, end). `level` is the highest score so far, before its scale if PLAIN."""
+    """Go over the keys [start, end). `level` is the highest score so far, before its scale if PLAIN.
+
+    AHEAD, for whole tiles alone: the products of a tile begin before the exponentials of the one before it,
+    and run beside them where products are asynchronous. Those of the last tile are computed twice.
+    """
     keys_at = key_base(key, rules, batch, kv_head, seqlen_k)
     values_at = key_base(value, rules, batch, kv_head, seqlen_k)
     factor = rules.scale * LOG2E if PLAIN else LOG2E
+    if AHEAD:  # of a tile that need not exist
+        k = load_keys(keys_at, key, rules, batch, start, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, True, True)
+        following = tl.dot(q, numbers_of(k, q.dtype), input_precision=PRECISION)
     for first in tl.range(start, end, BLOCK_N):
         first = tl.multiple_of(first, BLOCK_N)
         keys = first + tl.arange(0, BLOCK_N)
-        k = load_keys(keys_at, key, rules, batch, first, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, True, CHECKED)
-        scores = tl.dot(q, numbers_of(k, q.dtype), input_precision=PRECISION)
+        if AHEAD:
+            scores = following
+            first_ahead = tl.multiple_of(tl.minimum(first + BLOCK_N, end - BLOCK_N), BLOCK_N)
+            k = load_keys(
+                keys_at, key, rules, batch, first_ahead, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, True, CHECKED
+            )
+            following = tl.dot(q, numbers_of(k, q.dtype), input_precision=PRECISION)
+        else:
+            k = load_keys(
+                keys_at, key, rules, batch, first, count, BLOCK_N, HEAD_DIM, BLOCK_DIM, True, CHECKED
+            )
+            scores = tl.dot(q, numbers_of(k, q.dtype), input_precision=PRECISION)
         if rules.key_scales is not None:
             scores *= load_scales(rules.key_scales, rules, batch, kv_head, keys, count, seqlen_k)[None, :]
         if not PLAIN:

@@ -16,6 +16,7 @@ import fastattn as fa
 import places
 import portable
 from caches import FEATURES, LARGEST, ROOM, Call, Setting, as_numpy, expected, make
+from fastattn.gpu import configs
 from fastattn.gpu.append import float8
 from fastattn.gpu.choice import of_forward
 from fastattn.gpu.rows import numbers_of
@@ -60,6 +61,16 @@ def test_keys_in_chunks(
 ) -> None:
     monkeypatch.setattr("caches.ROOM", 720)
     check(Setting("bfloat16", cache_dtype, page_size, **LONG), rng)
+
+
+@pytest.mark.parametrize("chunks", [pytest.param(False, marks=pytest.mark.gpu_slow), True])
+def test_products_ahead_of_their_turn(
+    chunks: bool, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    for name in ("forward", "decode"):
+        monkeypatch.setattr(configs, name, lambda call: configs.INTERPRETED._replace(rows=16, ahead=True))
+    monkeypatch.setattr("caches.ROOM", 720)
+    check(Setting("bfloat16", "int8", 7, **(LONG if chunks else LONG | {"seqlen_q": 70, "added": 3})), rng)
 
 
 @pytest.mark.parametrize("feature", ["not causal", "window both ways", "all"])

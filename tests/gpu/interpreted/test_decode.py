@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 import shapes
-from fastattn.gpu.configs import decode_chunk
+from fastattn.gpu.configs import INTERPRETED, decode_chunk
 from fastattn.gpu.decode import decode
 from portable import DTYPES, attend, check_case
 from shapes import Case
@@ -82,6 +83,16 @@ def test_what_lies_past_a_length_changes_no_bit(poison: float) -> None:
     key[0, :, 530:], key[1, :, 7:], value[0, :, 530:], value[1, :, 7:] = (poison,) * 4
     for actual, expected in zip(attend(query, key, value, run=decode, **options), clean, strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_rows_over_several_tiles_change_no_bit(ahead: bool) -> None:
+    """Nor do products that begin a turn before their exponentials."""
+    tensors = Case("tiles", 5, 600, 16, batch=2, query_heads=6, kv_heads=2).tensors("float32", "torch")
+    chosen, whole = INTERPRETED._replace(rows=8, ahead=ahead), INTERPRETED
+    actual, expected = (attend(*tensors, run=partial(decode, tiles=x), causal=True) for x in (chosen, whole))
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_neighbours_change_no_bit() -> None:

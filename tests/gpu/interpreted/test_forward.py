@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import bounds
 import shapes
+from fastattn.gpu.configs import INTERPRETED
 from fastattn.gpu.forward import forward
 from fastattn.philox import kept
 from fences import Fence
@@ -235,6 +237,29 @@ class TestPoison:
         assert torch.equal(spoiled, expected)
 
 
+class TestAhead:
+    """Products that begin a turn before their exponentials are the same products."""
+
+    AHEAD = INTERPRETED._replace(ahead=True)
+
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"causal": True}, {"window": (70, 20)}, {"kv_lengths": [31, 149]}, {"softcap": 3.0}],
+        ids=str,
+    )
+    def test_changes_no_bit(self, options: dict[str, Any]) -> None:
+        tensors = Case("ahead", 37, 150, 24, batch=2, query_heads=2, kv_heads=1).tensors("bfloat16", "torch")
+        early = attend(*tensors, run=partial(forward, tiles=self.AHEAD), **options)
+        for actual, expected in zip(early, attend(*tensors, **options), strict=True):
+            assert torch.equal(actual, expected)
+
+    @pytest.mark.parametrize("keys", [1, 64, 83])
+    @pytest.mark.parametrize("place", ["start", "end"])
+    def test_keeps_to_memory(self, place: Any, keys: int) -> None:
+        call = call_of(*Case("fenced", 37, keys, 32, causal=True).tensors("float32", "torch"))
+        TestMemory().run(call, place, torch.float32, self.AHEAD)
+
+
 class TestMemory:
     """Every buffer of a call lies between two pages that end the process when touched."""
 
@@ -263,7 +288,7 @@ class TestMemory:
         expected = bounds.expect(*tensors, **options, query_offset=offsets, kv_lengths=[0, 83])
         assert_right(actual, expected, "float32")
 
-    def run(self, call: Any, place: Any, dtype: torch.dtype) -> Results:
+    def run(self, call: Any, place: Any, dtype: torch.dtype, tiles: Any = None) -> Results:
         out = torch.zeros(*call.query.shape[:3], call.value.shape[3], dtype=dtype)
         lse = torch.zeros(call.query.shape[:3])
         fences: list[Fence] = []
@@ -278,7 +303,7 @@ class TestMemory:
             return torch.frombuffer(memory, dtype=value.dtype).as_strided(value.shape, value.stride())
 
         results = Results(fenced(out), fenced(lse))
-        forward(type(call)(*map(fenced, call)), *results)
+        forward(type(call)(*map(fenced, call)), *results, tiles)
         for fence in fences[:2]:
             fence.copy_back()
         for fence in fences:
