@@ -55,6 +55,7 @@ FASTATTN_NOINLINE void add_pairs(const PairedBlock& block) {
     for (int piece = 0; piece < kPieces; ++piece) {
       const __mmask32 mask = piece == kPieces - 1 ? last : ~0U;
       if constexpr (!kInOrder) {
+        __asm__ volatile("" ::: "memory");  // nor does a probability stay in one until the next piece
         first[piece] = Pairs::load(even + piece * kPieceColumns, mask);
       }
       Operands pairs;
