@@ -198,9 +198,11 @@ BACKWARD["sm120"] = BACKWARD["sm80"] | {
     (kind, 64): BACKWARD["sm80"][kind, 64]._replace(queries=_queries) for kind in ("float32", "tf32")
 }
 
-# The same memory and registers, of which one entry needs a few more there.
+# The same memory and registers, of which two tiles need a few more there.
 FORWARD["sm100"] = dict(FORWARD["sm90"])
-FORWARD["sm100"]["half", 128] = FORWARD["sm90"]["half", 128]._replace(narrow=Tiles(64, 32, 4, 2))
+FORWARD["sm100"]["half", 128] = FORWARD["sm90"]["half", 128]._replace(
+    narrow=Tiles(64, 32, 4, 2), placed=Tiles(128, 64, 8, 3)
+)
 # Four warps to 64 rows are for Hopper's products, of one warpgroup each.
 BACKWARD["sm100"] = BACKWARD["sm90"] | {
     ("half", 128): _gradients((64, 64, 8, 2), (128, 64, 8, 2), (16, 64, 8, 1), (64, 32, 8, 1)),
