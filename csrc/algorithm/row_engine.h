@@ -11,6 +11,7 @@ namespace {
 template <class V, class Stored>
 struct WideDot {
   using Reg = typename V::Reg;
+  using Prob = typename V::Scalar;             // what probabilities are multiplied as
   static constexpr int kElements = V::kWidth;  // of a row, in a vector
   static constexpr bool kScaleQuery = true;
   static constexpr bool kWords = false;        // queries and probabilities become integers
@@ -50,6 +51,7 @@ struct RowEngine {
   using Product = RowProduct<V, Dot::kScaleQuery>;
   using Element = Stored;
   using Prob = Scalar;
+  using Rounded = typename Dot::Prob;
 
   static constexpr Method kMethod = Method::rows;
   static constexpr int kWidth = V::kWidth;

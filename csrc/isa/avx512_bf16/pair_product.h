@@ -81,6 +81,7 @@ struct Bf16Pairs {
 // Rows of bfloat16 keys dotted with rows of queries as they stand, two numbers a lane.
 struct PairDot {
   using V = VecF32;
+  using Prob = Bfloat16;
   static constexpr int kElements = 2 * V::kWidth;
   static constexpr bool kScaleQuery = false;
   static constexpr bool kWords = false;

@@ -60,6 +60,7 @@ struct WordPairs {
 
 struct WordDot {
   using V = VecF32;
+  using Prob = float;  // hardly less exact
   static constexpr int kElements = 32;
   static constexpr bool kScaleQuery = false;
   static constexpr bool kWords = true;
