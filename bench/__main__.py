@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from bench import compare, figures, tables
+from bench import compare, figures, insight, tables
 from bench.ceilings import Ceilings, Limit
 from bench.measure import measure
 from bench.peers import PEERS
@@ -36,7 +36,8 @@ def parser() -> argparse.ArgumentParser:
         description="Time fastattn beside its peers and the machine's own limits.",
         epilog=f"suites:\n{suites}\n\nor:\n  compare A B   ratios, regressions\n  plot A        pictures\n"
         "  figures A     the README's table of the same suite\n  report        one page of everything kept\n"
-        "  variants      attention beside RNN, GRU and LSTM: cost, recall, order",
+        "  variants      attention beside RNN, GRU and LSTM: cost, recall, order\n"
+        "  insight       what looking costs beside attention",
     )
     add = result.add_argument
     add("suite", help=f"one of: {', '.join(SUITES)}")
@@ -63,6 +64,8 @@ def main(arguments: list[str]) -> int:
             return plot(arguments[1:], console)
         if arguments[:1] == ["variants"]:
             return variants(arguments[1:], console)
+        if arguments[:1] == ["insight"]:
+            return insight.main(arguments[1:], console)
         options = parser().parse_args(arguments)
         jobs = select(options.suite, options.cases, options.dtype)
         peers = choose_peers(options.suite, options.peers)

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import generation, tables
+from bench import generation, insight, tables
 from bench.results import Row, Run, find
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -171,6 +171,8 @@ def main(arguments: list[str], console: Console) -> int:
         from bench.variants import document  # imports torch
 
         return document(names, console)
+    if find(names[0]).stem.startswith(f"{insight.SUITE}-"):
+        return insight.document(names, console)
     README.write_text(rewrite(README.read_text(), names))
     if find(names[0]).stem.startswith(generation.SUITE):
         generation.draw(*generation.load(names))

@@ -19,6 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bench.colours import style
 from bench.results import Run, find
 
 IMPLEMENTATIONS = ("eager", "sdpa", "fastattn")
@@ -148,7 +149,7 @@ def draw(rows: list[Row], run: Run, path: Path = PICTURE) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colours = dict(zip(IMPLEMENTATIONS, ("#8a8780", "#3d405b", "#a32a4c"), strict=True))
+    colours = {name: style(name)[0] for name in IMPLEMENTATIONS}
     options = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
     with plt.rc_context(options):
         figure, axes = plt.subplots(2, 2, figsize=(9, 5.4), layout="constrained")

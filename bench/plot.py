@@ -16,16 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from bench import tables
+from bench.colours import DTYPES, GREY, style
 from bench.results import Row, Run
 
-# Ours stands out; peers keep a colour each, whichever of them take part.
-_OURS = "#a32a4c"
-_COLOURS = {
-    "torch": "#3d405b", "vllm": "#2a9d8f", "openvino": "#457b9d", "zentorch": "#e07a3f",
-    "onnxruntime": "#81b29a", "flex": "#b08968", "jax": "#9d8ec7",
-}  # fmt: skip
-_DTYPES = {"float64": "#3b0f45", "float32": "#457b9d", "bfloat16": "#a32a4c", "float16": "#e07a3f"}
-_GREY = "#8a8780"
 _ROWS_A_PANEL = 8
 _FAR = 3.0  # a ceiling this many times our rate is not drawn: it would flatten the bars
 
@@ -70,8 +63,8 @@ def bars(run: Run) -> Figure | None:
     names = ["fastattn", *(name for name in run.peers() if name != "fastattn")]
     for ax, rows in zip(axes.flat, panels, strict=True):
         _bar_panel(ax, run, rows, names)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=_colour(name)) for name in names]
-    handles.append(plt.Line2D([], [], color=_GREY, linestyle="--", linewidth=1))
+    handles = [plt.Rectangle((0, 0), 1, 1, color=style(name)[0]) for name in names]
+    handles.append(plt.Line2D([], [], color=GREY, linestyle="--", linewidth=1))
     figure.legend(handles, [*names, "ceiling"], loc="outside lower center", ncols=len(handles), frameon=False)
     figure.suptitle(_title(run), x=0.01, ha="left", fontsize=10)
     return figure
@@ -85,12 +78,12 @@ def _bar_panel(ax: Axes, run: Run, rows: list[Row], names: list[str]) -> None:
         speeds = {name: run.rate(row, name) / ours for name in names if not math.isnan(run.rate(row, name))}
         for index, (name, speed) in enumerate(speeds.items()):
             x = place + (index - (len(speeds) - 1) / 2) * width
-            ax.bar(x, speed, 0.92 * width, color=_colour(name))
+            ax.bar(x, speed, 0.92 * width, color=style(name)[0])
         if row.quotes_ceiling and found.share > 1 / _FAR:
-            ax.hlines(1 / found.share, place - 0.45, place + 0.45, color=_GREY, linestyle="--", linewidth=1)
+            ax.hlines(1 / found.share, place - 0.45, place + 0.45, color=GREY, linestyle="--", linewidth=1)
         label = f"{_wrapped(row.name)}\n{tables.time(found.seconds)}, {tables.rate(ours)} {row.unit}"
         ax.text(place, -0.04, label, ha="center", va="top", fontsize=7.5, transform=ax.get_xaxis_transform())
-    ax.axhline(1, color=_OURS, linewidth=0.7, zorder=0)
+    ax.axhline(1, color=style("fastattn")[0], linewidth=0.7, zorder=0)
     ax.set_xticks([])
     ax.set_xlim(-0.6, max(len(rows), 4) - 0.4)
     ax.set_ylabel("speed, fastattn = 1")
@@ -109,7 +102,7 @@ def roofline(run: Run) -> Figure | None:
     ridges = [rate / read for rate in flat.values()]
     left, right = min(*xs, *ridges) / 4, max(*xs, *ridges) * 3
     for name, rate in flat.items():
-        ax.plot([left, rate / read, right], [left * read, rate, rate], color=_GREY, linewidth=1)
+        ax.plot([left, rate / read, right], [left * read, rate, rate], color=GREY, linewidth=1)
         ax.text(
             right, rate * 1.06, f"{name}: {rate:.0f}", ha="right", va="bottom", fontsize=8, color="#5c5a55"
         )
@@ -131,7 +124,7 @@ def roofline(run: Run) -> Figure | None:
             ax.scatter(
                 [row.flops / row.bytes for row, _ in found],
                 [row.flops / 1e9 / figures.seconds for row, figures in found],
-                s=34, marker=marker, color=_DTYPES[dtype], edgecolor="white", linewidth=0.6, zorder=3,
+                s=34, marker=marker, color=DTYPES[dtype], edgecolor="white", linewidth=0.6, zorder=3,
                 label=f"{dtype}{', causal' if causal else ''}",
             )  # fmt: skip
     ax.set(xscale="log", yscale="log", xlim=(left, right), ylabel="GFLOP/s, useful",
@@ -165,7 +158,7 @@ def lengths(run: Run) -> Figure | None:
             ax.set_title(f"{dtype}, {'causal' if causal else 'full'}, D 64", loc="left")
         axes[1, column].set_xlabel("queries and keys")
     figure.supylabel("milliseconds a head", fontsize=9)
-    handles = [plt.Line2D([], [], color=_colour(name), marker="o", markersize=4) for name in names]
+    handles = [plt.Line2D([], [], color=style(name)[0], marker="o", markersize=4) for name in names]
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     figure.suptitle(_title(run), x=0.01, ha="left", fontsize=10)
     return figure
@@ -183,7 +176,7 @@ def _length_panel(ax: Axes, run: Run, rows: list[Row], names: list[str]) -> None
             ours = name == "fastattn"
             ax.plot(
                 *zip(*points, strict=True),
-                color=_colour(name),
+                color=style(name)[0],
                 marker="o",
                 markersize=4,
                 linewidth=2.2 if ours else 1.2,
@@ -217,8 +210,8 @@ def queries(run: Run) -> Figure | None:
         ax.set_title(f"{dtype}, 32 heads on 8, 8192 keys, D 128", loc="left")
         ax.set_xlabel("queries")
     axes[0, 0].set_ylabel("milliseconds")
-    handles = [plt.Line2D([], [], color=_colour(name), marker="o", markersize=4) for name in names]
-    handles.append(plt.Line2D([], [], color=_GREY, linestyle="--", linewidth=1))
+    handles = [plt.Line2D([], [], color=style(name)[0], marker="o", markersize=4) for name in names]
+    handles.append(plt.Line2D([], [], color=GREY, linestyle="--", linewidth=1))
     labels = [*names, "keys and values read once"]
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(_title(run), x=0.01, ha="left", fontsize=10)
@@ -235,11 +228,11 @@ def _query_panel(ax: Axes, run: Run, rows: list[Row], names: list[str]) -> None:
         if points:
             width = 2.2 if name == "fastattn" else 1.2
             ax.plot(
-                *zip(*points, strict=True), color=_colour(name), marker="o", markersize=4, linewidth=width
+                *zip(*points, strict=True), color=style(name)[0], marker="o", markersize=4, linewidth=width
             )
     first = run.figures(rows[0], "fastattn")
     if first is not None and rows[0].limit.kind == "read":
-        ax.axhline(1e3 * first.seconds * first.share, color=_GREY, linestyle="--", linewidth=1)
+        ax.axhline(1e3 * first.seconds * first.share, color=GREY, linestyle="--", linewidth=1)
     ax.set(xscale="log", yscale="log")
     ax.set_xticks([row.case["seqlen_q"] for row in rows if row.case["seqlen_q"] != 63])
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
@@ -248,10 +241,6 @@ def _query_panel(ax: Axes, run: Run, rows: list[Row], names: list[str]) -> None:
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.grid(True, color="#e8e6e1", linewidth=0.6)
     ax.set_axisbelow(True)
-
-
-def _colour(name: str) -> str:
-    return _OURS if name == "fastattn" else _COLOURS.get(name, _GREY)
 
 
 def _wrapped(name: str) -> str:

@@ -132,6 +132,8 @@ class Run:
             raise ValueError(f"{path}: {error}") from error
         if not isinstance(content, dict) or content.pop("schema", None) != _SCHEMA:
             raise ValueError(f"{path}: not a result of this version of the benchmark")
+        if not all("contestants" in row for row in content["rows"]):
+            raise ValueError(f"{path}: a result of {content['suite']!r}, whose rows are no suite's")
         content["rows"] = [_row(row) for row in content["rows"]]
         return cls(**content)
 

@@ -32,20 +32,6 @@ PARTS: dict[str, tuple[Any, Any, Callable[..., Any]]] = {
     "recall": (compare.Recall, compare.RecallSettings, compare.measure_recall),
     "order": (compare.Order, compare.OrderSettings, compare.measure_order),
 }
-PICTURES: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "times": ("cost", pictures.draw_times),
-    "memory": ("cost", pictures.draw_memory),
-    "speedup": ("cost", pictures.draw_speedup),
-    "recall": ("recall", pictures.draw_recall),
-    "order": ("order", pictures.draw_order),
-}
-TABLES: dict[str, tuple[str, Callable[[Any], tables.Table]]] = {
-    "times": ("cost", tables.times),
-    "crossings": ("cost", tables.crossings),
-    "memory": ("cost", tables.memory),
-    "recall": ("recall", tables.recall),
-    "order": ("order", tables.order),
-}
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "compare.md"
 _PLACE = r"<!-- table: {name}\b[^\n]* -->\n.*?<!-- /table -->\n"
 
@@ -97,19 +83,20 @@ def measure(names: list[str], quick: bool, console: Console) -> Record:
 
 def tables_of(record: Record) -> dict[str, tables.Table]:
     """All tables that the record has figures for, by name."""
-    return {name: make(record.parts[part]) for name, (part, make) in TABLES.items() if part in record.parts}
+    return {
+        name: table
+        for part, found in record.parts.items()
+        for name, table in tables.of_part(part, found).items()
+    }
 
 
 def draw(record: Record, stem: Path) -> list[Path]:
     """Draw what the record has figures for, as PNG files that begin with `stem`."""
     drawn = []
-    cost = record.parts.get("cost")
-    alone = {"speedup"} if cost is not None and len(cost.settings.threads) < 2 else set()
-    for name, (part, picture) in PICTURES.items():
-        if part in record.parts and name not in alone:
-            path = stem.with_name(f"{stem.name}-{name}.png")
-            picture(record.parts[part]).savefig(path)
-            drawn.append(path)
+    for part, found in record.parts.items():
+        for name, figure in pictures.of_part(part, found):
+            drawn.append(stem.with_name(f"{stem.name}-{name}.png"))
+            figure.savefig(drawn[-1])
     return drawn
 
 

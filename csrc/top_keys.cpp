@@ -12,9 +12,6 @@ struct IsBetter {
   }
 };
 
-// Up to so many are sorted by insertion into the best so far.
-constexpr int64_t kFew = 64;
-
 }  // namespace
 
 double keep_best(ScoredKey* keys, int64_t count, int64_t wanted) noexcept {
@@ -24,23 +21,10 @@ double keep_best(ScoredKey* keys, int64_t count, int64_t wanted) noexcept {
 
 int64_t sort_best(ScoredKey* keys, int64_t count, int64_t wanted) noexcept {
   const int64_t sorted = std::min(count, wanted);
-  if (count > kFew) {
-    std::nth_element(keys, keys + sorted - 1, keys + count, IsBetter{});
-    std::sort(keys, keys + sorted, IsBetter{});
-    return sorted;
+  if (sorted > 0) {
+    keep_best(keys, count, sorted);
   }
-  for (int64_t i = 1; i < count; ++i) {
-    const ScoredKey next = keys[i];
-    int64_t place = std::min(i, sorted);  // behind the best so far
-    for (; place > 0 && IsBetter{}(next, keys[place - 1]); --place) {
-      if (place < sorted) {
-        keys[place] = keys[place - 1];
-      }
-    }
-    if (place < sorted) {
-      keys[place] = next;
-    }
-  }
+  std::sort(keys, keys + sorted, IsBetter{});
   return sorted;
 }
 

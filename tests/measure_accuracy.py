@@ -7,7 +7,7 @@ That of caches is in docs/quantised-caches.md.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -140,11 +140,16 @@ TABLES = {
 }
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="TABLE", help=f"of: {', '.join(TABLES)}")
+    names = parser.parse_args().names
+    if unknown := set(names) - set(TABLES):
+        parser.error(f"TABLE: expected {', '.join(TABLES)}; got {unknown.pop()!r}")
     for name in names or TABLES:
         TABLES[name]()
         print()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -69,7 +69,7 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "paged_cache": {"page_pool", "page_table", "problem", "arrays"},
     "explanation": {"dispatch", "problem", "arrays"},
     "insights": {"torch_ops", "dispatch", "backends", "outputs", "problem", "vectors", "arrays"},
-    "_config": {"_core", "_threads", "backends"},
+    "_config": {"_core", "_threads", "backends", "dispatch"},
     "nn": {"functional"},
     "compare": {"nn", "_core", "_threads"},
     "integrations": {

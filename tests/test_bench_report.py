@@ -17,7 +17,7 @@ pytest.importorskip("jinja2")
 
 from rich.console import Console
 
-from bench import generation, goals
+from bench import generation, goals, insight
 from bench.ceilings import Limit
 from bench.report import page
 from bench.report.others import gpu_verdict
@@ -93,6 +93,11 @@ def test_every_goal_is_about_a_row() -> None:
             continue
         if goal.suite == generation.SUITE:
             assert int(goal.cases) in generation.LENGTHS
+            continue
+        if goal.suite == insight.SUITE:
+            names = [case.name for case in insight.cases(insight.LENGTHS, insight.QUERIES)]
+            assert any(goal.about(goal.suite, name, dtype, "") for name in names for dtype in insight.DTYPES)
+            assert goal.at_most and goal.must > goal.aim
             continue
         jobs = SUITES[goal.suite].jobs()
         for pattern in goal.cases.split():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from bench import compare, tables
+from bench import compare, insight, tables
 from bench import figures as figures_of_readme
 from bench.accuracy import truth
 from bench.ceilings import Limit
@@ -206,6 +207,16 @@ def test_tables_of_the_readme_are_those_of_the_results_kept() -> None:
     assert tables
     for names in tables:
         assert figures_of_readme.rewrite(text, names) == text
+
+
+def test_the_table_of_insight_is_that_of_the_results_kept() -> None:
+    text = insight.DOCUMENT.read_text()
+    names = re.findall(r"<!-- table: (insight-.*) -->", text)
+    assert len(names) == 1 and insight.rewrite(text, names[0].split()) == text
+    with pytest.raises(ValueError, match="no table of 'insight'"):
+        insight.rewrite("nothing", names[0].split())
+    with pytest.raises(ValueError, match="a result of 'insight', whose rows are no suite's"):
+        Run.load(find(names[0].split()[0]))
 
 
 def test_a_table_is_rewritten(tmp_path: Path) -> None:

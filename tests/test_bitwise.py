@@ -58,19 +58,22 @@ class TestThreads:
             fa.set_num_threads(threads)
             assert_same_bits(run(kernel, case), alone)
 
-    def test_run_to_run_beside_a_busy_process(self, kernel: Kernel, case: Case, busy: None) -> None:
-        first = run(kernel, case)
-        for _ in range(4):
-            assert_same_bits(run(kernel, case), first)
 
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def busy() -> Iterator[None]:
     """A process that leaves this one no core of its own for long."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     yield
     process.kill()
     process.wait()
+
+
+@CASES
+class TestBesideABusyProcess:
+    def test_run_to_run(self, kernel: Kernel, case: Case, busy: None) -> None:
+        first = run(kernel, case)
+        for _ in range(4):
+            assert_same_bits(run(kernel, case), first)
 
 
 @CASES
@@ -223,8 +226,15 @@ SHARED = {
 }
 
 
-@pytest.mark.parametrize("bias_shape", [None, "one", "a batch", "a head", "keys"])
-@pytest.mark.parametrize("mask_shape", [None, *SHARED])
+# Each alone, and of those together a third in the suite: every mask meets a bias, and every bias a mask.
+TOGETHER = [
+    pytest.param(mask, bias, marks=pytest.mark.slow if mask and bias and (i + j) % 3 else ())
+    for i, mask in enumerate([None, *SHARED])
+    for j, bias in enumerate([None, "one", "a batch", "a head", "keys"])
+]
+
+
+@pytest.mark.parametrize(("mask_shape", "bias_shape"), TOGETHER)
 def test_dense_arguments_that_heads_share(
     kernel: Kernel, mask_shape: str | None, bias_shape: str | None, rng: np.random.Generator
 ) -> None:

@@ -73,10 +73,37 @@ def test_info_for_scripts(monkeypatch):
     assert all(row["why"] for row in facts["instruction sets"])
 
 
-def test_variables_that_no_call_could_use_are_said(environment):
-    environment.setenv("FASTATTN_NUM_THREADS", "many")
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (
+            "FASTATTN_NUM_THREADS",
+            "many",
+            "FASTATTN_NUM_THREADS must be an integer from 1 to 1024, got 'many'",
+        ),
+        ("FASTATTN_BACKEND", "foo", "FASTATTN_BACKEND='foo' is unknown; expected one of 'cpu', "),
+    ],
+)
+def test_variables_that_no_call_could_use_are_said(environment, name, value, said):
+    environment.setenv(name, value)
     told = run("info", code=1)
-    assert "error: FASTATTN_NUM_THREADS must be an integer from 1 to 1024, got 'many'" in told.stderr
+    assert f"error: {said}" in told.stderr
+
+
+def test_info_says_which_backends_are_asked(environment):
+    assert json.loads(run("info", "--json").stdout)["backends"] == "cpu, then triton"
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--kv-length", str(1 << 64)], "--kv-heads, --kv-length"),
+        (["--value-dim", str(1 << 60)], "--value-dim"),
+        (["--kv-heads", "3"], "--shape, --kv-heads"),
+    ],
+)
+def test_explain_names_the_option_to_mend(options, named):
+    assert f"'{named}'" in run("explain", "--shape", "1,8,16,64", *options, code=2).stderr
 
 
 def test_explain_says_what_would_run_and_what_it_costs():
@@ -327,7 +354,7 @@ def test_nothing_is_unpickled():
 
 
 def test_explain_of_what_no_call_could_do(environment):
-    assert "dimension" in words(run("explain", "--shape", f"1,1,{10**20},64", code=2).stderr)
+    assert "larger than any memory" in words(run("explain", "--shape", f"1,1,{10**20},64", code=2).stderr)
     environment.setenv("FASTATTN_BACKEND", "foo")
     assert run("explain", "--shape", "1,1,1,8", code=1).stderr.startswith("error: FASTATTN_BACKEND")
 

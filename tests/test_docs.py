@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib
 import importlib.metadata
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import fastattn
 from fastattn import _core
@@ -34,7 +37,46 @@ def test_code_blocks_run(path: Path) -> None:
     """The blocks of one document run in order, in one namespace, as a reader would type them."""
     namespace: dict[str, object] = {"__name__": "__main__"}
     for number, block in enumerate(python_blocks(path), 1):
+        if not torch.cuda.is_available():
+            block = block.replace('device="cuda"', 'device="cpu"')
         exec(compile(block, f"{path.name} block {number}", "exec"), namespace)
+
+
+PACKAGE = ROOT / "python"
+WITH_EXAMPLES = [path for path in sorted(PACKAGE.rglob("*.py")) if ">>> " in path.read_text()]
+
+
+def what_the_reader_has(module: str, folder: Path) -> dict[str, Any]:
+    """What the examples of a module leave to the reader: a model, its name, and what goes into it."""
+    if module not in (
+        "fastattn.viz.recording",
+        *(f"fastattn.integrations.transformers{end}" for end in ("", "_cache")),
+    ):
+        return {}
+    transformers = pytest.importorskip("transformers", minversion="4.57")
+    sizes = {"vocab_size": 9, "hidden_size": 24, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=12)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    tokens = list("attention")
+    return {
+        "model": model,
+        "name": str(folder),
+        "tokens": tokens,
+        "inputs": {"input_ids": torch.arange(9)[None]},
+    }
+
+
+@pytest.mark.parametrize("path", WITH_EXAMPLES, ids=document_id)
+def test_examples_of_docstrings_print_what_they_say(path: Path, tmp_path: Path) -> None:
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    given = what_the_reader_has(name, tmp_path)
+    found = doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(name), extraglobs=given)
+    runner = doctest.DocTestRunner()
+    for examples in found:
+        runner.run(examples)
+    attempted = runner.summarize(verbose=False)
+    assert attempted == (0, path.read_text().count(">>> "))
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=document_id)

@@ -181,7 +181,7 @@ def test_ties_go_to_the_lower_key(kernel: Kernel, shape: tuple[int, int]) -> Non
     kind = rng.integers(0, 5, keys)
     query = convert(rng.standard_normal((1, 1, rows, 16)), kernel.dtype)
     key = convert(rng.standard_normal((5, 16))[kind][None, None], kernel.dtype)
-    for top_k in (1, 8, 30):
+    for top_k in (1, 8, 30, 200):
         look = fa.insight(query, key, causal=True, top_k=top_k)
         scores = as_float64(query)[0, 0] @ as_float64(key)[0, 0].T
         scores[np.arange(rows)[:, None] + keys - rows < np.arange(keys)] = -np.inf
@@ -212,6 +212,21 @@ def test_more_keys_than_a_panel_keeps(kernel: Kernel) -> None:
         expected = expect(query, key, value, **options)
         look = fa.insight(query, key, value, **options, distances=EDGES)._replace(output=None)
         check(look, expected, kernel, (query, key, value), options)
+
+
+def test_few_queries_whose_scores_are_too_many_to_stay() -> None:
+    """64 heads of 12 queries on one of 22,000 keys go the way of many queries; eight heads of them do not."""
+    rng = np.random.default_rng(3)
+    query, key = (
+        rng.standard_normal((1, 64, 12, 4), np.float32),
+        rng.standard_normal((1, 1, 22000, 4), np.float32),
+    )
+    whole = fa.insight(query, key, top_k=3)
+    for first in (0, 40):
+        heads = slice(first, first + 8)
+        part = fa.insight(query[:, heads], key, top_k=3)
+        for name in ("weights", "entropy", "key_mass"):
+            np.testing.assert_allclose(getattr(whole, name)[:, heads], getattr(part, name), rtol=1e-5)
 
 
 def test_rows_that_see_nothing(kernel: Kernel) -> None:

@@ -10,37 +10,12 @@ from plotly.graph_objects import Bar, Figure, Scatter
 from plotly.subplots import make_subplots
 
 from bench import tables
+from bench.colours import DTYPES, GREY, style
 from bench.report.records import Measured
 from bench.report.view import Chart
 
-# Okabe and Ito's colours, each with a symbol of its own.
-_STYLES = {
-    "fastattn": ("#d55e00", "circle"),
-    "torch": ("#0072b2", "square"),
-    "vllm": ("#009e73", "diamond"),
-    "zentorch": ("#e69f00", "triangle-up"),
-    "openvino": ("#56b4e9", "triangle-down"),
-    "onnxruntime": ("#cc79a7", "cross"),
-    "flex": ("#8c6d31", "x"),
-    "jax": ("#666666", "star"),
-    "eager": ("#666666", "diamond"),
-    "sdpa": ("#0072b2", "square"),
-    "portable": ("#e69f00", "triangle-up"),
-    "portable atomic": ("#8c6d31", "x"),
-    "hopper": ("#d55e00", "hexagon"),
-    "decode": ("#e69f00", "triangle-up"),
-    "cudnn": ("#009e73", "diamond"),
-    "flash": ("#0072b2", "square"),
-}
-_DTYPES = {"float64": "#cc79a7", "float32": "#0072b2", "bfloat16": "#d55e00", "float16": "#e69f00"}
-_GREY = "#767676"
 _GRID = "#e6e6e6"
 _FAR = 3.0
-
-
-def style(name: str) -> tuple[str, str]:
-    """Colour and symbol of a contestant."""
-    return _STYLES.get(name, (_GREY, "circle-open"))
 
 
 def laid_out(figure: Figure, height: int, **options: object) -> Figure:
@@ -95,7 +70,7 @@ def _ceiling_of(rows: list[Measured]) -> Scatter:
     ]
     return Scatter(
         x=[case for case, _ in near], y=[1 / share for _, share in near], mode="markers", name="ceiling",
-        marker={"symbol": "line-ew-open", "size": 34, "color": _GREY, "line": {"width": 2}},
+        marker={"symbol": "line-ew-open", "size": 34, "color": GREY, "line": {"width": 2}},
         customdata=[f"{share:.0%}" for _, share in near],
         hovertemplate="%{x}<br>fastattn is at %{customdata} of the ceiling<extra></extra>",
     )  # fmt: skip
@@ -142,7 +117,7 @@ def roofline(rows: list[Measured]) -> Iterable[Chart]:
                 x=[left, rate / read, right],
                 y=[left * read, rate, rate],
                 mode="lines+text",
-                line={"color": _GREY, "width": 1.5},
+                line={"color": GREY, "width": 1.5},
                 showlegend=False,
                 textposition="top left",
                 text=["", "", f"{name}: {rate:.0f} GFLOP/s"],
@@ -165,7 +140,7 @@ def _under_the_roof(dtype: str, rows: list[Measured]) -> Scatter:
         x=[row.flops / row.bytes for row, _ in found], y=[row.flops / 1e9 / x.seconds for row, x in found],
         mode="markers", name=dtype, text=[row.name for row, _ in found],
         customdata=[f"{x.share:.0%}" for _, x in found],
-        marker={"color": _DTYPES[dtype], "size": 9, "line": {"color": "white", "width": 1},
+        marker={"color": DTYPES[dtype], "size": 9, "line": {"color": "white", "width": 1},
                 "symbol": ["triangle-up" if row.case.get("causal") else "circle" for row, _ in found]},
         hovertemplate="%{text}<br>%{y:.3g} GFLOP/s, %{customdata} of its ceiling<extra>" + dtype + "</extra>",
     )  # fmt: skip

@@ -9,8 +9,9 @@ from plotly.graph_objects import Bar, Figure
 from plotly.subplots import make_subplots
 
 from bench import generation
+from bench.colours import style
 from bench.goals import AIM, BELOW, MUST, SHORT, Goal, goals_of
-from bench.report.charts import laid_out, style
+from bench.report.charts import laid_out
 from bench.report.records import Records
 from bench.report.suites import Judged, machine
 from bench.report.view import Cell, Chart, Section, Table

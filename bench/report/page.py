@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 from rich.console import Console
 
 from bench.goals import AIM, BELOW, MUST, SHORT
-from bench.report import others, suites
+from bench.report import insight, others, suites
 from bench.report.records import Records, read
 from bench.report.view import SIGNS, Cell, Chart, Section, Table
 
@@ -24,7 +24,7 @@ OUT = Path("build/bench-report.html")
 def html(records: Records) -> str:
     """The whole page. Raises ValueError where there is no record to show."""
     sections = [*suites.sections(records), *others.generating(records), *beside_recurrent(records)]
-    sections += others.gpu_checks(records)
+    sections += [*insight.section(records), *others.gpu_checks(records)]
     if not sections:
         raise ValueError("no record to show: python -m bench SUITE makes one")
     environment = Environment(
@@ -49,13 +49,14 @@ def beside_recurrent(records: Records) -> list[Section]:
 _WORDS = {
     "share": "share of the ceiling", "peers": "against the best peer", "base": "against its base",
     "seconds": "time of a call", "reading": "attention over reading its bytes",
+    "attention": "time over that of attention",
 }  # fmt: skip
 
 
 def goals(records: Records) -> Table:
     """Every goal that was measured, those that are short first."""
     lines = []
-    for judged in [*suites.goals(records), *others.goals(records)]:
+    for judged in [*suites.goals(records), *others.goals(records), *insight.goals(records)]:
         goal = judged.goal
         at = sorted(judged.values.items(), key=lambda item: item[1], reverse=goal.at_most)
         (worst_row, worst), best = at[0], at[-1][1]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import generation
+from bench import generation, insight
 from bench.results import BASE, FOLDER, Row, Run, find
 
 
@@ -33,6 +33,7 @@ class Records:
 
     rows: list[Measured] = field(default_factory=list)
     generation: dict[str, Path] = field(default_factory=dict)
+    insight: dict[str, Path] = field(default_factory=dict)
     variants: dict[str, Path] = field(default_factory=dict)  # the latest of each machine and set of parts
     gpu_checks: dict[str, dict[str, Any]] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)  # of kinds that the page does not show
@@ -68,6 +69,8 @@ def _sort_in(path: Path, records: Records) -> None:
     suite = content.get("suite") if isinstance(content, dict) else None
     if suite == generation.SUITE:
         records.generation[path.stem] = path
+    elif suite == insight.SUITE:
+        records.insight[path.stem] = path
     elif suite == "variants":
         machine = content["machine"]
         key = machine["cpu"], machine["isa"], content["threads"], *content["parts"]

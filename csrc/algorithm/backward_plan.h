@@ -133,8 +133,8 @@ inline void plan_thread_scratch(BackwardPlan<E>& plan, const BackwardParams& b) 
 template <class E>
 inline bool fits_thread(const BackwardPlan<E>& plan, const BackwardParams& b) {
   const AttentionParams& p = b.forward;
-  const double pairs = static_cast<double>(p.query_heads / p.kv_heads) * static_cast<double>(p.seqlen_q) *
-                       static_cast<double>(p.seqlen_k);
+  const int64_t group = p.query_heads / p.kv_heads;
+  const double pairs = static_cast<double>(group) * static_cast<double>(p.seqlen_q) * static_cast<double>(p.seqlen_k);
   return b.grad_bias == nullptr && pairs <= kWholeHead && plan.head_bytes <= kPackedBudget / plan.threads;
 }
 

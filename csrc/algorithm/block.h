@@ -23,6 +23,7 @@ struct ForwardTask {
   int64_t chunk_end;
   int sequence_panels;             // panels of each
   int64_t sequences[kMaxMembers];  // that share the task's keys, its own first
+  Scalar* scores;                  // null, or where those of the key/value head's rows stay, [rows][kept_stride]
 
   Panel<E>* panel(int i) const { return reinterpret_cast<Panel<E>*>(scratch) + i; }
   Scalar* probs() const { return reinterpret_cast<Scalar*>(scratch + plan.probs_at); }
@@ -38,20 +39,27 @@ struct ForwardTask {
 // Method::rows: finds every row of the block, wherever it stands.
 template <class E>
 inline void list_block(const ForwardTask<E>& task, KeyValueView& view) {
-  constexpr int64_t kRows = E::kBlockKeys + kRowsAhead<E>;
+  RowTable<E>& table = task.table();
+  constexpr int64_t kNext = sizeof table.next / sizeof *table.next;
   constexpr auto kSize = static_cast<int64_t>(sizeof(typename E::Stored));
   const AttentionParams& p = task.p;
-  RowTable<E>& table = task.table();
   const auto list = [&](bool copied, const char* row, int64_t step, const void* tensor, const int64_t* strides,
                         const char** rows) {
     if (copied) {
-      list_copied_rows(row, step, task.block_end(view.start) - view.start, kRows, rows);
+      list_copied_rows(row, step, task.block_end(view.start) - view.start, E::kBlockKeys, rows);
     } else {
-      list_rows(p, tensor, strides, kSize, task.rows.batch, task.rows.kv_head, view.start, task.keys, kRows, rows);
+      list_rows(p, tensor, strides, kSize, task.rows.batch, task.rows.kv_head, view.start, task.keys, E::kBlockKeys,
+                rows);
     }
   };
   list(task.plan.layout.pack_key, view.key, view.key_stride, p.key, p.key_strides, table.keys);
   list(task.plan.layout.pack_value, view.value, view.value_stride, p.value, p.value_strides, table.values);
+  const int64_t next = view.start + E::kBlockKeys;
+  if (task.plan.layout.pack_key || next >= task.keys) {
+    list_copied_rows(table.keys[0], 0, 1, kNext, table.next);
+  } else {
+    list_rows(p, p.key, p.key_strides, kSize, task.rows.batch, task.rows.kv_head, next, task.keys, kNext, table.next);
+  }
   if constexpr (E::kQuantised) {
     list_scales<E>(p, task.rows.batch, task.rows.kv_head, view.start, task.block_end(view.start), table);
   }
@@ -155,7 +163,7 @@ struct BlockExtent {
 template <class E>
 inline void guard_tiles(const ForwardTask<E>& task, BlockExtent<E>& extent, int64_t begin, int64_t end) {
   using Tile = typename FiniteValues<E>::Tile;
-  if (E::kObserves && task.p.out == nullptr) {
+  if (task.p.out == nullptr) {
     return;  // nobody asked for the product with the values
   }
   FiniteValues<E>& finite = task.finite();
@@ -169,6 +177,17 @@ inline void guard_tiles(const ForwardTask<E>& task, BlockExtent<E>& extent, int6
       finite.tiles[tile] = found ? Tile::nonfinite : Tile::finite;
     }
     extent.poisoned |= finite.tiles[tile] == Tile::nonfinite;
+  }
+}
+
+// Few queries: rows of keys that a later tile multiplies.
+template <class E>
+inline void prefetch_keys(const ForwardTask<E>& task, const TileContext<E>& context, const KeyValueView& view,
+                          int64_t block_key) {
+  if (task.p.seqlen_q < kManyQueries && &context.panel == task.panel(0) && !task.plan.layout.pack_key) {
+    for (int64_t r = 0; r < E::kKeys; ++r) {
+      prefetch_row(view.key + (block_key + r + kPrefetchRows) * view.key_stride, task.plan.layout.key_row_bytes);
+    }
   }
 }
 
@@ -195,6 +214,27 @@ inline void score_products(const ForwardTask<E>& task, TileContext<E>& context, 
     if (sight != Sight::none) {
       context.edge = sight == Sight::edge;
       (sight == Sight::all ? fns.scan_plain : fns.scan_masked)(context, key - block);
+    }
+  }
+  context.written = begin - block;
+  (context.rules.natural ? follow_block_peak<E, true> : follow_block_peak<E, false>)(context);
+}
+
+// The same for engines that observe.
+template <class E>
+inline void keep_scores(const ForwardTask<E>& task, TileContext<E>& context, const TileFns<E>& fns,
+                        const KeyValueView& view, int64_t begin, int64_t end) {
+  const int64_t block = view.start;
+  context.raw = context.panel.group_scores(block);
+  for (auto& peak : context.peaks) {
+    peak = -static_cast<typename E::Scalar>(__builtin_inf());
+  }
+  for (int64_t key = begin; key < end; key += E::kKeys) {
+    const Sight sight = tile_sight<E>(context, block, key);
+    if (sight != Sight::none) {
+      context.edge = sight == Sight::edge;
+      prefetch_keys<E>(task, context, view, key - block);
+      (sight == Sight::all ? fns.keep_plain : fns.keep_masked)(context, tile_keys<E>(task, view, key), key - block);
     }
   }
   context.written = begin - block;
@@ -234,7 +274,16 @@ inline BlockExtent<E> score_rows(const ForwardTask<E>& task, TileContext<E>& con
     scales[0] = task.table().key_scales;
     scales[1] = task.table().value_scales;
   }
-  row_softmax<E>(context, extent.begin, extent.end, hides, scales);
+  if (E::Dot::kPairsValues && &context.panel == task.panel(0)) {
+    context.fetch = {view.value_rows + (spreads_keys<E>(context.panel.live) ? kStreamRowsAhead<E> : kRowsAhead<E>),
+                     rows_of_softmax<E>(context.panel.live),
+                     task.p.value_dim * static_cast<int64_t>(sizeof(typename E::Stored))};
+  }
+  row_softmax<E>(context, extent.begin, extent.end, hides, scales, task.scores != nullptr, [&](int lane) {
+    const Panel<E>& panel = context.panel;
+    const int64_t head = panel.head[lane] - task.rows.kv_head * (task.p.query_heads / task.p.kv_heads);
+    return task.scores + (head * task.p.seqlen_q + panel.row[lane]) * kept_stride(task.p) + block;
+  });
   return extent;
 }
 
@@ -249,8 +298,15 @@ inline BlockExtent<E> score_block(const ForwardTask<E>& task, TileContext<E>& co
   bool started = false;
   const int64_t block = view.start;
   const TileFns<E>& fns = task.plan.tiles[(context.panel.live + E::kWidth - 1) / E::kWidth - 1];
+  bool scored = E::kMethod == Method::tiles;
   if constexpr (E::kMethod == Method::tiles) {
     score_products<E>(task, context, fns, view, begin, end);
+  }
+  if constexpr (E::kObserves) {
+    scored = context.panel.starting;
+    if (scored) {
+      keep_scores<E>(task, context, fns, view, begin, end);
+    }
   }
   for (int64_t key = begin; key < end; key += E::kKeys) {
     const int64_t block_key = key - block;
@@ -270,15 +326,11 @@ inline BlockExtent<E> score_block(const ForwardTask<E>& task, TileContext<E>& co
     }
     // Tiles between two that are seen hold probabilities of 0.
     guard_tiles<E>(task, extent, extent.end, sight == Sight::all ? block_key : block_key + E::kKeys);
-    if constexpr (E::kMethod == Method::tiles) {
+    if (scored) {
       fns.exponentiate(context, block_key);
     } else {
       context.edge = sight == Sight::edge;
-      if (task.p.seqlen_q < kManyQueries && &context.panel == task.panel(0) && !task.plan.layout.pack_key) {
-        for (int64_t r = 0; r < E::kKeys; ++r) {
-          prefetch_row(view.key + (block_key + r + kPrefetchRows) * view.key_stride, task.plan.layout.key_row_bytes);
-        }
-      }
+      prefetch_keys<E>(task, context, view, block_key);
       (sight == Sight::all ? fns.plain : fns.masked)(context, tile_keys<E>(task, view, key), block_key);
     }
     extent.end = block_key + E::kKeys;
@@ -351,7 +403,7 @@ inline void run_block(const ForwardTask<E>& task, TileContext<E>& context, const
   }
   const BlockExtent<E> extent = score_block<E>(task, context, view, begin, end);
   Panel<E>& panel = context.panel;
-  if (extent.end > extent.begin && (!E::kObserves || task.p.out != nullptr)) {
+  if (extent.end > extent.begin && task.p.out != nullptr) {
     add_values<E>(task, context, view, extent);
   }
   for (int lane = 0; lane < panel.placed; ++lane) {

@@ -67,6 +67,7 @@ struct Engine {
   using Product = Product_;
   using Element = typename Product::Element;
   using Prob = typename Product::Prob;
+  using Rounded = Prob;  // what probabilities are multiplied as
 
   static constexpr Method kMethod = Method::broadcast;
   static constexpr int kWidth = V::kWidth;
@@ -136,7 +137,7 @@ constexpr double kLazyRise = 8.0;
 // nothing on full, 5% on causal attention (S2048, D64).
 constexpr double kRoundedLazyRise = 1.0;
 template <class E>
-constexpr bool kRoundsProbabilities = sizeof(typename E::Prob) < sizeof(typename E::Scalar);
+constexpr bool kRoundsProbabilities = sizeof(typename E::Rounded) < sizeof(typename E::Scalar);
 
 constexpr int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 constexpr int64_t round_down(int64_t x, int64_t step) { return x / step * step; }

@@ -92,7 +92,7 @@ FASTATTN_NOINLINE void finish_rows(Panel<E>& panel, const AttentionParams& p, co
     const Normaliser n = normaliser<E>(panel, p, rules, lane, p.lse != nullptr);
     normalisers[lane] = n;
     if constexpr (E::kMethod != Method::tiles) {
-      if (!E::kObserves || p.out != nullptr) {
+      if (p.out != nullptr) {
         store_row<E>(panel.output + lane * rules.output_stride, n.inverse, p.value_dim,
                      out_row<E>(panel, p, batch, lane), p.out_strides[3]);
       }

@@ -20,13 +20,14 @@ template <class E>
 struct ForwardCall {
   const AttentionParams& p;
   const ForwardPlan<E>& plan;
-  char* scratch;        // [threads][thread_bytes]
-  char* packed;         // [wave][head_bytes]
-  char* dense;          // [dense_batches][dense_spans][span_panels][dense_bytes]
-  char* sums;           // [wave][head_tasks][panels][sums_bytes], where chunks are tasks
-  int32_t* arrived;     // [wave][head_tasks / task_chunks]: chunks that are done
-  int64_t first_head;   // of the wave, counted over batch and key/value heads
-  SharedChunks shared;  // where a task may have several sequences
+  char* scratch;               // [threads][thread_bytes]
+  char* packed;                // [wave][head_bytes]
+  char* dense;                 // [dense_batches][dense_spans][span_panels][dense_bytes]
+  char* sums;                  // [wave][head_tasks][panels][sums_bytes], where chunks are tasks
+  int32_t* arrived;            // [wave][head_tasks / task_chunks]: chunks that are done
+  int64_t first_head;          // of the wave, counted over batch and key/value heads
+  SharedChunks shared;         // where a task may have several sequences
+  typename E::Scalar* scores;  // null, or [wave][rows of a key/value head][kept_stride], for few queries: they stay
 };
 
 // The keys of one tile, whatever block it lies in; where the task packs for itself, these alone.
@@ -96,6 +97,11 @@ FASTATTN_NOINLINE void write_weights(const ForwardTask<E>& task, TileContext<E>&
   }
 }
 
+// Scores of a key/value head's rows, where they stay.
+inline int64_t head_scores(const AttentionParams& p) {
+  return p.query_heads / p.kv_heads * p.seqlen_q * kept_stride(p);
+}
+
 // Rows [begin, end) of a head of the wave, all chunks of their keys.
 template <class E>
 inline ForwardTask<E> task_of_rows(const ForwardCall<E>& call, int64_t local_head, int64_t begin, int64_t end,
@@ -116,7 +122,8 @@ inline ForwardTask<E> task_of_rows(const ForwardCall<E>& call, int64_t local_hea
           0,
           plan.chunks,
           panels,
-          {rows.batch}};
+          {rows.batch},
+          call.scores == nullptr ? nullptr : call.scores + local_head * head_scores(p)};
 }
 
 template <class E>
@@ -357,12 +364,9 @@ void pack_task(void* opaque, int64_t index, int /*thread*/) {
   }
 }
 
-template <class E>
-void run_forward(const AttentionParams& p) {
-  if (p.batch == 0 || p.query_heads == 0 || p.seqlen_q == 0) {
-    return;
-  }
-  const ForwardPlan<E> plan = plan_forward<E>(p);
+// Makes the call's scratch, with `own_bytes` more, and goes through its heads in waves: run(call, heads, own).
+template <class E, class Run>
+inline void run_waves(const AttentionParams& p, const ForwardPlan<E>& plan, int64_t own_bytes, Run run) {
   const int64_t heads = p.batch * p.kv_heads;
   const int64_t thread_bytes = plan.threads * plan.thread_bytes;
   const int64_t packed_bytes = plan.wave * plan.head_bytes;
@@ -370,15 +374,18 @@ void run_forward(const AttentionParams& p) {
   const int64_t dense_bytes = round_up(tables * plan.dense_bytes, kScratchAlign);
   const int64_t sums_bytes = plan.wave * plan.all_sums_bytes();
   const int64_t counters = plan.task_chunks > 1 ? plan.wave * plan.head_tasks / plan.task_chunks : 0;
-  const auto counters_bytes = static_cast<size_t>(counters) * sizeof(int32_t);
+  const int64_t counters_bytes = counters * static_cast<int64_t>(sizeof(int32_t));
   const int64_t shared_bytes = plan.members > 1 ? SharedChunks::bytes(plan.chunks, p.batch) : 0;
-  const Workspace workspace(static_cast<size_t>(thread_bytes + packed_bytes + dense_bytes + sums_bytes + shared_bytes) +
-                            counters_bytes);
+  own_bytes = round_up(own_bytes, kScratchAlign);
+  const Workspace workspace(static_cast<size_t>(thread_bytes + packed_bytes + dense_bytes + own_bytes + sums_bytes +
+                                                shared_bytes + counters_bytes));
   char* packed = workspace.data() + thread_bytes;
   char* dense = packed + packed_bytes;
-  char* sums = dense + dense_bytes;
+  char* own = dense + dense_bytes;
+  char* sums = own + own_bytes;
   char* counted = sums + sums_bytes;
-  ForwardCall<E> call{p, plan, workspace.data(), packed, dense, sums, reinterpret_cast<int32_t*>(counted), 0, {}};
+  ForwardCall<E> call{p, plan, workspace.data(), packed, dense, sums, reinterpret_cast<int32_t*>(counted),
+                      0, {},   nullptr};
   if (plan.members > 1) {
     call.shared = find_shared_chunks(p, plan.chunks, kChunkKeys<E>, counted + counters_bytes);
   }
@@ -389,13 +396,24 @@ void run_forward(const AttentionParams& p) {
   for (int64_t head = 0; head < heads; head += plan.wave) {
     const int64_t wave = min64(plan.wave, heads - head);
     call.first_head = head;
-    memset(call.arrived, 0, counters_bytes);
+    memset(call.arrived, 0, static_cast<size_t>(counters_bytes));
     if (plan.head_bytes > 0) {
       const int64_t blocks = (plan.keys + E::kBlockKeys - 1) / E::kBlockKeys;
       parallel_for(wave * blocks, plan.threads, pack_task<E>, &call, p.num_threads);
     }
-    parallel_for(wave * plan.head_tasks, plan.threads, run_task<E>, &call, p.num_threads);
+    run(call, wave, own);
   }
+}
+
+template <class E>
+void run_forward(const AttentionParams& p) {
+  if (p.batch == 0 || p.query_heads == 0 || p.seqlen_q == 0) {
+    return;
+  }
+  const ForwardPlan<E> plan = plan_forward<E>(p);
+  run_waves<E>(p, plan, 0, [&](ForwardCall<E>& call, int64_t wave, char* /*own*/) {
+    parallel_for(wave * plan.head_tasks, plan.threads, run_task<E>, &call, p.num_threads);
+  });
 }
 
 }  // namespace

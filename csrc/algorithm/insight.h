@@ -35,7 +35,7 @@ template <class E>
 struct InsightCall {
   const InsightParams& p;
   const InsightPlan<E>& plan;
-  ForwardCall<E> forward;
+  const ForwardCall<E>& forward;
   char* parts;  // [wave][spans][groups][part_bytes]
 };
 
@@ -61,7 +61,7 @@ inline void plan_observations(InsightPlan<E>& plan, const AttentionParams& p) {
     bytes += round_up(size, kScratchAlign);
     return start;
   };
-  plan.candidates_at = take(E::kLanes * candidate_room(plan.top_k) * static_cast<int64_t>(sizeof(ScoredKey)));
+  plan.candidates_at = take(Candidates<E>::bytes(plan.top_k));
   const int64_t kept = plan.keeps_all ? round_up(extent, E::kBlockKeys) + E::kBlockKeys  // both ends lie within a block
                                       : E::kBlockKeys;
   plan.probs_at = take(kept * E::kLanes * kScalar);
@@ -78,7 +78,6 @@ inline InsightPlan<E> plan_insight(const InsightParams& p) {
   InsightPlan<E> plan{};
   plan.forward = start_plan<E>(forward);
   ForwardPlan<E>& tasks = plan.forward;
-  tasks.layout.pack_value &= forward.out != nullptr;
   tasks.spans = forward.query_heads / forward.kv_heads;
   tasks.span_rows = forward.seqlen_q;
   tasks.span_panels = (tasks.span_rows + E::kLanes - 1) / E::kLanes;
@@ -117,8 +116,7 @@ inline void place_observations(const InsightCall<E>& call, const ForwardTask<E>&
   for (int i = 0; i < task.panels; ++i) {
     Panel<E>& panel = *task.panel(i);
     char* own = task.scratch + plan.own_at + i * plan.panel_bytes;
-    panel.top_k = plan.top_k;
-    panel.candidates = reinterpret_cast<ScoredKey*>(own + plan.candidates_at);
+    panel.place(own + plan.candidates_at, plan.top_k);
     panel.shifts = reinterpret_cast<Scalar*>(own + plan.shifts_at);
     panel.probs = reinterpret_cast<Scalar*>(own + plan.probs_at);
     panel.origin = round_down(panel.first_min, E::kBlockKeys);
@@ -140,6 +138,20 @@ FASTATTN_NOINLINE void find_scales(const Panel<E>& panel, const ScoreRules<E>& r
     const auto power = exp2<V>(V::mul(V::min(rise, V::zero()), to_log2));
     V::store(scale + v * E::kWidth, V::mul(power, V::load(inverse + v * E::kWidth)));
   }
+}
+
+// Shifts are never NaN.
+template <class E>
+FASTATTN_INLINE bool shifts_differ(const typename E::Scalar* a, const typename E::Scalar* b) {
+  using V = typename E::V;
+  bool differ = false;
+#pragma GCC unroll 4
+  for (int v = 0; v < E::kVectors; ++v) {
+    const auto one = V::load(a + v * E::kWidth);
+    const auto other = V::load(b + v * E::kWidth);
+    differ |= V::any(V::less(one, other)) || V::any(V::less(other, one));
+  }
+  return differ;
 }
 
 // totals[key] = the sum over the lanes of scale * probs[key][lane], for one group of keys.
@@ -217,7 +229,7 @@ FASTATTN_NOINLINE void add_block_mass(const InsightCall<E>& call, const Panel<E>
   bool broken = false;
   for (int64_t key = begin; key < end; key += E::kGroupKeys) {
     const Scalar* shifts = panel.group_shifts(block, key - block);
-    if (under == nullptr || memcmp(shifts, under, sizeof scale) != 0) {
+    if (under == nullptr || shifts_differ<E>(shifts, under)) {
       under = shifts;
       find_scales<E>(panel, call.plan.forward.rules, shifts, inverse, scale);
       broken = false;
@@ -296,11 +308,10 @@ inline void write_top_keys(const InsightParams& p, const ScoreRules<E>& rules, c
                            double inverse, int64_t* keys, typename E::Scalar* weights) {
   using V = typename E::V;
   using Scalar = typename E::Scalar;
-  ScoredKey* best = panel.candidates + lane * candidate_room(panel.top_k);
-  const int64_t count = sort_best(best, panel.count[lane], panel.top_k);
-  for (int64_t i = 0; i < p.top_k; ++i) {
-    keys[i] = i < count ? best[i].key : -1;
-    weights[i] = i < count ? static_cast<Scalar>(best[i].score) : 0;
+  const int64_t count = panel.best(lane, keys, weights);
+  for (int64_t i = count; i < p.top_k; ++i) {
+    keys[i] = -1;
+    weights[i] = 0;
   }
   for (int64_t i = 0; i < count; i += E::kWidth) {  // as the softmax has them
     const int rest = static_cast<int>(min64(E::kWidth, count - i));
@@ -389,38 +400,17 @@ void gather_mass(void* opaque, int64_t index, int /*thread*/) {
 }
 
 template <class Engine>
-void insight(const InsightParams& p) {
+void run_insight(const InsightParams& p) {
   using E = Observed<Engine>;
   const AttentionParams& forward = p.forward;
-  if (forward.batch == 0 || forward.query_heads == 0 || forward.seqlen_q == 0) {
-    return;
-  }
   const InsightPlan<E> plan = plan_insight<E>(p);
   const ForwardPlan<E>& tasks = plan.forward;
-  const int64_t thread_bytes = tasks.threads * tasks.thread_bytes;
-  const int64_t packed_bytes = tasks.wave * tasks.head_bytes;
-  const int64_t tables = tasks.dense_batches * tasks.dense_spans * tasks.span_panels;
-  const int64_t dense_bytes = round_up(tables * tasks.dense_bytes, kScratchAlign);
   const int64_t part_bytes = tasks.wave * tasks.spans * plan.groups * plan.part_bytes;
-  const Workspace workspace(static_cast<size_t>(thread_bytes + packed_bytes + dense_bytes + part_bytes));
-  char* packed = workspace.data() + thread_bytes;
-  char* dense = packed + packed_bytes;
-  InsightCall<E> call{
-      p, plan, {forward, tasks, workspace.data(), packed, dense, nullptr, nullptr, 0, {}}, dense + dense_bytes};
-  if (tasks.dense_bytes > 0) {
-    parallel_for(tables, tasks.threads, dense_task<E>, &call.forward, forward.num_threads);
-  }
-  const int64_t heads = forward.batch * forward.kv_heads;
-  for (int64_t head = 0; head < heads; head += tasks.wave) {
-    const int64_t wave = min64(tasks.wave, heads - head);
-    call.forward.first_head = head;
-    if (tasks.head_bytes > 0) {
-      const int64_t blocks = (tasks.keys + E::kBlockKeys - 1) / E::kBlockKeys;
-      parallel_for(wave * blocks, tasks.threads, pack_task<E>, &call.forward, forward.num_threads);
-    }
-    parallel_for(wave * tasks.head_tasks, tasks.threads, insight_task<E>, &call, forward.num_threads);
-    parallel_for(wave * tasks.spans, tasks.threads, gather_mass<E>, &call, forward.num_threads);
-  }
+  run_waves<E>(forward, tasks, part_bytes, [&](ForwardCall<E>& call, int64_t wave, char* parts) {
+    InsightCall<E> insight{p, plan, call, parts};
+    parallel_for(wave * tasks.head_tasks, tasks.threads, insight_task<E>, &insight, forward.num_threads);
+    parallel_for(wave * tasks.spans, tasks.threads, gather_mass<E>, &insight, forward.num_threads);
+  });
 }
 
 }  // namespace

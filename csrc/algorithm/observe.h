@@ -3,8 +3,7 @@
 // the queries. Engines that observe (`Observed<E>`) run the forward as it is, and these hooks in it.
 #pragma once
 
-#include "algorithm/engine.h"
-#include "top_keys.h"
+#include "algorithm/candidates.h"
 
 namespace fastattn {
 namespace {
@@ -15,13 +14,6 @@ struct Observed : E {
   static constexpr bool kObserves = true;
 };
 
-// Candidates beyond the keys that are wanted, at least: they are sorted out when there are so many.
-constexpr int64_t kSpareCandidates = 24;
-
-constexpr int64_t candidate_room(int64_t top_k) {
-  return top_k + (top_k > kSpareCandidates ? top_k : kSpareCandidates);
-}
-
 // Blocks whose scores a panel keeps at its start, see Observation::take_first.
 constexpr int64_t kFirstBlocks = 4;
 
@@ -29,20 +21,16 @@ template <class E, bool kObserves = E::kObserves>
 struct Observation {};  // of other engines' panels
 
 template <class E>
-struct Observation<E, true> {
+struct Observation<E, true> : Candidates<E> {
   using V = typename E::V;
   using Scalar = typename E::Scalar;
   static constexpr int64_t kFirstKeys = kFirstBlocks * E::kBlockKeys;
   static constexpr int64_t kFirstGroups = kFirstKeys / E::kGroupKeys;
-  static constexpr Scalar kLowest = -static_cast<Scalar>(__builtin_inf());
+  using Candidates<E>::kLowest;
+  using Candidates<E>::threshold;
 
-  // A score above the lane's threshold may be among its largest.
-  alignas(64) Scalar threshold[E::kLanes];
-  Scalar log_sum[E::kLanes];    // of p * log2(p) of unnormalised probabilities, over finished key blocks
-  Scalar block_log[E::kLanes];  // over the running one
-  int64_t count[E::kLanes];     // of candidates
-  int64_t top_k;
-  ScoredKey* candidates;  // [kLanes][candidate_room]
+  alignas(64) Scalar log_sum[E::kLanes];  // of p * log2(p) of unnormalised probabilities, over finished key blocks
+  Scalar block_log[E::kLanes];            // over the running one
   // Probabilities, [key][kLanes], and the shifts that they are under, [group of keys][kLanes]: of all keys from
   // `origin` on, or of the running block.
   Scalar* probs;
@@ -54,11 +42,10 @@ struct Observation<E, true> {
   Scalar* first_peaks;   // [kFirstGroups][kLanes], the largest of each group
 
   void start(int live) {
+    Candidates<E>::start(live);
     for (int lane = 0; lane < E::kLanes; ++lane) {
-      threshold[lane] = lane < live ? kLowest : static_cast<Scalar>(__builtin_inf());
       log_sum[lane] = 0;
       block_log[lane] = 0;
-      count[lane] = 0;
     }
     starting = true;
   }
@@ -113,39 +100,12 @@ struct Observation<E, true> {
     block_log[lane] = fall(block_log[lane], sums[1]);
   }
 
-  // Takes from a group of scores, [kGroupKeys][kLanes], those above their lanes' thresholds.
-  FASTATTN_NOINLINE void take(const Scalar* scores, int64_t first_key) {
-    for (int r = 0; r < E::kGroupKeys; ++r) {
-      const Scalar* row = scores + r * E::kLanes;
-      uint32_t lanes = 0;
-#pragma GCC unroll 4
-      for (int v = 0; v < E::kVectors; ++v) {
-        const auto limits = V::load(threshold + v * E::kWidth);
-        lanes |= V::bits(V::less(limits, V::load(row + v * E::kWidth))) << (v * E::kWidth);
-      }
-      for (; lanes != 0; lanes &= lanes - 1) {
-        const int lane = __builtin_ctz(lanes);
-        add(lane, row[lane], first_key + r);
-      }
-    }
-  }
-
  private:
-  void add(int lane, Scalar score, int64_t key) {
-    const int64_t room = candidate_room(top_k);
-    ScoredKey* own = candidates + lane * room;
-    own[count[lane]++] = {static_cast<double>(score), key};
-    if (count[lane] == room) {
-      count[lane] = top_k;
-      threshold[lane] = static_cast<Scalar>(keep_best(own, room, top_k));
-    }
-  }
-
   // Of the first blocks all scores are there: as many groups as keys are wanted have a peak that is not below the
-  // top_k-th largest peak, so no key below it is wanted. Else these keys would have most of the candidates.
+  // last of the wanted peak, so no key below it is wanted. Else these keys would have most of the candidates.
   FASTATTN_NOINLINE void take_first(int64_t groups) {
     starting = false;
-    for (int v = 0; top_k <= groups && v < E::kVectors; ++v) {
+    for (int v = 0; this->wanted <= groups && v < E::kVectors; ++v) {
       seed(v, groups);
     }
     for (int64_t group = 0; group < groups; ++group) {
@@ -155,7 +115,7 @@ struct Observation<E, true> {
         any |= V::any(V::less(V::load(threshold + at), V::load(first_peaks + group * E::kLanes + at)));
       }
       if (any) {
-        take(first_scores + group * E::kGroupKeys * E::kLanes, origin + group * E::kGroupKeys);
+        this->take(first_scores + group * E::kGroupKeys * E::kLanes, origin + group * E::kGroupKeys);
       }
     }
   }
@@ -163,16 +123,16 @@ struct Observation<E, true> {
   // Thresholds just below the top_k-th largest of the peaks, by insertion.
   void seed(int v, int64_t groups) {
     alignas(64) Scalar best[kFirstGroups * E::kWidth];
-    for (int64_t i = 0; i < top_k * E::kWidth; ++i) {
+    for (int64_t i = 0; i < this->wanted * E::kWidth; ++i) {
       best[i] = kLowest;
     }
-    const Scalar* last = best + (top_k - 1) * E::kWidth;
+    const Scalar* last = best + (this->wanted - 1) * E::kWidth;
     for (int64_t group = 0; group < groups; ++group) {
       auto peak = V::load(first_peaks + group * E::kLanes + v * E::kWidth);
       if (!V::any(V::less(V::load(last), peak))) {
         continue;
       }
-      for (int64_t place = 0; place < top_k; ++place) {
+      for (int64_t place = 0; place < this->wanted; ++place) {
         const auto here = V::load(best + place * E::kWidth);
         V::store(best + place * E::kWidth, V::max(peak, here));
         peak = V::min(peak, here);

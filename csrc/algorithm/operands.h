@@ -44,6 +44,19 @@ FASTATTN_INLINE void prefetch_row(const char* row, int64_t bytes) {
   }
 }
 
+// Rows that are asked for beside other work.
+struct Fetch {
+  const char* const* rows;
+  int64_t count;
+  int64_t bytes;
+  FASTATTN_INLINE void step() {
+    if (count > 0) {
+      prefetch_row(*rows++, bytes);
+      --count;
+    }
+  }
+};
+
 template <class E>
 inline int64_t padded_value_dim(const AttentionParams& p) {
   return round_up(p.value_dim, E::kWidth);

@@ -76,10 +76,15 @@ template <class E>
 struct TileFns {
   TileFn<E> plain;
   TileFn<E> masked;
-  PassFn<E> scan_plain;  // these three for Method::tiles
+  PassFn<E> scan_plain;  // these two for Method::tiles,
   PassFn<E> scan_masked;
-  PassFn<E> exponentiate;
+  TileFn<E> keep_plain;  // these for engines that observe
+  TileFn<E> keep_masked;
+  PassFn<E> exponentiate;  // the second pass of both
 };
+
+// Between rows of scores that stay: whole registers of them are written.
+inline int64_t kept_stride(const AttentionParams& p) { return round_up(p.seqlen_k, 16); }
 
 // Queries from which the keys of a row are no longer cut into chunks: rows are tasks enough, and each pass over a chunk
 // ends with its sums.
@@ -170,6 +175,12 @@ inline TileFns<E> choose_tiles(bool general) {
   } else if constexpr (E::kMethod == Method::broadcast) {
     fns.plain = general ? score_tile<E, TileKind::adjusted, kActive> : score_tile<E, TileKind::plain, kActive>;
     fns.masked = general ? score_tile<E, TileKind::adjusted_masked, kActive> : score_tile<E, TileKind::masked, kActive>;
+  }
+  if constexpr (E::kObserves) {
+    fns.keep_plain = general ? keep_tile<E, TileKind::adjusted, kActive> : keep_tile<E, TileKind::plain, kActive>;
+    fns.keep_masked =
+        general ? keep_tile<E, TileKind::adjusted_masked, kActive> : keep_tile<E, TileKind::masked, kActive>;
+    fns.exponentiate = general ? exponentiate_tile<E, true, kActive> : exponentiate_tile<E, false, kActive>;
   }
   return fns;
 }
@@ -269,6 +280,7 @@ inline ForwardPlan<E> start_plan(const AttentionParams& p) {
   ForwardPlan<E> plan{};
   plan.keys = longest_sequence(p);
   plan.layout = operand_layout<E>(p, p.query_heads / p.kv_heads * p.seqlen_q >= kCopyStridedRows);
+  plan.layout.pack_value &= p.out != nullptr;
   plan.rules = score_rules<E>(p);
   plan.query_factor = query_factor<E>(p);
   const bool general = plan.rules.natural;
@@ -296,8 +308,9 @@ inline void finish_plan(ForwardPlan<E>& plan, const AttentionParams& p, int64_t 
   plan_scratch<E>(plan, p);
 }
 
+// `held_bytes`: see finish_plan.
 template <class E>
-inline ForwardPlan<E> plan_forward(const AttentionParams& p) {
+inline ForwardPlan<E> plan_forward(const AttentionParams& p, int64_t held_bytes = 0) {
   ForwardPlan<E> plan = start_plan<E>(p);
   const int64_t group = p.query_heads / p.kv_heads;
 
@@ -314,7 +327,7 @@ inline ForwardPlan<E> plan_forward(const AttentionParams& p) {
   plan.span_tasks = (plan.span_panels + plan.panels - 1) / plan.panels;
   plan_chunks<E>(plan, p);
   plan.head_tasks = plan.spans * plan.span_tasks * plan.task_chunks;
-  finish_plan<E>(plan, p, plan.all_sums_bytes());
+  finish_plan<E>(plan, p, plan.all_sums_bytes() + held_bytes);
   return plan;
 }
 

@@ -38,7 +38,7 @@ void place_ragged(RaggedForward& one, int64_t heads, char* scratch, int64_t thre
   char* counters = sums + heads * plan->all_sums_bytes();
   memset(counters, 0, static_cast<size_t>(heads * counter_bytes(*plan)));
   const ForwardCall<E> call{*one.p,    *plan, scratch, room, nullptr, sums, reinterpret_cast<int32_t*>(counters),
-                            one.taken, {}};
+                            one.taken, {},    nullptr};
   memcpy(one.call, &call, sizeof call);
 }
 

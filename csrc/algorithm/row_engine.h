@@ -11,9 +11,11 @@ namespace {
 template <class V, class Stored>
 struct WideDot {
   using Reg = typename V::Reg;
+  using Prob = typename V::Scalar;             // what probabilities are multiplied as
   static constexpr int kElements = V::kWidth;  // of a row, in a vector
   static constexpr bool kScaleQuery = true;
-  static constexpr bool kWords = false;  // queries and probabilities become integers
+  static constexpr bool kWords = false;        // queries and probabilities become integers
+  static constexpr bool kPairsValues = false;  // probabilities are multiplied by two keys' values at once
   static FASTATTN_INLINE Reg load(const Stored* row) { return V::load(row); }
   static FASTATTN_INLINE Reg load_partial(const Stored* row, int count) { return V::load_partial(row, count); }
   static FASTATTN_INLINE Reg run(Reg key, Reg query, Reg sum) { return V::fma(key, query, sum); }
@@ -49,6 +51,7 @@ struct RowEngine {
   using Product = RowProduct<V, Dot::kScaleQuery>;
   using Element = Stored;
   using Prob = Scalar;
+  using Rounded = typename Dot::Prob;
 
   static constexpr Method kMethod = Method::rows;
   static constexpr int kWidth = V::kWidth;

@@ -18,11 +18,25 @@ constexpr int64_t kRowsAhead = sizeof(typename E::Stored) == 1 ? 2 * kPrefetchRo
 template <class E>
 constexpr int64_t kStreamRowsAhead = 32 / static_cast<int64_t>(sizeof(typename E::Stored));
 
-// Where the rows of a key block stand, and those after it that are fetched while it is read.
+// Whether keys are read in streams by so many queries; where arithmetic takes longer, neighbours follow each other.
+template <class E>
+constexpr bool spreads_keys(int queries) {
+  return E::kStreams && (queries == 1 || sizeof(typename E::Stored) == sizeof(typename E::Scalar));
+}
+
+// Rows of values that are asked for while scores become probabilities, which reads nothing else: one for each vector.
+template <class E>
+inline int64_t rows_of_softmax(int live) {
+  return min64(int64_t{live} * E::kBlockKeys / E::kWidth, 2 * kRowsAhead<E>);
+}
+
+// Where the rows of a key block stand, in the order in which they are read: what is a number of rows ahead is fetched,
+// so after the values come the keys of the next block.
 template <class E>
 struct RowTable {
-  const char* keys[E::kBlockKeys + kRowsAhead<E>];
-  const char* values[E::kBlockKeys + kRowsAhead<E>];
+  const char* keys[E::kBlockKeys];
+  const char* values[E::kBlockKeys];
+  const char* next[kRowsAhead<E> + E::kKeys];
   // What multiplies rows that are quantised. A value's scale goes into its probability, where one that is not finite
   // stands as 1: such a row is added by itself.
   alignas(64) float key_scales[E::kBlockKeys];
@@ -93,7 +107,7 @@ FASTATTN_INLINE void dot_rows(typename E::Scalar* raw, const char* const* keys, 
   using V = typename E::V;
   using Dot = typename E::Dot;
   using Stored = typename E::Stored;
-  typename E::Reg sum[kQueries * kKeyRows + 7];
+  typename E::Reg sum[kQueries * kKeyRows];
 #pragma GCC unroll 32
   for (int i = 0; i < kQueries * kKeyRows; ++i) {
     sum[i] = V::zero();
@@ -133,17 +147,18 @@ FASTATTN_INLINE void dot_rows(typename E::Scalar* raw, const char* const* keys, 
     const int rest = static_cast<int>(head_dim - d);
     multiply([&](const Stored* row) FASTATTN_LAMBDA_INLINE { return Dot::load_partial(row + d, rest); });
   }
-  constexpr int kPerEight = 8 / kKeyRows;  // queries whose sums are totalled together
+  constexpr int kTogether = kQueries * kKeyRows <= 8 ? 8 : V::kSums;
+  constexpr int kPer = kTogether / kKeyRows;  // queries whose sums are totalled together
 #pragma GCC unroll 4
-  for (int q = 0; q < kQueries; q += kPerEight) {
-    typename E::Reg eight[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      eight[i] = q * kKeyRows + i < kQueries * kKeyRows ? Dot::total(sum[q * kKeyRows + i]) : V::zero();
+  for (int q = 0; q < kQueries; q += kPer) {
+    typename E::Reg some[kTogether];
+#pragma GCC unroll 16
+    for (int i = 0; i < kTogether; ++i) {
+      some[i] = q * kKeyRows + i < kQueries * kKeyRows ? Dot::total(sum[q * kKeyRows + i]) : V::zero();
     }
-    alignas(64) typename E::Scalar totals[8];
-    V::sum_lanes(eight, totals);
-    for (int i = 0; i < kPerEight && q + i < kQueries; ++i) {
+    alignas(64) typename E::Scalar totals[kTogether];
+    V::sum_lanes(some, totals);
+    for (int i = 0; i < kPer && q + i < kQueries; ++i) {
       for (int r = 0; r < kKeyRows; ++r) {
         raw[(q + i) * E::kBlockKeys + r * step] = totals[i * kKeyRows + r];
       }
@@ -158,12 +173,11 @@ FASTATTN_NOINLINE void dot_tile(typename E::Scalar* raw, const char* const* keys
   // One query has sums enough with eight keys; more share four, which they find in registers.
   constexpr int kKeyRows = kQueries == 1 ? 8 : 4;
   constexpr int kParts = E::kKeys / kKeyRows;
-  // Streams of keys; or where arithmetic takes longer, neighbours.
-  constexpr bool kSpread = E::kStreams && (kQueries == 1 || sizeof(typename E::Stored) == sizeof(typename E::Scalar));
-  const int64_t step = kSpread ? kParts * tiles : 1;
-  constexpr int64_t kAhead = kSpread ? kStreamRowsAhead<E> : kRowsAhead<E>;
+  constexpr bool kStreams = spreads_keys<E>(kQueries);
+  const int64_t step = kStreams ? kParts * tiles : 1;
+  constexpr int64_t kAhead = kStreams ? kStreamRowsAhead<E> : kRowsAhead<E>;
   for (int part = 0; part < kParts; ++part) {
-    const int64_t key = kSpread ? tile * kParts + part : tile * E::kKeys + part * kKeyRows;
+    const int64_t key = kStreams ? tile * kParts + part : tile * E::kKeys + part * kKeyRows;
     dot_rows<E, kKeyRows, kQueries, kFetch>(raw + key, keys + key, step, kAhead, query, head_dim, query_stride);
   }
 }
@@ -290,7 +304,7 @@ inline void add_columns(const Panel<E>& panel, const typename E::Scalar* probs, 
 template <class E>
 inline void add_value_rows(const Panel<E>& panel, const typename E::Scalar* probs, const char* const* values,
                            int64_t begin, int64_t end, int64_t value_dim, int64_t output_stride) {
-  if constexpr (E::Dot::kWords) {
+  if constexpr (E::Dot::kPairsValues) {
     E::Dot::template add_values<E>(panel, probs, values, begin, end, value_dim, output_stride);
     return;
   }

@@ -98,6 +98,7 @@ FASTATTN_NOINLINE void exponentiate_rows(TileContext<E>& context, int64_t begin,
   using V = typename E::V;
   using Scalar = typename E::Scalar;
   Panel<E>& panel = context.panel;
+  Fetch fetch = context.fetch;
   for (int lane = 0; lane < panel.live; ++lane) {
     Scalar* row = context.probs + lane * E::kBlockKeys;
     const auto shift = V::set1(panel.shift[lane]);
@@ -110,6 +111,7 @@ FASTATTN_NOINLINE void exponentiate_rows(TileContext<E>& context, int64_t begin,
       const auto prob = E::Product::power(x);
       sum = V::add(sum, prob);
       V::store(row + key, prob);
+      fetch.step();
     }
     Scalar lanes[E::kWidth];
     V::store(lanes, sum);
@@ -159,15 +161,28 @@ FASTATTN_NOINLINE void scale_rows(TileContext<E>& context, int64_t begin, int64_
   }
 }
 
-// Scores to probabilities over keys [begin, end) of the block. `scales`: of quantised keys and values.
-template <class E>
+// Copies every row's scores to where they stay: kept(lane) is where those of the block do.
+template <class E, class Kept>
+FASTATTN_NOINLINE void keep_rows(const TileContext<E>& context, int64_t begin, int64_t end, Kept kept) {
+  for (int lane = 0; lane < context.panel.live; ++lane) {
+    memcpy(kept(lane) + begin, context.probs + lane * E::kBlockKeys + begin,
+           static_cast<size_t>(end - begin) * sizeof(typename E::Scalar));
+  }
+}
+
+// Scores to probabilities over keys [begin, end) of the block. `scales`: of quantised keys and values. `keeps`: see
+// keep_rows.
+template <class E, class Kept>
 inline void row_softmax(TileContext<E>& context, int64_t begin, int64_t end, bool hides,
-                        const float* const (&scales)[2]) {
+                        const float* const (&scales)[2], bool keeps, Kept kept) {
   const int64_t from = round_down(begin, E::kWidth);
   const int64_t to = round_up(end, E::kWidth);
   hides |= from != begin || to != end;
   const bool natural = context.rules.natural;
   (natural ? scan_rows<E, true> : scan_rows<E, false>)(context, from, to, hides, scales[0]);
+  if (keeps) {
+    keep_rows<E>(context, from, to, kept);
+  }
   context.written = begin;
   raise_shift<E>(context, context.peaks, begin);
   (natural ? exponentiate_rows<E, true> : exponentiate_rows<E, false>)(context, from, to);

@@ -63,6 +63,7 @@ struct TileContext {
   bool edge;                                        // the tile reaches past what some lane may see by the rules
   int64_t written;                                  // first key of the block whose probabilities have been written
   alignas(64) typename E::Scalar peaks[E::kLanes];  // largest scores of the block
+  Fetch fetch{};                                    // Method::rows
 };
 
 // The rows of one tile of keys.
@@ -215,20 +216,12 @@ FASTATTN_INLINE void load_scores(const typename E::Scalar* raw, Scores<E, kActiv
   }
 }
 
-// Notes a group of scores, whose peaks are given.
+// Notes a group of scores, whose peaks are given, after the panel's first blocks.
 template <class E, int kActive>
 FASTATTN_INLINE void observe_scores(TileContext<E>& context, Scores<E, kActive>& s,
                                     const typename E::Reg (&peak)[kActive], int64_t block_key) {
   using V = typename E::V;
   Panel<E>& panel = context.panel;
-  if (panel.starting) {
-    store_scores<E, kActive>(panel.group_scores(panel.block + block_key), s);
-#pragma GCC unroll 4
-    for (int v = 0; v < kActive; ++v) {
-      V::store(panel.group_peaks(panel.block + block_key) + v * E::kWidth, peak[v]);
-    }
-    return;
-  }
   bool any = false;
 #pragma GCC unroll 4
   for (int v = 0; v < kActive; ++v) {
@@ -521,12 +514,10 @@ FASTATTN_INLINE void finish_scores(const TileContext<E>& context, Scores<E, kAct
   }
 }
 
-// Products, scores, probabilities of one tile in one go.
+// Scores of one tile.
 template <class E, TileKind kind, int kActive>
-FASTATTN_NOINLINE void score_tile(TileContext<E>& context, TileRows key, int64_t block_key) {
-  constexpr bool kNatural = adjusts(kind);
-  const auto* kept = tile_kept<E, kNatural>(context, block_key);
-  Scores<E, kActive> s;
+FASTATTN_INLINE void multiply_tile(const TileContext<E>& context, Scores<E, kActive>& s, TileRows key,
+                                   int64_t block_key) {
   if constexpr (E::kFused) {
     multiply_keys<E, kActive>(s, key.rows, key.stride, context.panel.query, context.rules.steps);
   } else {
@@ -535,6 +526,15 @@ FASTATTN_NOINLINE void score_tile(TileContext<E>& context, TileRows key, int64_t
     load_scores<E, kActive>(raw, s);
   }
   finish_scores<E, kind, kActive>(context, s, block_key, nullptr);
+}
+
+// Products, scores, probabilities of one tile in one go.
+template <class E, TileKind kind, int kActive>
+FASTATTN_NOINLINE void score_tile(TileContext<E>& context, TileRows key, int64_t block_key) {
+  constexpr bool kNatural = adjusts(kind);
+  const auto* kept = tile_kept<E, kNatural>(context, block_key);
+  Scores<E, kActive> s;
+  multiply_tile<E, kind, kActive>(context, s, key, block_key);
   follow_peak<E, kNatural, kActive>(context, s, block_key);
   exponentiate<E, kNatural, kActive>(context, s, block_key, kept);
 }

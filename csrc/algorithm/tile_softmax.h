@@ -1,5 +1,5 @@
-// The softmax of Method::tiles: two passes over a block's products in memory, so that its maximum is known before its
-// first exponential.
+// The softmax in two passes over a block's scores in memory, so that its maximum is known before its first
+// exponential: that of Method::tiles, and of the first blocks of a panel that observes, whose scores are kept anyway.
 #pragma once
 
 #include "algorithm/score_tile.h"
@@ -27,6 +27,29 @@ FASTATTN_NOINLINE void scan_tile(TileContext<E>& context, int64_t block_key) {
   }
   for (int v = 0; v < kActive; ++v) {
     V::store(context.peaks + v * E::kWidth, peak[v]);
+  }
+}
+
+// The same from the keys, for engines that observe; the peaks of each group are kept too.
+template <class E, TileKind kind, int kActive>
+FASTATTN_NOINLINE void keep_tile(TileContext<E>& context, TileRows key, int64_t block_key) {
+  using V = typename E::V;
+  using Scalar = typename E::Scalar;
+  Scores<E, kActive> s;
+  multiply_tile<E, kind, kActive>(context, s, key, block_key);
+  store_scores<E, kActive>(context.raw + block_key * E::kLanes, s);
+  typename E::Reg peak[kActive];
+#pragma GCC unroll 4
+  for (int v = 0; v < kActive; ++v) {
+    peak[v] = V::set1(-static_cast<Scalar>(__builtin_inf()));
+  }
+  find_peak<E, kActive>(s, peak);
+  Scalar* group = context.panel.group_peaks(context.panel.block + block_key);
+#pragma GCC unroll 4
+  for (int v = 0; v < kActive; ++v) {
+    Scalar* highest = context.peaks + v * E::kWidth;
+    V::store(group + v * E::kWidth, peak[v]);
+    V::store(highest, V::max(peak[v], V::load(highest)));
   }
 }
 

@@ -140,9 +140,9 @@ FASTATTN_NOINLINE void accumulate_guarded(Panel<E>& panel, typename E::Scalar* p
   cleaned.value = clean;
   cleaned.value_stride = layout.value_row_bytes;
   pack_values<E>(p, batch, head, block, block + end, layout.value_row_bytes, bad, clean);
-  const char* rows[E::kMethod == Method::rows ? E::kBlockKeys + kRowsAhead<E> : 1];
+  const char* rows[E::kMethod == Method::rows ? E::kBlockKeys + 3 * kRowsAhead<E> : 1];
   if constexpr (E::kMethod == Method::rows) {
-    list_copied_rows(clean, layout.value_row_bytes, end, E::kBlockKeys + kRowsAhead<E>, rows);
+    list_copied_rows(clean, layout.value_row_bytes, end, E::kBlockKeys + 3 * kRowsAhead<E>, rows);
     cleaned.value_rows = rows;
   }
   accumulate_values<E>(panel, probs, cleaned, begin, end, p.value_dim, output_stride, true);

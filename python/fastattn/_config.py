@@ -12,6 +12,7 @@ import numpy as np
 
 from fastattn._threads import num_threads_and_source
 from fastattn.backends import triton
+from fastattn.dispatch import candidates
 
 VARIABLES = (
     "FASTATTN_ISA",
@@ -51,9 +52,16 @@ def config() -> dict[str, str]:
         "triton": _version("triton"),
         **_extension(),
         "threads": f"{threads} (from {source})",
+        "backends": _backends(),
         **gpus(),
         "environment": ", ".join(variables) or "none of " + ", ".join(VARIABLES),
     }
+
+
+def _backends() -> str:
+    """Those that a call asks where it names none. Raises ValueError for one that there is not."""
+    names, source = candidates(None), "FASTATTN_BACKEND"
+    return f"{names[0]} (from {source})" if os.environ.get(source) else ", then ".join(names)
 
 
 def gpus() -> dict[str, str]:

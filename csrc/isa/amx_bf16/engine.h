@@ -42,6 +42,7 @@ struct AmxEngine {
   using Stored = Source;
   using Element = typename Product::Element;
   using Prob = typename Product::Prob;
+  using Rounded = Prob;
 
   static constexpr Method kMethod = Method::tiles;
   static constexpr int kWidth = V::kWidth;

@@ -21,6 +21,7 @@ struct VecF32 {
   using MaskReader = MaskBits;
   using FlushDenormals = DenormalsFlushed;
   static constexpr int kWidth = 8;
+  static constexpr int kSums = 8;
 
   static Reg iota() { return _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7); }
   static Reg zero() { return _mm256_setzero_ps(); }
@@ -184,6 +185,7 @@ struct VecF64 {
   using MaskReader = MaskBits;
   using FlushDenormals = DenormalsFlushed;
   static constexpr int kWidth = 4;
+  static constexpr int kSums = 8;
 
   static Reg iota() { return _mm256_setr_pd(0, 1, 2, 3); }
   static Reg zero() { return _mm256_setzero_pd(); }

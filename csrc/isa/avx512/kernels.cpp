@@ -1,5 +1,5 @@
 // The AVX-512 tier. 16-bit types are widened to float32 as they are packed.
-#include "algorithm/insight.h"
+#include "algorithm/insight_rows.h"
 #include "algorithm/peak_loops.h"
 #include "algorithm/ragged_backward.h"
 #include "algorithm/ragged_forward.h"
@@ -51,10 +51,10 @@ void register_avx512(KernelTable& table) {
   table.set_backward(DType::float64, backward<GradientEngine<VecF64, double>>);
   table.set_backward(DType::bfloat16, backward<GradientEngine<VecF32, Bfloat16>>);
   table.set_backward(DType::float16, backward<GradientEngine<VecF32, Float16>>);
-  table.set_insight(DType::float32, insight<EngineF32<float>>);
-  table.set_insight(DType::float64, insight<EngineF64>);
-  table.set_insight(DType::bfloat16, insight<EngineF32<Bfloat16>>);
-  table.set_insight(DType::float16, insight<EngineF32<Float16>>);
+  table.set_insight(DType::float32, insight<RowsF32<float>, EngineF32<float>>);
+  table.set_insight(DType::float64, insight<RowsF64, EngineF64>);
+  table.set_insight(DType::bfloat16, insight<RowsF32<Bfloat16>, EngineF32<Bfloat16>>);
+  table.set_insight(DType::float16, insight<RowsF32<Float16>, EngineF32<Float16>>);
   table.peak_fma_f32 = peak_fma_f32;
   table.peak_fma_f64 = peak_fma_f64;
 }

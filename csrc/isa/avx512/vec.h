@@ -25,6 +25,7 @@ struct VecF32 {
   using MaskReader = WideMaskBits;
   using FlushDenormals = DenormalsFlushed;
   static constexpr int kWidth = 16;
+  static constexpr int kSums = 16;  // that sum_lanes totals together at most
 
   static Reg iota() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
   static Reg zero() { return _mm512_setzero_ps(); }
@@ -139,16 +140,31 @@ struct VecF32 {
   }
 
   // totals[i] = the sum of r[i]'s lanes.
-  static void sum_lanes(const Reg (&r)[8], float* totals) {
-    __m256 h[8];
+  static void sum_lanes(const Reg (&r)[16], float* totals) {
+    Reg halves[8];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-      h[i] = _mm256_add_ps(_mm512_castps512_ps256(r[i]), _mm512_extractf32x8_ps(r[i], 1));
+      halves[i] = add_halves(r[i + i / 4 * 4], r[i + i / 4 * 4 + 4]);
     }
-    const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(h[0], h[1]), _mm256_hadd_ps(h[2], h[3]));
-    const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(h[4], h[5]), _mm256_hadd_ps(h[6], h[7]));
-    _mm256_storeu_ps(totals,
-                     _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)));
+    Reg quarters[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      quarters[i] = add_quarters(halves[i], halves[i + 4]);
+    }
+    store(totals, add_pairs(add_pairs(quarters[0], quarters[1]), add_pairs(quarters[2], quarters[3])));
+  }
+  static void sum_lanes(const Reg (&r)[8], float* totals) {
+    Reg quarters[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      quarters[i] = add_quarters(add_halves(r[i], r[i + 2]), add_halves(r[i + 4], r[i + 6]));
+    }
+    // 0 1 - - in every quarter
+    const Reg pairs = add_pairs(quarters[0], quarters[1]);
+    const Reg sums = add_pairs(pairs, pairs);
+    const __m512i order = _mm512_castps_si512(_mm512_castsi512_ps(_mm512_setr_epi64(0, 2, 4, 6, 0, 0, 0, 0)));
+    _mm256_storeu_ps(totals, _mm512_castps512_ps256(
+                                 _mm512_castsi512_ps(_mm512_permutexvar_epi64(order, _mm512_castps_si512(sums)))));
   }
 
   // r[i][j] <-> r[j][i]
@@ -181,6 +197,16 @@ struct VecF32 {
   }
 
  private:
+  // Steps of sums over lanes: a's lanes added to half as many, then b's.
+  static FASTATTN_INLINE Reg add_halves(Reg a, Reg b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x4e), _mm512_mask_blend_ps(0xff00, a, b));
+  }
+  static FASTATTN_INLINE Reg add_quarters(Reg a, Reg b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  static FASTATTN_INLINE Reg add_pairs(Reg a, Reg b) {  // within each quarter
+    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+  }
   static Mask first(int n) { return static_cast<Mask>((1U << n) - 1U); }
   static Reg widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
   static Reg widen_bytes(__m128i x, const Int8* /*kind*/) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)); }
@@ -213,6 +239,7 @@ struct VecF64 {
   using MaskReader = WideMaskBits;
   using FlushDenormals = DenormalsFlushed;
   static constexpr int kWidth = 8;
+  static constexpr int kSums = 8;
 
   static Reg iota() { return _mm512_setr_pd(0, 1, 2, 3, 4, 5, 6, 7); }
   static Reg zero() { return _mm512_setzero_pd(); }

@@ -1,6 +1,6 @@
 // The AVX512_BF16 tier: bfloat16 operands stay bfloat16, two a lane, multiplied by VDPBF16PS. It overrides bfloat16
 // alone.
-#include "algorithm/insight.h"
+#include "algorithm/insight_rows.h"
 #include "algorithm/peak_loops.h"
 #include "algorithm/ragged_backward.h"
 #include "algorithm/ragged_forward.h"
@@ -35,7 +35,7 @@ void register_avx512_bf16(KernelTable& table) {
   table.set_forward(DType::bfloat16, forward<RowsBf16, EngineBf16, ByteRows>, "avx512_bf16",
                     "bfloat16 pairs, VDPBF16PS, 8x32 tiles");
   table.set_backward(DType::bfloat16, backward<GradientBf16>);
-  table.set_insight(DType::bfloat16, insight<InsightBf16>);
+  table.set_insight(DType::bfloat16, insight<RowsBf16, InsightBf16>);
   table.peak_dot_bf16 = peak_dot_bf16;
 }
 

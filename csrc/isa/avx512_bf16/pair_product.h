@@ -3,6 +3,7 @@
 
 #include "algorithm/engine.h"
 #include "isa/avx512/vec.h"
+#include "isa/avx512_bf16/paired_values.h"
 
 namespace fastattn {
 namespace {
@@ -50,12 +51,41 @@ struct Bf16PairProduct {
   }
 };
 
+// Two rows of bfloat16 values, interleaved in quarters of a vector.
+struct Bf16Pairs {
+  using Reg = __m512;
+  using Row = __m512i;
+  static FASTATTN_INLINE Reg zero() { return _mm512_setzero_ps(); }
+  static FASTATTN_INLINE Row load(const Bfloat16* row, __mmask32 mask) { return _mm512_maskz_loadu_epi16(mask, row); }
+  static FASTATTN_INLINE void interleave(Row even, Row odd, Reg (&pairs)[2]) {
+    pairs[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(even, odd));
+    pairs[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(even, odd));
+  }
+  static FASTATTN_INLINE Reg run(Reg pairs, __m512i probs, Reg sum) {
+    return Bf16PairProduct::run(pairs, _mm512_castsi512_ps(probs), sum);
+  }
+  // Columns 0..3, 8..11 and so on, and the others, to the first sixteen and those after them.
+  static FASTATTN_INLINE void order(Reg (&columns)[2]) {
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const __m512d low = _mm512_castps_pd(columns[0]);
+    const __m512d high = _mm512_castps_pd(columns[1]);
+    columns[0] = _mm512_castpd_ps(_mm512_permutex2var_pd(low, first, high));
+    columns[1] = _mm512_castpd_ps(_mm512_permutex2var_pd(low, second, high));
+  }
+  static FASTATTN_INLINE void add_to(float* to, Reg sum, float /*scale*/) {
+    _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum));
+  }
+};
+
 // Rows of bfloat16 keys dotted with rows of queries as they stand, two numbers a lane.
 struct PairDot {
   using V = VecF32;
+  using Prob = Bfloat16;
   static constexpr int kElements = 2 * V::kWidth;
   static constexpr bool kScaleQuery = false;
   static constexpr bool kWords = false;
+  static constexpr bool kPairsValues = true;
   static FASTATTN_INLINE __m512 load(const Bfloat16* row) { return V::load(reinterpret_cast<const float*>(row)); }
   static FASTATTN_INLINE __m512 load_partial(const Bfloat16* row, int count) {
     return reinterpret_cast<__m512>(_mm512_maskz_loadu_epi16((1U << count) - 1U, row));
@@ -66,6 +96,21 @@ struct PairDot {
   static FASTATTN_INLINE __m512 total(__m512 sum) { return sum; }
   static FASTATTN_INLINE __m512 load_query(const Bfloat16* row, int count, double factor) {
     return V::flip_bits(count == kElements ? load(row) : load_partial(row, count), factor < 0 ? 0x80008000U : 0);
+  }
+  // As add_value_rows does.
+  template <class E>
+  static void add_values(const Panel<E>& panel, const float* probs, const char* const* values, int64_t begin,
+                         int64_t end, int64_t value_dim, int64_t output_stride) {
+    alignas(64) uint16_t words[E::kLanes * E::kBlockKeys];
+    for (int lane = 0; lane < panel.live; ++lane) {
+      for (int64_t key = round_down(begin, E::kWidth); key < end; key += E::kWidth) {
+        const int64_t at = lane * E::kBlockKeys + key;
+        _mm256_store_si256(reinterpret_cast<__m256i*>(words + at),
+                           reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(V::load(probs + at))));
+      }
+    }
+    const float scales[E::kLanes] = {};
+    add_paired_values<E, Bf16Pairs>(panel, words, scales, values, begin, end, value_dim, output_stride);
   }
 };
 

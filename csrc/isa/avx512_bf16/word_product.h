@@ -5,6 +5,7 @@
 #include "algorithm/row_engine.h"
 #include "algorithm/row_products.h"
 #include "isa/avx512/vec.h"
+#include "isa/avx512_bf16/paired_values.h"
 
 namespace fastattn {
 namespace {
@@ -35,11 +36,35 @@ FASTATTN_INLINE __m256i to_words(__m512 x, float scale) {
   return _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(scale))));
 }
 
+// Pairs of keys' bytes as pairs of words, and their exact sums.
+struct WordPairs {
+  using Reg = __m512i;
+  using Row = __m256i;
+  static FASTATTN_INLINE Reg zero() { return _mm512_setzero_si512(); }
+  static FASTATTN_INLINE Row load(const Int8* row, __mmask32 mask) { return _mm256_maskz_loadu_epi8(mask, row); }
+  static FASTATTN_INLINE void interleave(Row even, Row odd, Reg (&pairs)[2]) {
+    pairs[0] = _mm512_cvtepi8_epi16(_mm256_unpacklo_epi8(even, odd));
+    pairs[1] = _mm512_cvtepi8_epi16(_mm256_unpackhi_epi8(even, odd));
+  }
+  static FASTATTN_INLINE Reg run(Reg pairs, Reg probs, Reg sum) { return _mm512_dpwssd_epi32(sum, pairs, probs); }
+  // Columns 0..7 and 16..23, and the others, to the first sixteen and those after them.
+  static FASTATTN_INLINE void order(Reg (&columns)[2]) {
+    const Reg first = _mm512_shuffle_i64x2(columns[0], columns[1], 0x44);
+    columns[1] = _mm512_shuffle_i64x2(columns[0], columns[1], 0xee);
+    columns[0] = first;
+  }
+  static FASTATTN_INLINE void add_to(float* to, Reg sum, float scale) {
+    _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(scale), _mm512_loadu_ps(to)));
+  }
+};
+
 struct WordDot {
   using V = VecF32;
+  using Prob = float;  // hardly less exact
   static constexpr int kElements = 32;
   static constexpr bool kScaleQuery = false;
   static constexpr bool kWords = true;
+  static constexpr bool kPairsValues = true;
   static FASTATTN_INLINE __m512 load(const Int8* row) {
     return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
   }
@@ -70,80 +95,12 @@ struct WordDot {
     return scale.from_words;
   }
 
-  // Adds kRows rows of probabilities, as words [row][kBlockKeys], by kPieces times 32 columns of values from `at` on to
-  // the output; of the last piece `columns` are there.
-  template <class E, int kRows, int kPieces>
-  static FASTATTN_NOINLINE void add_columns(const int16_t* words, const float* scales, const char* const* values,
-                                            int64_t at, int64_t keys, float* output, int64_t output_stride, int columns,
-                                            bool fetch) {
-    __m512i sum[kRows][2 * kPieces];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int i = 0; i < 2 * kPieces; ++i) {
-        sum[r][i] = _mm512_setzero_si512();
-      }
-    }
-    const __mmask32 last = columns == kElements ? ~0U : (1U << columns) - 1U;
-    for (int64_t key = 0; key < keys; key += 2) {
-      if (fetch) {
-        __builtin_prefetch(values[key + kRowsAhead<E>] + at, 0, 2);
-        __builtin_prefetch(values[key + 1 + kRowsAhead<E>] + at, 0, 2);
-      }
-      __m512i pairs[2 * kPieces];
-#pragma GCC unroll 2
-      for (int i = 0; i < kPieces; ++i) {
-        const __mmask32 mask = i == kPieces - 1 ? last : ~0U;
-        const __m256i even = _mm256_maskz_loadu_epi8(mask, values[key] + at + i * kElements);
-        const __m256i odd = _mm256_maskz_loadu_epi8(mask, values[key + 1] + at + i * kElements);
-        // Columns 0..7 and 16..23, pairs of keys; and the others.
-        pairs[2 * i] = _mm512_cvtepi8_epi16(_mm256_unpacklo_epi8(even, odd));
-        pairs[2 * i + 1] = _mm512_cvtepi8_epi16(_mm256_unpackhi_epi8(even, odd));
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        int32_t two;
-        memcpy(&two, words + r * E::kBlockKeys + key, sizeof two);
-        const __m512i probs = _mm512_set1_epi32(two);
-#pragma GCC unroll 4
-        for (int i = 0; i < 2 * kPieces; ++i) {
-          sum[r][i] = _mm512_dpwssd_epi32(sum[r][i], pairs[i], probs);
-        }
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-      for (int i = 0; i < kPieces; ++i) {
-        const __m512i first = _mm512_shuffle_i64x2(sum[r][2 * i], sum[r][2 * i + 1], 0x44);
-        const __m512i second = _mm512_shuffle_i64x2(sum[r][2 * i], sum[r][2 * i + 1], 0xee);
-        const __m512 scale = _mm512_set1_ps(scales[r]);
-        float* to = output + r * output_stride + i * kElements;
-        V::store(to, V::fma(_mm512_cvtepi32_ps(first), scale, V::load(to)));
-        if (i < kPieces - 1 || columns > V::kWidth) {
-          V::store(to + V::kWidth, V::fma(_mm512_cvtepi32_ps(second), scale, V::load(to + V::kWidth)));
-        }
-      }
-    }
-  }
-
-  template <class E, int kPieces, int kRows = 1>
-  static void add_some_rows(int count, const int16_t* words, const float* scales, const char* const* values, int64_t at,
-                            int64_t keys, float* output, int64_t output_stride, int columns, bool fetch) {
-    if (kRows == E::kValueRows || count == kRows) {
-      add_columns<E, kRows, kPieces>(words, scales, values, at, keys, output, output_stride, columns, fetch);
-    } else if constexpr (kRows < E::kValueRows) {
-      add_some_rows<E, kPieces, kRows + 1>(count, words, scales, values, at, keys, output, output_stride, columns,
-                                           fetch);
-    }
-  }
-
-  // As add_value_rows does. `begin` is even, and probabilities from `end` on are 0 as far as whole vectors go.
+  // As add_value_rows does.
   template <class E>
   static void add_values(const Panel<E>& panel, const float* probs, const char* const* values, int64_t begin,
                          int64_t end, int64_t value_dim, int64_t output_stride) {
     static_assert(int64_t{E::kBlockKeys} * 127 * 32767 < INT32_MAX, "sums over a block stay within 32 bits");
-    alignas(64) int16_t words[E::kLanes * E::kBlockKeys];
+    alignas(64) uint16_t words[E::kLanes * E::kBlockKeys];
     float scales[E::kLanes];
     const int64_t from = round_down(begin, E::kWidth);
     const int64_t to = round_up(end, E::kWidth);
@@ -157,20 +114,7 @@ struct WordDot {
                            to_words(V::load(row + key), scale.to_words));
       }
     }
-    for (int64_t at = 0; at < value_dim;) {
-      const int64_t rest = value_dim - at;
-      const bool two = rest > kElements;
-      const int64_t taken = min64(rest, 2 * kElements);
-      for (int lane = 0; lane < panel.live;) {
-        const int count = part_of(panel.live - lane, E::kValueRows);
-        (two ? add_some_rows<E, 2> : add_some_rows<E, 1>)(count, words + lane * E::kBlockKeys + begin, scales + lane,
-                                                          values + begin, at, end - begin,
-                                                          panel.output + lane * output_stride + at, output_stride,
-                                                          static_cast<int>(two ? taken - kElements : taken), lane == 0);
-        lane += count;
-      }
-      at += taken;
-    }
+    add_paired_values<E, WordPairs>(panel, words, scales, values, begin, end, value_dim, output_stride);
   }
 
  private:

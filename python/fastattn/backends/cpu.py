@@ -18,6 +18,8 @@ from fastattn.problem import AttentionProblem
 if TYPE_CHECKING:
     from fastattn._core import Tensor
 
+    Terms = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]
+
 try:
     import fastattn._core as _core
 except ImportError as error:
@@ -60,12 +62,7 @@ class CpuBackend:
             _tensor(out),
             _optional(lse),
             _optional(weights),
-            _optional(problem.mask),
-            _optional(problem.bias),
-            None if problem.kv_lengths is None else _vector(problem.kv_lengths),
-            offsets,
-            None if problem.alibi_slopes is None else _vector(problem.alibi_slopes),
-            None if problem.sinks is None else _vector(problem.sinks),
+            *_terms(problem, offsets),
             problem.scale,
             problem.softcap,
             problem.dropout_p,
@@ -128,12 +125,7 @@ class CpuBackend:
             _tensor(problem.value),
             _tensor(out),
             _tensor(lse),
-            _optional(problem.mask),
-            _optional(problem.bias),
-            None if problem.kv_lengths is None else _vector(problem.kv_lengths),
-            offsets,
-            None if problem.alibi_slopes is None else _vector(problem.alibi_slopes),
-            None if problem.sinks is None else _vector(problem.sinks),
+            *_terms(problem, offsets),
             _tensor(incoming.out),
             _optional(incoming.lse),
             _optional(incoming.weights),
@@ -176,12 +168,7 @@ class CpuBackend:
             _tensor(key_mass),
             None if edges is None else _vector(edges),
             _optional(distance_mass),
-            _optional(problem.mask),
-            _optional(problem.bias),
-            None if problem.kv_lengths is None else _vector(problem.kv_lengths),
-            offsets,
-            None if problem.alibi_slopes is None else _vector(problem.alibi_slopes),
-            None if problem.sinks is None else _vector(problem.sinks),
+            *_terms(problem, offsets),
             problem.scale,
             problem.softcap,
             problem.window_left,
@@ -212,6 +199,18 @@ def _optional(view: Strided | None) -> Tensor | None:
 
 def _vector(values: NDArray[Any]) -> Tensor:
     return _tensor(NUMPY.view("", values))
+
+
+def _terms(problem: AttentionProblem, offsets: Tensor) -> Terms:
+    """Mask, bias, lengths of keys, `offsets`, ALiBi's slopes and sinks."""
+    return (
+        _optional(problem.mask),
+        _optional(problem.bias),
+        None if problem.kv_lengths is None else _vector(problem.kv_lengths),
+        offsets,
+        None if problem.alibi_slopes is None else _vector(problem.alibi_slopes),
+        None if problem.sinks is None else _vector(problem.sinks),
+    )
 
 
 def _visibility(problem: AttentionProblem) -> dict[str, Tensor]:

@@ -31,18 +31,6 @@ class Part(str, Enum):
     order = "order"
 
 
-_TABLES = {
-    Part.cost: ("times", "crossings", "memory"),
-    Part.recall: ("recall",),
-    Part.order: ("order",),
-}
-_PICTURES = {
-    Part.cost: ("times", "memory", "speedup"),
-    Part.recall: ("recall",),
-    Part.order: ("order",),
-}
-
-
 def compare(
     full: Annotated[bool, typer.Option("--full", help="All of it: about half an hour.")] = False,
     parts: Annotated[
@@ -95,8 +83,7 @@ def _measure(library: ModuleType, part: Part, full: bool) -> Any:
 
 def _print(tables: ModuleType, results: dict[Part, Any], console: Console) -> None:
     for part, result in results.items():
-        for name in _TABLES[part]:
-            found = getattr(tables, name)(result)
+        for found in tables.of_part(part.value, result).values():
             if not found.rows:
                 continue
             console.print(found.title, style="bold", highlight=False)
@@ -111,9 +98,7 @@ def _print(tables: ModuleType, results: dict[Part, Any], console: Console) -> No
 
 def _draw(pictures: ModuleType, results: dict[Part, Any], folder: Path) -> None:
     for part, result in results.items():
-        for name in _PICTURES[part]:
-            if name == "speedup" and len(result.settings.threads) < 2:
-                continue
+        for name, figure in pictures.of_part(part.value, result):
             path = folder / f"{name}.png"
-            getattr(pictures, f"draw_{name}")(result).savefig(path)
+            figure.savefig(path)
             err().print(f"drawn: {path}", highlight=False, markup=False, soft_wrap=True)

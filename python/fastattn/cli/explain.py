@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ EXAMPLES = (
     "fastattn explain --shape 1,32,1,128 --kv-length 8192 --window 4095,0 --json",
 )
 _NEVER = 1 << 62  # a bound that no position reaches
+_LARGEST = 1 << 60  # elements of 8 bytes: sizes in bytes have 63 bits
 
 
 class Dtype(str, Enum):
@@ -71,6 +73,8 @@ def explain(
     Nothing is computed and no memory is needed: sizes may be any.
     """
     batch, heads, length, dim = _sizes(shape)
+    others = {"--kv-heads": kv_heads, "--kv-length": kv_length, "--value-dim": value_dim}
+    given = ["--shape", *(option for option, size in others.items() if size is not None)]
     kv_heads, kv_length = kv_heads or heads, length if kv_length is None else kv_length
     shapes = (
         (batch, heads, length, dim),
@@ -78,17 +82,18 @@ def explain(
         (batch, kv_heads, kv_length, value_dim or dim),
     )
     bounds = _window(window)
+    arrays = [
+        _empty(sizes, dtype.value, device.value, option)
+        for sizes, option in zip(shapes, ("--shape", "--kv-heads, --kv-length", "--value-dim"), strict=True)
+    ]
     try:
-        arrays = [_empty(sizes, dtype.value, device.value) for sizes in shapes]
         found = fastattn.explain(
             *arrays, causal=causal, window=bounds, softcap=softcap, backend=backend and backend.value
         )
     except (TypeError, ValueError, OverflowError) as error:
         if str(error).startswith("FASTATTN_"):  # a variable that no call can use
             raise fail(str(error)) from error
-        raise usage("--shape", str(error)) from error  # the library's words name arguments as options do
-    except typer.Exit:  # which is a RuntimeError
-        raise
+        raise usage(", ".join(given), str(error)) from error  # the library's words name arguments
     except RuntimeError as error:
         raise fail(str(error)) from error
     costs = cost(shapes, causal, bounds, arrays[0].dtype.itemsize)
@@ -190,8 +195,10 @@ def _window(text: str | None) -> tuple[int | None, int | None] | None:
     return left, right
 
 
-def _empty(shape: tuple[int, ...], dtype: str, device: str) -> Any:
-    """An array of this shape in the memory of one element."""
+def _empty(shape: tuple[int, ...], dtype: str, device: str, option: str) -> Any:
+    """An array of this shape, which the option is about, in the memory of one element."""
+    if math.prod(max(size, 1) for size in shape) >= _LARGEST:
+        raise usage(option, f"an array of {' x '.join(map(str, shape))} elements is larger than any memory")
     if device == "cuda":
         with mendable():
             import torch

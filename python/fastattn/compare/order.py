@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastattn.compare.tasks import order_batch
-from fastattn.compare.training import POSITIONS, Progress, Reader, parameters, seeded, train
+from fastattn.compare.training import POSITIONS, Progress, Reader, announced, parameters, seeded, train
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,7 @@ def measure_order(settings: OrderSettings | None = None, progress: Progress | No
     """
     order = Order(settings or OrderSettings())
     settings = order.settings
-    for done, position in enumerate(settings.positions):
-        if progress is not None:
-            progress(done, len(settings.positions), f"positions: {position}")
+    for position in announced(settings.positions, "positions: {}".format, progress):
         order.results.append(train_order(settings, position))
     return order
 

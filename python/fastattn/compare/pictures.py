@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastattn.compare.cost import Cost
@@ -125,6 +125,21 @@ def draw_order(order: Order) -> Figure:
         "which of two marked symbols came first? One layer of full attention", x=0.01, ha="left", fontsize=10
     )
     return figure
+
+
+_PICTURES: dict[str, dict[str, Callable[[Any], Figure]]] = {
+    "cost": {"times": draw_times, "memory": draw_memory, "speedup": draw_speedup},
+    "recall": {"recall": draw_recall},
+    "order": {"order": draw_order},
+}
+
+
+def of_part(part: str, result: Cost | Recall | Order) -> Iterator[tuple[str, Figure]]:
+    """All pictures of what was compared, "cost", "recall" or "order", with their names."""
+    for name, draw in _PICTURES[part].items():
+        if name == "speedup" and isinstance(result, Cost) and len(result.settings.threads) < 2:
+            continue
+        yield name, draw(result)
 
 
 def _figure(width: float, height: float) -> Figure:

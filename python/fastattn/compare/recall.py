@@ -8,7 +8,7 @@ from typing import Any
 
 from fastattn.compare.layers import KINDS, check_kind
 from fastattn.compare.tasks import SYMBOLS, recall_batch
-from fastattn.compare.training import Progress, Reader, matched_width, parameters, seeded, train
+from fastattn.compare.training import Progress, Reader, announced, matched_width, parameters, seeded, train
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,7 @@ def measure_recall(settings: RecallSettings | None = None, progress: Progress | 
     recall = Recall(settings or RecallSettings())
     settings = recall.settings
     jobs = list(product(settings.distances, settings.kinds))
-    for done, (distance, kind) in enumerate(jobs):
-        if progress is not None:
-            progress(done, len(jobs), f"{kind} over a distance of {distance}")
+    for distance, kind in announced(jobs, lambda job: f"{job[1]} over a distance of {job[0]}", progress):
         recall.results.append(train_recall(settings, kind, distance))
     return recall
 

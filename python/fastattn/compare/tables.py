@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from fastattn.compare.cost import Cost
 from fastattn.compare.layers import ATTENTION, RECURRENT
@@ -89,6 +90,18 @@ def order(result: Order) -> Table:
     rows = [[one.position, f"{one.parameters}", f"{one.accuracy:.1%}"] for one in result.results]
     title = f"right answers by kind of position; guessing between the two: {result.chance:.0%}"
     return Table(title, ["positions", "parameters", "right"], rows)
+
+
+_TABLES: dict[str, dict[str, Callable[[Any], Table]]] = {
+    "cost": {"times": times, "crossings": crossings, "memory": memory},
+    "recall": {"recall": recall},
+    "order": {"order": order},
+}
+
+
+def of_part(part: str, result: Cost | Recall | Order) -> dict[str, Table]:
+    """All tables of what was compared, "cost", "recall" or "order", by name."""
+    return {name: make(result) for name, make in _TABLES[part].items()}
 
 
 def _shown(lengths: tuple[int, ...]) -> tuple[int, ...]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -20,6 +20,8 @@ from fastattn.nn import LearnedPositionalEncoding, RelativePositionBias, Sinusoi
 Draw: TypeAlias = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 # What is done, of how much, and what is going on.
 Progress: TypeAlias = Callable[[int, int, str], None]
+
+Job = TypeVar("Job")
 
 POSITIONS = ("none", "sinusoidal", "learned", "rotary", "alibi", "relative")
 _MARGIN = 1.0  # what gradients are clipped to: without it an RNN's explode
@@ -119,6 +121,14 @@ def accuracy(model: nn.Module, tokens: Tensor, answers: Tensor) -> float:
     """The share of sequences whose likeliest answer is the right one."""
     with torch.inference_mode():
         return float((model(tokens).argmax(dim=-1) == answers).double().mean())
+
+
+def announced(jobs: Sequence[Job], told: Callable[[Job], str], progress: Progress | None) -> Iterator[Job]:
+    """Jobs one by one, each told to `progress` before its turn."""
+    for done, job in enumerate(jobs):
+        if progress is not None:
+            progress(done, len(jobs), told(job))
+        yield job
 
 
 @contextmanager

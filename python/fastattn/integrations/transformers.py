@@ -1,8 +1,9 @@
 """Attention of Hugging Face ``transformers`` models, computed by fastattn.
 
+>>> from transformers import AutoModelForCausalLM
 >>> from fastattn.integrations.transformers import register
 >>> register()
->>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastattn")  # doctest: +SKIP
+>>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastattn")
 
 Two functions are registered under one name: the attention itself, and the maker of its mask
 (`fastattn.integrations.transformers_masks`), which keeps a mask as a rule where a rule says it all.

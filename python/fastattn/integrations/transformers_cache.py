@@ -1,7 +1,7 @@
 """A cache of keys and values for ``transformers`` models, in pages that attention reads where they lie.
 
 >>> from fastattn.integrations.transformers import PagedCache
->>> model.generate(**inputs, cache=PagedCache(model.config))  # doctest: +SKIP
+>>> output = model.generate(**inputs, max_new_tokens=20, cache=PagedCache(model.config))
 """
 
 from __future__ import annotations

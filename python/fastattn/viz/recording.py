@@ -1,9 +1,9 @@
 """What a model looks at: the attention of each of its layers, recorded while the model runs.
 
 >>> from fastattn import viz
->>> with viz.record(model, tokens=tokens) as recording:  # doctest: +SKIP
-...     model(**inputs)
->>> recording.layers[0].weights.shape  # doctest: +SKIP
+>>> with viz.record(model, tokens=tokens) as recording:
+...     output = model(**inputs)
+>>> recording.layers[0].weights.shape
 (1, 12, 9, 9)
 """
 

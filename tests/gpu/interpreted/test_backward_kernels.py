@@ -22,8 +22,11 @@ from test_backward import NAMES, assert_close, expected, gradients, leaves, wide
 
 LARGEST = 256  # head dimension of the portable kernels
 CASES = tuple(case for case in shapes.SMALL if max(case.head_dim, case.value_dim) <= LARGEST)
-QUICK = (*shapes.TINY, *shapes.EMPTY, *shapes.OPTIONS, *shapes.LENGTHS[:4], shapes.GROUPS[2])
-SHORT = (shapes.TINY[1], shapes.GROUPS[2], shapes.LENGTHS[2], *shapes.OPTIONS[-2:])
+# The last option is all of them at once, in a fifth of its tiles; CASES has it whole.
+SMALLER = {"seqlen_q": 40, "seqlen_k": 90, "batch": 2, "query_heads": 4, "window": (30, 0)}
+OPTIONS = (*shapes.OPTIONS[:-1], replace(shapes.OPTIONS[-1], name="everything at once", **SMALLER))
+QUICK = (*shapes.TINY, *shapes.EMPTY, *OPTIONS, *shapes.LENGTHS[:4], shapes.GROUPS[2])
+SHORT = (shapes.TINY[1], shapes.GROUPS[2], shapes.LENGTHS[2], *OPTIONS[-2:])
 WIDE = Case("wide", 37, 83, 24, batch=2, query_heads=4, kv_heads=2)
 ALL = "out lse weights"
 
@@ -161,18 +164,25 @@ class TestWindow:
         check_options(case, "float32", causal=causal, query_offset=offsets, window=(33, 4))
 
 
-class TestBias:
-    SHAPES = ((83,), (37, 1), (4, 1, 83), (2, 1, 37, 83), (2, 4, 1, 1), (1, 4, 37, 83), (2, 4, 37, 83))
+BIASES = ((83,), (37, 1), (4, 1, 83), (2, 1, 37, 83), (2, 4, 1, 1), (1, 4, 37, 83), (2, 4, 37, 83))
 
-    @pytest.mark.parametrize("own", [True, False], ids=["own dtype", "of bfloat16"])
-    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+class TestBias:
+    @pytest.mark.parametrize("shape", BIASES, ids=str)
     def test_is_summed_over_what_it_was_broadcast_to(
-        self, shape: tuple[int, ...], own: bool, rng: np.random.Generator
+        self, shape: tuple[int, ...], rng: np.random.Generator, dtype: str = "float32"
     ) -> None:
         bias = rng.standard_normal(shape) * 3
         bias[bias < -3] = -np.inf
-        dtype = "float32" if own else "bfloat16"
         check_options(WIDE, dtype, bias=convert(bias, "float32", "torch").requires_grad_())
+
+    @pytest.mark.parametrize(
+        "shape",
+        [pytest.param(x, marks=() if x in BIASES[2:4] else pytest.mark.gpu_slow) for x in BIASES],
+        ids=str,
+    )
+    def test_is_summed_beside_shorter_numbers(self, shape: tuple[int, ...], rng: np.random.Generator) -> None:
+        self.test_is_summed_over_what_it_was_broadcast_to(shape, rng, "bfloat16")
 
     @dtypes
     def test_rows_of_the_lowest_number(self, dtype: str) -> None:
@@ -239,8 +249,17 @@ class TestNothingToSee:
         for one, other in zip(clean[:3], dirty[:3], strict=True):
             assert torch.equal(one, other)
 
-    @dtypes
-    @pytest.mark.parametrize("p", [0.3, 1.0])
+    @pytest.mark.parametrize(
+        ("p", "dtype"),
+        [
+            (0.3, "bfloat16"),
+            (1.0, "float32"),
+            *(
+                pytest.param(p, dtype, marks=pytest.mark.gpu_slow)
+                for p, dtype in [(0.3, "float32"), (1.0, "bfloat16"), (0.3, "float16"), (1.0, "float16")]
+            ),
+        ],
+    )
     def test_weights_that_dropout_takes_away(self, p: float, dtype: str) -> None:
         arrays = ("mask", "bias", "alibi_slopes", "sinks")
         case = Case("dropout", 40, 70, 24, 40, batch=2, query_heads=4, kv_heads=2, softcap=2.0, arrays=arrays)
