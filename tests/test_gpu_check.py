@@ -192,7 +192,7 @@ def test_every_check_is_a_legal_call(group: str) -> None:
         AttentionProblem.from_arguments(inputs.query, inputs.key, inputs.value, **inputs.options)
         assert max(check.case.head_dim, check.case.value_dim) <= 256
     for check in items:
-        assert isinstance(check, (Check, TorchCheck))
+        assert isinstance(check, (Check, Look, TorchCheck))
 
 
 def test_every_argument_is_checked_both_ways_in_every_dtype() -> None:
