@@ -39,6 +39,7 @@ VARIABLES = {*_config.VARIABLES, "TRITON_INTERPRET"}
 PLAIN = {
     "ARCHITECTURE.md": "test_architecture.py",
     "docs/command-line.md": "test_explain_prints_what_is_shown",
+    "docs/decisions/0018-products-ahead.md": "nothing: instructions of binaries before and after",
     "examples/README.md": "nothing: what a model wrote that was trained for minutes",
 }
 

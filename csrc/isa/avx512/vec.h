@@ -198,13 +198,13 @@ struct VecF32 {
 
  private:
   // Steps of sums over lanes: a's lanes added to half as many, then b's.
-  static FASTATTN_INLINE Reg add_halves(Reg a, Reg b) {
+  static Reg add_halves(Reg a, Reg b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x4e), _mm512_mask_blend_ps(0xff00, a, b));
   }
-  static FASTATTN_INLINE Reg add_quarters(Reg a, Reg b) {
+  static Reg add_quarters(Reg a, Reg b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
   }
-  static FASTATTN_INLINE Reg add_pairs(Reg a, Reg b) {  // within each quarter
+  static Reg add_pairs(Reg a, Reg b) {  // within each quarter
     return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
   }
   static Mask first(int n) { return static_cast<Mask>((1U << n) - 1U); }
