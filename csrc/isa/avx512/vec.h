@@ -159,10 +159,10 @@ struct VecF32 {
     for (int i = 0; i < 2; ++i) {
       quarters[i] = add_quarters(add_halves(r[i], r[i + 2]), add_halves(r[i + 4], r[i + 6]));
     }
-    // 0 1 - - in every quarter
+    // Every quarter has two sums, twice.
     const Reg pairs = add_pairs(quarters[0], quarters[1]);
     const Reg sums = add_pairs(pairs, pairs);
-    const __m512i order = _mm512_castps_si512(_mm512_castsi512_ps(_mm512_setr_epi64(0, 2, 4, 6, 0, 0, 0, 0)));
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 0, 0, 0, 0);
     _mm256_storeu_ps(totals, _mm512_castps512_ps256(
                                  _mm512_castsi512_ps(_mm512_permutexvar_epi64(order, _mm512_castps_si512(sums)))));
   }
