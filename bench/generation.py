@@ -85,10 +85,7 @@ def measure(implementation: str, dtype: str, lengths: list[int], threads: int) -
     generation.generate(model, generation.text(tokenizer, 16), implementation, 4)  # warm
     rows = []
     for length in lengths:
-        Path("/proc/self/clear_refs").write_text("5")  # forgets how large it has been
-        made = generation.generate(model, generation.text(tokenizer, length), implementation)
-        status = Path("/proc/self/status").read_text()
-        memory = int(status.split("VmHWM:")[1].split()[0]) / 1024
+        made, memory = generation.measured(model, generation.text(tokenizer, length), implementation)
         bytes_read = (length + generation.TOKENS // 2) * item
         read = _core.measure_peak("read", threads, 0.2)
         rows.append(Row(implementation, dtype, length, dataclasses.asdict(made), memory, bytes_read, read))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,6 +17,7 @@ pytest.importorskip("rich")
 
 import torch
 import transformers
+from rich.console import Console
 
 from bench import figures
 from bench import generation as measured
@@ -23,15 +28,19 @@ from fastattn.integrations.transformers import register
 MADE = generation.Generation([5, 6, 7], [1.0, 1e-5, 1.0], 2.0, 1.0, [0.5, 0.1, 0.4], [0.2, 0.05, 0.3])
 
 
-def test_tokens_are_those_of_eager() -> None:
-    """And what is timed is timed: a prompt, and all tokens but the first."""
+@pytest.fixture
+def model() -> transformers.PreTrainedModel:
     register()
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
         num_key_value_heads=2, head_dim=8,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def test_tokens_are_those_of_eager(model: transformers.PreTrainedModel) -> None:
+    """And what is timed is timed: a prompt, and all tokens but the first."""
     ids = torch.randint(64, (1, 70))
     made = {name: generation.generate(model, ids, name, 9) for name in generation.IMPLEMENTATIONS}
     for name, one in made.items():
@@ -48,6 +57,48 @@ def test_a_token_may_differ_only_at_a_tie() -> None:
     assert not generation.agrees(other, dataclasses.replace(MADE, margins=[1.0, 1.0, 1.0]))
     assert not generation.agrees(dataclasses.replace(MADE, tokens=[4, 6, 7]), MADE)
     assert MADE.step == 0.4
+
+
+def test_the_demo_tells_where_tokens_differ(
+    model: transformers.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It compares those of each implementation, at each length, and shows what it measured."""
+    ids = torch.randint(64, (1, 90))
+    tokenizer = lambda *_, **__: SimpleNamespace(input_ids=ids)  # noqa: E731
+    monkeypatch.setattr(generation, "LENGTHS", (20, 90))
+    console = Console(file=io.StringIO(), width=120)
+    assert generation.compare_generation(model, tokenizer, console)
+    text = console.file.getvalue()
+    assert [text.count(f"{length} tokens") for length in (20, 90)] == [1, 1] and "others" not in text
+    assert text.count("as eager's") == 4
+
+    real = generation.generate
+
+    def wrong(model: Any, ids: torch.Tensor, name: str, *tokens: int) -> generation.Generation:
+        made = real(model, ids, name, *tokens)
+        margins = [1.0] * len(made.tokens)
+        changed = [made.tokens[0], -1, *made.tokens[2:]] if name == "fastattn" else made.tokens
+        return dataclasses.replace(made, tokens=changed, margins=margins)
+
+    monkeypatch.setattr(generation, "generate", wrong)
+    assert not generation.compare_generation(model, tokenizer, console)
+    assert console.file.getvalue().count("others") == 2
+
+
+def test_the_table_of_the_demo() -> None:
+    slow = dataclasses.replace(MADE, prefill=4.0, steps=[0.8], attention=[0.6])
+    text = io.StringIO()
+    Console(file=text, width=120).print(
+        generation.table({500: {"eager": (slow, math.nan), "sdpa": (slow, 200.0), "fastattn": (MADE, 100.0)}})
+    )
+    rows = [line.strip("│").split("│") for line in text.getvalue().splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row[1:]] for row in rows[:5]] == [
+        ["prompt, tokens a second", "125", "125", "250", "2.00x"],
+        ["its attention, ms", "1000", "1000", "1000", "1.00x"],
+        ["then, tokens a second", "1.2", "1.2", "2.5", "2.00x"],
+        ["attention of one, ms", "600", "600", "200", "3.00x"],
+        ["memory at most, MiB", "-", "200", "100", "2.00x"],
+    ]
 
 
 def test_the_table_of_the_readme(tmp_path: Path) -> None:

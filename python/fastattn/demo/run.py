@@ -1,4 +1,4 @@
-"""The demo from end to end: text, tokens, speed, embeddings, a picture."""
+"""The demo from end to end: text, tokens, speed and memory, embeddings, a picture."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(console: Console, folder: Path) -> list[str]:
         import torch
 
         import fastattn
-        from fastattn.demo import chat, generation, picture, sentences, speed
+        from fastattn.demo import chat, generation, picture, sentences
         from fastattn.integrations.transformers import register
     register()
 
@@ -40,7 +40,6 @@ def run(console: Console, folder: Path) -> list[str]:
     chat.answer(model, tokenizer, chat.prompts()[0], console)
     if not chat.compare_all(model, tokenizer, console):
         failures.append("greedy tokens differ from eager's")
-    speed.compare_speed(model, tokenizer, console)
     if not generation.compare_generation(model, tokenizer, console):
         failures.append("tokens generated with a cache differ from eager's")
 
@@ -52,7 +51,7 @@ def run(console: Console, folder: Path) -> list[str]:
 
     console.print(Rule("What ran", align="left"))
     config = model.config
-    query = torch.empty(1, config.num_attention_heads, max(speed.LENGTHS), config.head_dim)
+    query = torch.empty(1, config.num_attention_heads, max(generation.LENGTHS), config.head_dim)
     key = query[:, : config.num_key_value_heads]
     console.print(str(fastattn.explain(query, key, key, causal=True)), highlight=False, markup=False)
     path = picture.draw(model, tokenizer, folder)
