@@ -107,6 +107,22 @@ def test_defragment_and_grow():
     assert pages(cache, other) == [[2, 3, 4, 5, 6]]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("pages", "boundary"), [(3, 64), (2000, 1 << 21)], ids=["small", "large"])
+def test_memory_begins_with_a_line_or_a_huge_page(dtype, pages, boundary):
+    """And a page of all layers is one piece of it, so that what is not used is left alone."""
+    cache = fa.PagedKVCache(pages, 64, 2, 8, layers=3, dtype=dtype)
+    cache.grow(pages + 1)
+    for name in ("key_cache", "value_cache"):
+        layers = [cache.layer(layer)[name] for layer in range(3)]
+        if dtype is torch.bfloat16:
+            layers = [layer.view(torch.int16).numpy() for layer in layers]
+        at = [layer.__array_interface__["data"][0] for layer in layers]
+        assert at[0] % boundary == 0
+        assert [there - at[0] for there in at] == [0, 2048, 4096]  # 64 tokens, 2 heads, 8 numbers of 2 bytes
+        assert layers[0].strides[0] == 6144
+
+
 def test_usage():
     cache = cache_of(8, layers=3, value_dim=4, dtype=torch.float8_e5m2)
     sequence = filled(cache, 9)

@@ -15,11 +15,14 @@ from fastattn.problem import Layout
 
 __all__ = ["PagePool"]
 
+_LINE, _HUGE_PAGE = 64, 1 << 21  # bytes of a cache line, and of a page where the system has huge ones
+
 
 class PagePool:
     """Arrays of all layers: keys and values and, if they are quantised, their scales, without the last axis.
 
-    Their axes are (layers, pages, rows, Hkv, dim), or with layout "bhsd" (layers, pages, Hkv, rows, dim).
+    Their axes are (layers, pages, rows, Hkv, dim), or with layout "bhsd" (layers, pages, Hkv, rows, dim). In
+    memory pages come first, so that the pages in use, of all layers, lie together.
     """
 
     def __init__(
@@ -41,17 +44,26 @@ class PagePool:
         layers, pages, rows, heads = shape
         axes = (layers, pages, heads, rows) if self._heads_first else shape
         self.arrays: dict[str, Array] = {
-            "key_cache": self._library.empty((*axes, dims[0]), dtype),
-            "value_cache": self._library.empty((*axes, dims[1]), dtype),
+            "key_cache": self._empty((*axes, dims[0]), dtype),
+            "value_cache": self._empty((*axes, dims[1]), dtype),
         }
         if self.quantised:
             for name in ("key_scale", "value_scale"):
-                self.arrays[name] = self._library.empty(axes, self._library.float32)
+                self.arrays[name] = self._empty(axes, self._library.float32)
 
     @property
     def nbytes(self) -> int:
         """Of all arrays."""
         return sum(int(pool.nbytes) for pool in self.arrays.values())
+
+    def layers(self) -> list[dict[str, Array]]:
+        """Views of the arrays, of each layer."""
+        count = len(self.arrays["key_cache"])
+        return [{name: pool[layer] for name, pool in self.arrays.items()} for layer in range(count)]
+
+    def _empty(self, axes: tuple[int, ...], dtype: Any) -> Array:
+        layers, pages, *rest = axes
+        return self._library.empty((pages, layers, *rest), dtype).swapaxes(0, 1)
 
     def integers(self, values: NDArray[np.int32]) -> Array:
         """`values` as an array beside the pool."""
@@ -73,7 +85,7 @@ class PagePool:
     def grow(self, num_pages: int) -> None:
         """Move to memory for so many pages."""
         for name, pool in self.arrays.items():
-            self.arrays[name] = self._library.empty((pool.shape[0], num_pages, *pool.shape[2:]), pool.dtype)
+            self.arrays[name] = self._empty((pool.shape[0], num_pages, *pool.shape[2:]), pool.dtype)
             self.arrays[name][:, : pool.shape[1]] = pool
 
     def write(self, name: str, layer: int, pages: NDArray[Any], rows: NDArray[Any], given: Array) -> None:
@@ -139,7 +151,8 @@ class _Numpy:
         return str(_numpy_dtype(dtype).name)
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        return np.empty(shape, _numpy_dtype(dtype))
+        known = _numpy_dtype(dtype)
+        return _memory(math.prod(shape) * known.itemsize).view(known).reshape(shape)
 
     def integers(self, values: NDArray[Any]) -> Array:
         return values
@@ -165,8 +178,11 @@ class _Torch:
         return str(dtype).removeprefix("torch.")
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        with self.functions.inference_mode(False):
-            return self.functions.empty(shape, dtype=dtype, device=self.device)
+        torch = self.functions
+        with torch.inference_mode(False):
+            if self.device.type != "cpu":
+                return torch.empty(shape, dtype=dtype, device=self.device)
+            return torch.from_numpy(_memory(math.prod(shape) * dtype.itemsize)).view(dtype).view(shape)
 
     def integers(self, values: NDArray[Any]) -> Array:
         return self.functions.from_numpy(values).to(self.device)
@@ -181,6 +197,14 @@ class _Torch:
             raise RuntimeError(f"{name} is on device '{array.device}', expected '{self.device}'")
         if array.requires_grad and self.functions.is_grad_enabled():
             raise RuntimeError(f"{name} requires grad, and a cache keeps no graph: pass {name}.detach()")
+
+
+def _memory(nbytes: int) -> NDArray[np.uint8]:
+    """Memory of the CPU, which begins with a line, or a huge page: NumPy asks for those, torch does not."""
+    boundary = _HUGE_PAGE if nbytes >= _HUGE_PAGE else _LINE
+    memory = np.empty(nbytes + boundary, np.uint8)
+    start = -memory.ctypes.data % boundary
+    return memory[start : start + nbytes]
 
 
 def _library_of(dtype: Any, device: Any) -> Any:

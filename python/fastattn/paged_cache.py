@@ -147,6 +147,7 @@ class PagedKVCache:
         self.layout = layout
         shape = (layers, num_pages, page_size, kv_heads)
         self._pool = PagePool(shape, (head_dim, value_dim), dtype, device, layout)
+        self._layers = self._pool.layers()
         self.dtype = self._pool.dtype
         self._table = PageTable(num_pages, page_size)
         self._lock = threading.RLock()
@@ -288,9 +289,7 @@ class PagedKVCache:
             If there is no such layer.
         """
         self._check_layer(layer)
-        with self._lock:  # of one pool, while `grow` replaces it
-            arrays: dict[str, Any] = {name: pool[layer] for name, pool in self._pool.arrays.items()}
-        return {**arrays, "layout": self.layout}
+        return {**self._layers[layer], "layout": self.layout}
 
     def write(
         self,
@@ -394,7 +393,11 @@ class PagedKVCache:
         with self._lock:
             if num_pages <= len(self._table.references):
                 raise ValueError(f"num_pages must be above {len(self._table.references)}, got {num_pages}")
-            self._pool.grow(num_pages)
+            self._layers = []  # views, for which the old arrays would be held to the end
+            try:
+                self._pool.grow(num_pages)
+            finally:
+                self._layers = self._pool.layers()
             self._table.grow(num_pages)
 
     def defragment(self) -> None:

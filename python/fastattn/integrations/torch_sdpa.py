@@ -228,6 +228,8 @@ def _is_watched() -> bool:
 
 def as_autocast_would(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Cast as torch's function casts its arguments under ``torch.autocast``."""
+    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        return tensors
     device = next(tensor for tensor in tensors if tensor is not None).device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors

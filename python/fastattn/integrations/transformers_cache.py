@@ -66,7 +66,7 @@ class PagedCache(Cache):
     def __init__(
         self,
         config: Any,
-        page_size: int = 64,
+        page_size: int = 128,
         num_pages: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
