@@ -51,6 +51,7 @@ _HARMLESS = frozenset(
 )
 # Sequences packed into one row. A mask, where there is one, already keeps them apart; else the first two do.
 _PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+_KNOWN = _HARMLESS | _PACKED
 # Arguments of `fastattn.attention` that `fastattn.attention_with_kvcache` has, too.
 _OF_CACHES = frozenset({"scale", "softcap", "sinks", "causal", "window"})
 _PADDING = frozenset({"mask", "kv_starts", "kv_lengths"})  # how a rule says that keys are padding
@@ -164,7 +165,9 @@ def attention_forward(
         chosen = _chosen(indices, key.shape[2])
         arguments["mask"] = chosen & arguments["mask"] if "mask" in arguments else chosen
 
-    packed = {name: given for name, given in kwargs.items() if name in _PACKED and given is not None}
+    packed: dict[str, Any] = {}
+    if not _PACKED.isdisjoint(kwargs):
+        packed = {name: given for name, given in kwargs.items() if name in _PACKED and given is not None}
     if packed and attention_mask is None:
         others = position_bias, indices, head_mask, output_attentions or None
         if query.shape[0] != 1 or any(other is not None for other in others):
@@ -174,7 +177,7 @@ def attention_forward(
             )
         return _attend_packed(query, key, value, packed, arguments, dropout if module.training else 0.0), None
     if output_attentions is None:
-        output_attentions = getattr(getattr(module, "config", None), "output_attentions", None)
+        output_attentions = _weights_are_wanted(module)
     if isinstance(key, PagedStates) and isinstance(value, PagedStates):
         drops = dropout and module.training
         plain = position_bias is indices is head_mask is None and not (output_attentions or drops)
@@ -199,11 +202,21 @@ def attention_forward(
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:
     """Raise for every argument that would be ignored although it changes what is computed."""
-    given = {name for name, argument in kwargs.items() if argument is not None} - _HARMLESS - _PACKED
+    if kwargs.keys() <= _KNOWN:
+        return
+    given = {name for name, argument in kwargs.items() if argument is not None} - _KNOWN
     if given:
         raise TypeError(
             f"fastattn does not know what these attention arguments mean: {', '.join(sorted(given))}"
         )
+
+
+def _weights_are_wanted(module: torch.nn.Module) -> bool:
+    """`output_attentions` of the module's config, past the lookup of names in Python that configs have."""
+    try:
+        return bool(object.__getattribute__(getattr(module, "config", None), "output_attentions"))
+    except AttributeError:
+        return False
 
 
 def _attend_packed(

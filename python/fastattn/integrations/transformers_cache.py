@@ -326,7 +326,7 @@ class _Appended:
         starts = [0] * len(pages.starts) if starts is None else starts
         if not pages.leave_out(starts, self.start) or not self.start:
             return None
-        if any(first > self.start for first in starts):  # not all rows are tokens
+        if max(starts) > self.start:  # not all rows are tokens
             self.write()
         new: dict[str, Any] = {}
         if not self.written:
