@@ -1,6 +1,6 @@
 """Plants each fault of faults.py in a copy of the sources, builds it, and runs the tests until one fails.
 
-python tests/plant_faults.py            all of them: about half an hour
+python tests/plant_faults.py            all of them: about an hour
 python tests/plant_faults.py NAME ...   some
 python tests/plant_faults.py --list
 
