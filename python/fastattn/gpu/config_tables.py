@@ -226,6 +226,7 @@ _BACKWARD_39 = {
             "rich_keys": Tiles(32, 32, 8, 1),
             "rich_queries": Tiles(64, 32, 4, 1),
         },
+        ("float32", 128): {"rich_queries": Tiles(16, 32, 8, 1)},
     },
     "sm100": {
         ("half", 128): {
