@@ -130,7 +130,7 @@ gpu-resources: $(DONE)/test-extra $(TRITON_NEWEST)/.done
 	@PYTHONPATH=tests $(BIN)/python tests/gpu/resources.py $(TRITON_NEWEST)
 
 test-gpu-less: $(DONE)/test-extra $(TRITON_NEWEST)/.done
-	@echo "==> testing kernels for GPUs without one (about half an hour)"
+	@echo "==> testing kernels for GPUs without one (about half an hour, an hour the first time)"
 	@FASTATTN_TEST_TRITON=$(TRITON_NEWEST) $(BIN)/python -m pytest tests/gpu -m "gpu_slow or not gpu_slow" $(ARGS)
 
 test-asan: $(DONE)/test-extra

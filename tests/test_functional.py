@@ -13,6 +13,7 @@ import torch
 
 import fastattn as fa
 import shapes
+from fastattn import ops
 
 CASE = shapes.Case("functional", 5, 7, 8, 6, batch=2, query_heads=4, kv_heads=2)
 
@@ -73,6 +74,15 @@ def test_out_that_a_graph_has_saved() -> None:
         product.backward()
     with torch.inference_mode():
         assert attention(*tensors, out=torch.ones(2, 4, 5, 6)).is_inference()
+
+
+@pytest.mark.parametrize("library", shapes.LIBRARIES)
+def test_lists_of_no_ids(library: str) -> None:
+    query, key = (shapes.convert(np.ones((1, 1, rows, 8)), "float32", library) for rows in (0, 3))
+    ids = [[]], [[0, 0, 1]]
+    assert attention(query, key, key, segment_ids=ids).shape == (1, 1, 0, 8)
+    if library == "torch":  # an operator takes them as tensors
+        assert ops.forward(query, key, key, segment_ids=ids)[0].shape == (1, 1, 0, 8)
 
 
 def test_out_of_an_empty_call() -> None:

@@ -121,7 +121,7 @@ def test_the_pool_forgets_sizes_that_nobody_asks_for() -> None:
         print(small, pooled())
     """
     small, large = map(int, output_of(program).split())
-    assert small < 16 << 20
+    assert small < 32 << 20
     assert large > 2 * 20_000 * 64 * 4 or _core.available_isas() == ["scalar"]
 
 

@@ -43,13 +43,14 @@ inline void list_block(const ForwardTask<E>& task, KeyValueView& view) {
   constexpr int64_t kNext = sizeof table.next / sizeof *table.next;
   constexpr auto kSize = static_cast<int64_t>(sizeof(typename E::Stored));
   const AttentionParams& p = task.p;
+  // What is read: whole groups of sums, and what is asked for ahead.
+  const int64_t count = min64(E::kBlockKeys, round_up(task.block_end(view.start) - view.start, 16) + kNext);
   const auto list = [&](bool copied, const char* row, int64_t step, const void* tensor, const int64_t* strides,
                         const char** rows) {
     if (copied) {
-      list_copied_rows(row, step, task.block_end(view.start) - view.start, E::kBlockKeys, rows);
+      list_copied_rows(row, step, task.block_end(view.start) - view.start, count, rows);
     } else {
-      list_rows(p, tensor, strides, kSize, task.rows.batch, task.rows.kv_head, view.start, task.keys, E::kBlockKeys,
-                rows);
+      list_rows(p, tensor, strides, kSize, task.rows.batch, task.rows.kv_head, view.start, task.keys, count, rows);
     }
   };
   list(task.plan.layout.pack_key, view.key, view.key_stride, p.key, p.key_strides, table.keys);
@@ -63,6 +64,11 @@ inline void list_block(const ForwardTask<E>& task, KeyValueView& view) {
   if constexpr (E::kQuantised) {
     list_scales<E>(p, task.rows.batch, task.rows.kv_head, view.start, task.block_end(view.start), table);
   }
+  const auto adjacent = [&](bool copied, const int64_t* strides, int64_t columns) {
+    return copied || (p.block_table == nullptr && strides[2] == columns);
+  };
+  view.keys_adjacent = adjacent(task.plan.layout.pack_key, p.key_strides, p.head_dim);
+  view.values_adjacent = adjacent(task.plan.layout.pack_value, p.value_strides, p.value_dim);
   view.key_rows = table.keys;
   view.value_rows = table.values;
 }
@@ -252,9 +258,15 @@ inline BlockExtent<E> score_rows(const ForwardTask<E>& task, TileContext<E>& con
   bool hides = false;
   int64_t seen = 0, first = 0;  // tiles one behind the other, which are multiplied together
   const auto multiply = [&] {
-    multiply_rows<E>(context.probs + first, context.panel, view.key_rows + first, seen, task.p.head_dim);
+    multiply_rows<E>(context.probs, context.panel, view.key_rows, first, first + seen * E::kKeys, task.p.head_dim,
+                     view.keys_adjacent);
   };
-  for (int64_t key = begin; key < end; key += E::kKeys) {
+  const Panel<E>& panel = context.panel;
+  const bool sees_all = context.dense.sights == nullptr && begin >= panel.first_max && end <= panel.last_min &&
+                        (end - begin) % E::kKeys == 0 && !(E::kQuantised && task.table().odd_scales);
+  first = begin - block;
+  seen = sees_all ? (end - begin) / E::kKeys : 0;
+  for (int64_t key = begin; !sees_all && key < end; key += E::kKeys) {
     const Sight sight = tile_sight<E>(context, block, key);
     hides |= sight != Sight::all;
     if (sight != Sight::all || (E::kQuantised && task.table().odd_scales)) {
@@ -275,12 +287,10 @@ inline BlockExtent<E> score_rows(const ForwardTask<E>& task, TileContext<E>& con
     scales[1] = task.table().value_scales;
   }
   if (E::Dot::kPairsValues && &context.panel == task.panel(0)) {
-    context.fetch = {view.value_rows + (spreads_keys<E>(context.panel.live) ? kStreamRowsAhead<E> : kRowsAhead<E>),
-                     rows_of_softmax<E>(context.panel.live),
+    context.fetch = {view.value_rows + kRowsAhead<E>, rows_of_softmax<E>(context.panel.live),
                      task.p.value_dim * static_cast<int64_t>(sizeof(typename E::Stored))};
   }
   row_softmax<E>(context, extent.begin, extent.end, hides, scales, task.scores != nullptr, [&](int lane) {
-    const Panel<E>& panel = context.panel;
     const int64_t head = panel.head[lane] - task.rows.kv_head * (task.p.query_heads / task.p.kv_heads);
     return task.scores + (head * task.p.seqlen_q + panel.row[lane]) * kept_stride(task.p) + block;
   });

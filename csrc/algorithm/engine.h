@@ -17,6 +17,8 @@
 #define FASTATTN_INLINE inline __attribute__((always_inline))
 #define FASTATTN_LAMBDA_INLINE __attribute__((always_inline))
 #define FASTATTN_NOINLINE __attribute__((noinline))
+// What is loaded before stands before what is loaded after, in the program that the compiler makes too.
+#define FASTATTN_KEEP_ORDER() __asm__ volatile("" ::: "memory")
 #define FASTATTN_UNLIKELY(x) __builtin_expect(static_cast<bool>(x), 0)
 
 namespace fastattn {

@@ -4,7 +4,7 @@
 #include "algorithm/chunk_sums.h"
 #include "algorithm/dense_block.h"
 #include "algorithm/operands.h"
-#include "algorithm/row_products.h"
+#include "algorithm/row_values.h"
 #include "algorithm/score_tile.h"
 #include "algorithm/shared_chunks.h"
 #include "algorithm/tile_softmax.h"

@@ -73,8 +73,6 @@ struct RowEngine {
   static constexpr bool kPacksValue = false;
   static constexpr bool kObserves = false;
   static constexpr bool kQuantised = !kSame<Source, Stored>;
-  // Keys are read in several streams, whose addresses take registers that decoding and float64 have none of.
-  static constexpr bool kStreams = !kQuantised && sizeof(Scalar) == 4;
   static constexpr int kWideRows = kValueRows > 3 && !kQuantised ? 3 : 0;  // of values, with twice as many columns
 
   static void enter() {}

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "algorithm/key_product.h"
-#include "algorithm/row_products.h"
+#include "algorithm/row_values.h"
 
 namespace fastattn {
 namespace {
@@ -99,7 +99,7 @@ inline void accumulate_values(Panel<E>& panel, const typename E::Scalar* probs, 
   if constexpr (E::kMethod == Method::tiles) {
     E::accumulate_tiles(panel.output, probs, view.value, begin, end, output_stride, panel.live);
   } else if constexpr (E::kMethod == Method::rows) {
-    add_value_rows<E>(panel, probs, view.value_rows, begin, end, value_dim, output_stride);
+    add_value_rows<E>(panel, probs, view.value_rows, begin, end, value_dim, output_stride, view.values_adjacent);
   } else {
     accumulate_strips<E>(panel, probs, view, begin, end, value_dim, output_stride, padded);
   }

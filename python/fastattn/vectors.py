@@ -136,9 +136,10 @@ def vector(
 
 def _listed(name: str, values: Any) -> NDArray[Any]:
     try:
-        return np.array(values) if values else np.empty(0, np.int64)
+        array = np.array(values)
     except ValueError as error:  # rows of unequal length
         raise ValueError(f"{name} must be a flat sequence of numbers: {error}") from error
+    return array if array.size else array.astype(np.int64)
 
 
 def is_integer(value: Any) -> bool:

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TESTS = ROOT / "tests"
 PROGRAM = TESTS / "gpu" / "aot.py"
 AT_ONCE = 2
-# Jobs for one process, which takes some seconds to start.
-BATCH = 8
+# Jobs for one process, which takes seconds to start: six of CPU time.
+BATCH = 25
 
 Records = list[dict[str, Any]]  # one a kernel: its name, launch options, and what binaries.py says of it
 

@@ -56,9 +56,9 @@ struct AmxFp16Product {
 };
 
 using TilesF16 = AmxEngine<AmxFp16Product>;
-using RowsF16 = RowEngine<VecF32, Float16, WideDot<VecF32, Float16>, 256, 6, 6>;
+using RowsF16 = RowEngine<VecF32, Float16, WideDot<VecF32, Float16>, 1024, 6, 6>;
 template <class Stored>
-using ByteRows = RowEngine<VecF32, float, ByteDot<Stored>, 256, 5, 5, Stored>;
+using ByteRows = RowEngine<VecF32, float, ByteDot<Stored>, 1024, 5, 5, Stored>;
 
 }  // namespace
 

@@ -15,14 +15,14 @@ namespace {
 template <class Source>
 using EngineF32 = Engine<VecF32, Source, FmaProduct<VecF32>, 8, 2, 8, 256, true>;
 template <class Source>
-using RowsF32 = RowEngine<VecF32, Source, WideDot<VecF32, Source>, 256, 6, 6>;
+using RowsF32 = RowEngine<VecF32, Source, WideDot<VecF32, Source>, 1024, 6, 6>;
 template <class Stored>
-using ByteRows = RowEngine<VecF32, float, WideDot<VecF32, Stored>, 256, 5, 5, Stored>;
+using ByteRows = RowEngine<VecF32, float, WideDot<VecF32, Stored>, 1024, 5, 5, Stored>;
 using EngineF64 = Engine<VecF64, double, FmaProduct<VecF64>, 8, 2, 8, 256, true>;
 // The backward keeps P and dS of a block for eight panels in cache: shorter blocks.
 template <class V, class Source>
 using GradientEngine = Engine<V, Source, FmaProduct<V>, 8, 2, 8, 128, true>;
-using RowsF64 = RowEngine<VecF64, double, WideDot<VecF64, double>, 256, 6, 6>;
+using RowsF64 = RowEngine<VecF64, double, WideDot<VecF64, double>, 1024, 6, 6>;
 
 double peak_fma_f32(int64_t rounds) {
   return run_peak<VecF32>(rounds, 2, [](__m512& sum, __m512 x) FASTATTN_LAMBDA_INLINE {

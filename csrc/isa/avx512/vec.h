@@ -128,31 +128,35 @@ struct VecF32 {
     return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(x), _mm512_set1_epi32(static_cast<int>(pattern))));
   }
 
-  // Stores lanes [part * n, part * n + n) of x, n = 8 or 16.
+  // Stores lanes [part * n, part * n + n) of x, n = 4, 8 or 16.
   template <int n>
   static void store_part(float* p, Reg x, int part) {
     if constexpr (n == kWidth) {
       store(p, x);
-    } else {
-      static_assert(n == 8);
+    } else if constexpr (n == 8) {
       _mm256_storeu_ps(p, part == 0 ? _mm512_castps512_ps256(x) : _mm512_extractf32x8_ps(x, 1));
+    } else {
+      static_assert(n == 4);
+      _mm_storeu_ps(p, part == 0   ? _mm512_castps512_ps128(x)
+                       : part == 1 ? _mm512_extractf32x4_ps(x, 1)
+                       : part == 2 ? _mm512_extractf32x4_ps(x, 2)
+                                   : _mm512_extractf32x4_ps(x, 3));
     }
   }
 
   // totals[i] = the sum of r[i]'s lanes.
   static void sum_lanes(const Reg (&r)[16], float* totals) {
-    Reg halves[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      halves[i] = add_halves(r[i + i / 4 * 4], r[i + i / 4 * 4 + 4]);
-    }
     Reg quarters[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      quarters[i] = add_quarters(halves[i], halves[i + 4]);
+      quarters[i] = sum_quarters(r[i], r[i + 4], r[i + 8], r[i + 12]);
     }
-    store(totals, add_pairs(add_pairs(quarters[0], quarters[1]), add_pairs(quarters[2], quarters[3])));
+    store(totals, sum_within_quarters(quarters));
   }
+  // The same in two steps: what is left of four vectors' sums in a quarter each, and the sums of sixteen vectors, a
+  // quarter's of r[0] to r[3] one after another.
+  static Reg sum_quarters(Reg a, Reg b, Reg c, Reg d) { return add_quarters(add_halves(a, b), add_halves(c, d)); }
+  static Reg sum_within_quarters(const Reg (&r)[4]) { return add_pairs(add_pairs(r[0], r[1]), add_pairs(r[2], r[3])); }
   static void sum_lanes(const Reg (&r)[8], float* totals) {
     Reg quarters[2];
 #pragma GCC unroll 2

@@ -88,7 +88,7 @@ struct PairDot {
   static constexpr bool kPairsValues = true;
   static FASTATTN_INLINE __m512 load(const Bfloat16* row) { return V::load(reinterpret_cast<const float*>(row)); }
   static FASTATTN_INLINE __m512 load_partial(const Bfloat16* row, int count) {
-    return reinterpret_cast<__m512>(_mm512_maskz_loadu_epi16((1U << count) - 1U, row));
+    return reinterpret_cast<__m512>(_mm512_maskz_loadu_epi16(first(count), row));
   }
   static FASTATTN_INLINE __m512 run(__m512 key, __m512 query, __m512 sum) {
     return Bf16PairProduct::run(key, query, sum);
@@ -99,8 +99,9 @@ struct PairDot {
   }
   // As add_value_rows does.
   template <class E>
-  static void add_values(const Panel<E>& panel, const float* probs, const char* const* values, int64_t begin,
-                         int64_t end, int64_t value_dim, int64_t output_stride) {
+  static FASTATTN_NOINLINE void add_values(const Panel<E>& panel, const float* probs, const char* const* values,
+                                           int64_t begin, int64_t end, int64_t value_dim, int64_t output_stride,
+                                           bool adjacent) {
     alignas(64) uint16_t words[E::kLanes * E::kBlockKeys];
     for (int lane = 0; lane < panel.live; ++lane) {
       for (int64_t key = round_down(begin, E::kWidth); key < end; key += E::kWidth) {
@@ -110,7 +111,7 @@ struct PairDot {
       }
     }
     const float scales[E::kLanes] = {};
-    add_paired_values<E, Bf16Pairs>(panel, words, scales, values, begin, end, value_dim, output_stride);
+    add_paired_values<E, Bf16Pairs>(panel, words, scales, values, begin, end, value_dim, output_stride, adjacent);
   }
 };
 

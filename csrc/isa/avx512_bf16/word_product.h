@@ -3,7 +3,7 @@
 #pragma once
 
 #include "algorithm/row_engine.h"
-#include "algorithm/row_products.h"
+#include "algorithm/row_values.h"
 #include "isa/avx512/vec.h"
 #include "isa/avx512_bf16/paired_values.h"
 
@@ -69,7 +69,7 @@ struct WordDot {
     return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
   }
   static FASTATTN_INLINE __m512 load_partial(const Int8* row, int count) {
-    return widen(_mm256_maskz_loadu_epi8((1U << count) - 1U, row));
+    return widen(_mm256_maskz_loadu_epi8(first(count), row));
   }
   static FASTATTN_INLINE __m512 run(__m512 key, __m512 query, __m512 sum) {
     return _mm512_castsi512_ps(
@@ -97,9 +97,10 @@ struct WordDot {
 
   // As add_value_rows does.
   template <class E>
-  static void add_values(const Panel<E>& panel, const float* probs, const char* const* values, int64_t begin,
-                         int64_t end, int64_t value_dim, int64_t output_stride) {
-    static_assert(int64_t{E::kBlockKeys} * 127 * 32767 < INT32_MAX, "sums over a block stay within 32 bits");
+  static FASTATTN_NOINLINE void add_values(const Panel<E>& panel, const float* probs, const char* const* values,
+                                           int64_t begin, int64_t end, int64_t value_dim, int64_t output_stride,
+                                           bool adjacent) {
+    static_assert(kMostRowsAtOnce * 127 * 32767 < INT32_MAX, "sums over a tile stay within 32 bits");
     alignas(64) uint16_t words[E::kLanes * E::kBlockKeys];
     float scales[E::kLanes];
     const int64_t from = round_down(begin, E::kWidth);
@@ -114,7 +115,7 @@ struct WordDot {
                            to_words(V::load(row + key), scale.to_words));
       }
     }
-    add_paired_values<E, WordPairs>(panel, words, scales, values, begin, end, value_dim, output_stride);
+    add_paired_values<E, WordPairs>(panel, words, scales, values, begin, end, value_dim, output_stride, adjacent);
   }
 
  private:

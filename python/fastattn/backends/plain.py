@@ -71,10 +71,10 @@ def attend(
     results = _core.attention_plain_torch(
         query, key, value, causal, scale, bshd, return_lse or recorded, resolve_num_threads()
     )
+    if results is None and getattr(query, "is_cuda", False):
+        results = _on_gpu(query, key, value, causal, scale, bshd, return_lse or recorded)
     if recorded and results is not None:
         return _torch_lane.record(query, key, value, results, PlainCall(causal, scale, bshd, return_lse))
-    if results is None and not recorded and getattr(query, "is_cuda", False):
-        return _on_gpu(query, key, value, causal, scale, bshd, return_lse)
     return results
 
 
@@ -127,6 +127,10 @@ def backward(
     """
     query, key, value, out, lse = tensors
     causal, scale, bshd, _ = call
+    if query.is_cuda:
+        from fastattn.backends import plain_gpu
+
+        return plain_gpu.backward(grad_out, grad_lse, tensors, wanted, call)
     return _core.attention_plain_backward(
         grad_out, grad_lse, query, key, value, out, lse, wanted, causal, scale, bshd, resolve_num_threads()
     )

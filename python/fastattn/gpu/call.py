@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,6 +65,7 @@ class Call(NamedTuple):
     value_scale: Tensor | None = None
     # Sequences that follow one another: query (1, Hq, all rows, D), and key and value likewise.
     ragged: Ragged | None = None
+    launched: dict[Any, Callable[..., None]] | None = None  # what `repeat` knows of calls that look the same
 
     @property
     def batch(self) -> int:

@@ -194,16 +194,20 @@ for _gpu in ("sm80", "sm90"):
     BACKWARD[_gpu] |= {("tf32", columns): BACKWARD[_gpu]["float32", columns] for columns in (64, 128, 256)}
 BIAS |= {("tf32", columns): BIAS["float32", columns] for columns in (64, 128, 256)}
 
-# Gradients keep little in shared memory: the tiles of sm80 fit, but for one that needs more registers there.
+# Gradients keep little in shared memory: the tiles of sm80 fit, but for some that need more registers there.
 _queries = Tiles(16, 32, 8, 1)
 BACKWARD["sm120"] = BACKWARD["sm80"] | {
     (kind, 64): BACKWARD["sm80"][kind, 64]._replace(queries=_queries) for kind in ("float32", "tf32")
 }
+BACKWARD["sm120"]["half", 64] = BACKWARD["sm80"]["half", 64]._replace(rich_keys=Tiles(16, 64, 8, 1))
 
-# The same memory and registers, of which two tiles need a few more there.
+# The same memory and registers, of which some tiles need a few more there.
 FORWARD["sm100"] = dict(FORWARD["sm90"])
 FORWARD["sm100"]["half", 128] = FORWARD["sm90"]["half", 128]._replace(
     narrow=Tiles(64, 32, 4, 2), placed=Tiles(128, 64, 8, 3)
+)
+FORWARD["sm100"]["tf32", 128] = FORWARD["sm90"]["tf32", 128]._replace(
+    rich=Tiles(32, 32, 4, 1), ragged=Tiles(32, 32, 4, 1)
 )
 # Four warps to 64 rows are for Hopper's products, of one warpgroup each.
 BACKWARD["sm100"] = BACKWARD["sm90"] | {
@@ -222,6 +226,7 @@ _BACKWARD_39 = {
             "rich_keys": Tiles(32, 32, 8, 1),
             "rich_queries": Tiles(64, 32, 4, 1),
         },
+        ("float32", 128): {"rich_queries": Tiles(16, 32, 8, 1)},
     },
     "sm100": {
         ("half", 128): {

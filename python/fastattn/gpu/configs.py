@@ -140,10 +140,10 @@ def backward_bias(call: Call) -> Tiles:
 
 def each_score(call: Call) -> Tiles:
     """Tiles of kernels that do little with each score: probabilities, corrections."""
-    if not kind_of_gpu(call.query):
+    if not (gpu := kind_of_gpu(call.query)):
         return INTERPRETED
     if call.query.dtype != torch.float32 and _columns(call) <= 128:
-        return Tiles(64, 64, 4, 1)
+        return Tiles(64, 32 if gpu == "sm120" else 64, 4, 1)
     return Tiles(32, 32, 4, 1) if _columns(call) <= 64 else Tiles(16, 32, 4, 1)
 
 

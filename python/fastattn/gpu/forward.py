@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.gpu import configs, tuning
+from fastattn.gpu import configs, repeat, tuning
 from fastattn.gpu.call import Call
 from fastattn.gpu.config_tables import Tiles
 from fastattn.gpu.rows import (
@@ -48,10 +48,10 @@ from fastattn.gpu.tile import (
 
 
 def forward(call: Call, out: Tensor, lse: Tensor | None, tiles: Tiles | None = None) -> None:
-    """Write `out` (B, Hq, Lq, Dv) and, unless it is None, `lse` (B, Hq, Lq), float32.
-
-    `tiles`: to be launched with, whatever the tables say.
-    """
+    """Write `out` (B, Hq, Lq, Dv) and, unless None, `lse` (B, Hq, Lq), float32, by `tiles` or the tables'."""
+    tensors = (*map(matrix, call[:3]), matrix(out), lse)
+    if repeat.launched(call, forward_kernel, tensors):
+        return
     batch, (heads, seqlen_q, head_dim) = call.batch, call.query.shape[1:]
     kv_heads, seqlen_k, value_dim = call.key.shape[1], call.seqlen_k, call.value.shape[3]
 
@@ -60,12 +60,11 @@ def forward(call: Call, out: Tensor, lse: Tensor | None, tiles: Tiles | None = N
         blocks = programs(schedule, triton.cdiv(seqlen_q, tiles.rows), batch)
         kv_bytes = seqlen_k * (head_dim + value_dim) * call.key.element_size()
         width = min(batch * heads, cached_heads(kv_bytes) * (heads // kv_heads))
-        forward_kernel[(blocks * heads,)](
-            matrix(call.query),
-            matrix(call.key),
-            matrix(call.value),
-            matrix(out),
-            lse,
+        repeat.launch(
+            call,
+            forward_kernel,
+            blocks * heads,
+            tensors,
             rules_of(call),
             schedule,
             batch * heads,
@@ -83,7 +82,8 @@ def forward(call: Call, out: Tensor, lse: Tensor | None, tiles: Tiles | None = N
             **tiles.options(),
         )
 
-    launch(tiles or tuning.chosen("forward", call, configs.forward(call), launch))
+    tiles = tiles or tuning.chosen("forward", call, configs.forward(call), launch)
+    launch(tiles)
 
 
 def is_plain(call: Call) -> bool:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.gpu import configs, tuning
+from fastattn.gpu import configs, repeat, tuning
 from fastattn.gpu.call import Call
 from fastattn.gpu.config_tables import Tiles
 from fastattn.gpu.forward import is_plain
@@ -60,6 +60,9 @@ def key_gradient(
     `query_sums` (B, Hq, Lq, D), float32, contiguous: that of query is added to it, by atomic additions whose
     order is left to chance; not yet multiplied by the scale.
     """
+    tensors = (*map(matrix, call[:3]), incoming, matrix(grad_key), matrix(grad_value), query_sums)
+    if repeat.launched(call, key_gradient_kernel, tensors):
+        return
     batch, (heads, seqlen_q, head_dim) = call.batch, call.query.shape[1:]
     kv_heads, seqlen_k, value_dim = call.key.shape[1], call.key.shape[2], call.value.shape[3]
     if seqlen_k * batch * kv_heads == 0:
@@ -69,14 +72,11 @@ def key_gradient(
         schedule = schedule_of(call.ragged and call.ragged.keys, seqlen_k, tiles.columns)
         blocks = programs(schedule, triton.cdiv(seqlen_k, tiles.columns), batch)
         query_bytes = seqlen_q * (head_dim + value_dim) * call.query.element_size() * (heads // kv_heads)
-        key_gradient_kernel[(blocks * kv_heads,)](
-            matrix(call.query),
-            matrix(call.key),
-            matrix(call.value),
-            incoming,
-            matrix(grad_key),
-            matrix(grad_value),
-            query_sums,
+        repeat.launch(
+            call,
+            key_gradient_kernel,
+            blocks * kv_heads,
+            tensors,
             rules_of(call),
             schedule,
             batch * kv_heads,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.gpu import configs, tuning
+from fastattn.gpu import configs, repeat, tuning
 from fastattn.gpu.call import Call
 from fastattn.gpu.config_tables import Tiles
 from fastattn.gpu.forward import is_plain
@@ -45,20 +45,20 @@ def query_gradient(
     """Write the gradient of query, and that of the slopes as each row's part, (B, Hq, Lq) float32."""
     batch, (heads, seqlen_q, head_dim) = call.batch, call.query.shape[1:]
     kv_heads, seqlen_k, value_dim = call.key.shape[1], call.key.shape[2], call.value.shape[3]
-    if seqlen_q * batch * heads == 0:
+    is_empty = seqlen_q * batch * heads == 0
+    tensors = (*map(matrix, call[:3]), incoming, matrix(grad_query), slope_terms)
+    if is_empty or repeat.launched(call, query_gradient_kernel, tensors):
         return
 
     def launch(tiles: Tiles) -> None:
         schedule = schedule_of(call.ragged and call.ragged.queries, seqlen_q, tiles.rows)
         blocks = programs(schedule, triton.cdiv(seqlen_q, tiles.rows), batch)
         kv_bytes = seqlen_k * (head_dim + value_dim) * call.key.element_size()
-        query_gradient_kernel[(blocks * heads,)](
-            matrix(call.query),
-            matrix(call.key),
-            matrix(call.value),
-            incoming,
-            matrix(grad_query),
-            slope_terms,
+        repeat.launch(
+            call,
+            query_gradient_kernel,
+            blocks * heads,
+            tensors,
             rules_of(call),
             schedule,
             batch * heads,

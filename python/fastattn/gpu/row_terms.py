@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastattn.gpu import configs
+from fastattn.gpu import configs, repeat
 from fastattn.gpu.call import Call
 from fastattn.gpu.forward import is_plain
 from fastattn.gpu.rows import key_base, load_keys, load_rows, matrix, number_base, query_base, sequence_rows
@@ -49,24 +49,24 @@ def row_terms(
     call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, sink_terms: Tensor | None
 ) -> RowTerms:
     """Compute them, and what each row adds to the gradient of its head's sink, `sink_terms` (B, Hq, Lq)."""
-    heads, seqlen_q = call.query.shape[1:3]
-    seqlen_k, value_dim = call.value.shape[2:]
-    rules = rules_of(call)
     plain = is_plain(call)
     excess = None if plain else excess_of(call, lse)
     terms = RowTerms(torch.empty_like(lse), excess, torch.empty_like(lse))
     if lse.numel() == 0:
         return terms
+    tensors = (matrix(out), matrix(grad_out), lse, grad_lse, terms, sink_terms)
+    if repeat.launched(call, row_terms_kernel, tensors):
+        return terms
+    heads, seqlen_q = call.query.shape[1:3]
+    seqlen_k, value_dim = call.value.shape[2:]
     schedule = schedule_of(call.ragged and call.ragged.queries, seqlen_q, ROWS)
     blocks = triton.cdiv(seqlen_q, ROWS)
-    row_terms_kernel[(programs(schedule, blocks, call.batch) * heads,)](
-        matrix(out),
-        matrix(grad_out),
-        lse,
-        grad_lse,
-        terms,
-        sink_terms,
-        rules,
+    repeat.launch(
+        call,
+        row_terms_kernel,
+        programs(schedule, blocks, call.batch) * heads,
+        tensors,
+        rules_of(call),
         schedule,
         blocks,
         heads,

@@ -51,7 +51,7 @@ def _key(kernel: str, call: Call) -> tuple[Any, ...]:
     """What calls have in common that share a measurement: lengths within a factor of two, arguments."""
     lengths = (call.query.shape[2].bit_length(), call.seqlen_k.bit_length())
     heads = (call.batch * call.query.shape[1], call.query.shape[1] // call.key.shape[1])
-    given = tuple(value is not None for value in call)
+    given = tuple(value is not None for value in call._replace(launched=None))
     rules = (call.window_left, call.window_right, call.softcap > 0, call.dropout_p > 0, call.tf32)
     dims = (call.query.shape[3], call.value.shape[3], call.query.dtype, call.key.dtype, call.query.device)
     return kernel, lengths, heads, given, rules, dims

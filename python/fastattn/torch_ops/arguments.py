@@ -205,13 +205,16 @@ def as_tensor(name: str, value: Any) -> Tensor | None:
 def as_table(name: str, value: Any) -> Tensor | None:
     """A short argument: a tensor, or numbers that become one; they are checked when they are read."""
     if isinstance(value, (tuple, list)):
-        if not value:
-            return torch.empty(0, dtype=torch.int64, device="cpu")
         return torch.tensor(value, dtype=_wide(value), device="cpu")
     return as_tensor(name, value)
 
 
 def _wide(values: Any) -> torch.dtype | None:
-    """float64 for floats: rounded to float32 they would be other numbers than those that were given."""
-    flat = values[0] if isinstance(values[0], (tuple, list)) else values
+    """float64 for floats: rounded to float32 they would be other numbers than those that were given.
+
+    int64 where there are no numbers.
+    """
+    flat = values[0] if values and isinstance(values[0], (tuple, list)) else values
+    if not flat:
+        return torch.int64
     return torch.float64 if any(isinstance(value, float) for value in flat) else None

@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from fastattn import gradients
 from fastattn.backends import plain
-from fastattn.dispatch import choose_differentiable
+from fastattn.dispatch import AUTOMATIC, choose_differentiable
 from fastattn.outputs import prepare_outputs, returned
 from fastattn.problem import AttentionProblem
 
@@ -65,7 +65,7 @@ def _plain_backward(
         problem = AttentionProblem.from_arguments(
             query, key, value, causal=call.causal, scale=call.scale, layout="bshd" if call.bshd else "bhsd"
         )
-        backend = choose_differentiable(problem, ("cpu",))
+        backend = choose_differentiable(problem, AUTOMATIC)
         flags = (*wanted[:3], False, False, False)
         return gradients.backward(backend, problem, out, lse, grad_out, grad_lse, None, flags)[:3]
 

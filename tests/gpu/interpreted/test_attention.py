@@ -7,6 +7,7 @@ minutes elsewhere, of tensors on the CPU, whose short arguments are checked and 
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -507,7 +508,7 @@ class TestPlainCalls:
             assert all(map(torch.equal, found, expected)) and found[0].is_contiguous()
             assert torch.equal(plain_gpu.attend(*tensors, causal, scale, bshd, False), expected[0])
             monkeypatch.setattr(plain_gpu, "_planned", None)  # not called again
-        assert len(plain_gpu._plans) == 1
+        assert len(plain_gpu._plans) == 2  # with lse and without
 
     def test_what_goes_the_long_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from fastattn.backends import plain_gpu
@@ -527,7 +528,7 @@ class TestPlainCalls:
 
     @pytest.mark.parametrize("served", [True, False])
     def test_who_gets_there(self, served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Tensors of a GPU that has kernels, where no graph is recorded."""
+        """Tensors of a GPU that has kernels; a graph needs lse."""
         from fastattn.backends import plain, plain_gpu, triton
 
         class OnGpu:
@@ -541,7 +542,50 @@ class TestPlainCalls:
         assert calls == ([(*arguments, False)] if served else [])
         monkeypatch.setattr(OnGpu, "requires_grad", True)
         plain.attend(*arguments)
-        assert len(calls) == int(served)
+        assert calls[1:] == ([(*arguments, True)] if served else [])
+
+    @pytest.mark.parametrize("bshd, with_lse", [(False, True), (True, False)])
+    def test_gradients(self, bshd: bool, with_lse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The bits of the long way, of those that are wanted."""
+        from fastattn.backends import plain_gpu
+        from fastattn.backends.plain import PlainCall
+
+        monkeypatch.setattr(plain_gpu, "_plans", {})
+        layout: Any = "bshd" if bshd else "bhsd"
+        for factor in (1, -2):
+            tensors = [factor * (x.transpose(1, 2) if bshd else x) for x in arrays()]
+            leaves = [x.clone().requires_grad_() for x in tensors[1:]]
+            results = fa.attention(tensors[0], *leaves, layout=layout, return_lse=True, backend="triton")
+            incoming = [numbers(*x.shape) for x in results]
+            count = 2 if with_lse else 1
+            expected = torch.autograd.grad(results[:count], leaves, incoming[:count])
+            kept = plain_gpu.attend(*tensors, False, None, bshd, True)
+            grads = plain_gpu.backward(
+                *(incoming if with_lse else (incoming[0], None)),
+                (*tensors, *kept),
+                (False, True, True),
+                PlainCall(False, None, bshd, with_lse),
+            )
+            assert grads is not None and grads[0] is None
+            assert all(map(torch.equal, grads[1:], expected))
+
+    def test_a_graph(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Recorded around the short way; what comes in for it may be unusual."""
+        from fastattn.backends import plain, plain_gpu
+
+        leaves = [x.requires_grad_() for x in arrays()]
+        expected = fa.attention(*leaves, causal=True, backend="triton")
+        incoming = torch.complex(expected, expected).detach().conj().imag
+        wanted = torch.autograd.grad(expected, leaves, incoming.resolve_neg())
+        monkeypatch.setattr(plain_gpu, "_plans", {})
+        monkeypatch.setattr(plain, "_core", SimpleNamespace(attention_plain_torch=lambda *arguments: None))
+        monkeypatch.setattr(configs, "kind_of_gpu", lambda tensor: "")
+        monkeypatch.setattr(Tensor, "is_cuda", True)
+        for grad_out in (incoming.resolve_neg(), incoming):
+            out = fa.attention(*leaves, causal=True)
+            assert torch.equal(out, expected) and type(out.grad_fn).__name__ == "_PlainBackward"
+            grads = torch.autograd.grad(out, leaves, grad_out)
+            torch.testing.assert_close(grads, wanted, rtol=0, atol=1e-5 if grad_out.is_neg() else 0)
 
     def test_plans_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from fastattn.backends import plain_gpu

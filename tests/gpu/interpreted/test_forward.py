@@ -58,6 +58,13 @@ def test_scales(scale: float, arrays: tuple[str, ...]) -> None:
     check_case(case, "float32", scale=scale)
 
 
+def test_scores_of_a_few_hundredths_of_a_softcap() -> None:
+    """They keep their digits, where differences of exponentials have few."""
+    query, one = torch.linspace(2, 4, 64).view(1, 1, 64, 1), torch.ones(1, 1, 1, 1)
+    options = {"softcap": 50.0, "scale": 1.0}
+    assert_right(attend(query, one, one, **options), bounds.expect(query, one, one, **options), "float32")
+
+
 class TestWindow:
     """Tiles that all, some or none of the rows see, on either side."""
 

@@ -1,0 +1,116 @@
+// Method::rows: where the rows of keys and values stand that a key block has. Each is read once, from wherever it lies,
+// so pages cost nothing.
+#pragma once
+
+#include "algorithm/operands.h"
+#include "algorithm/panel.h"
+
+namespace fastattn {
+namespace {
+
+// Rows ahead of the one that is read: as many bytes of small ones.
+template <class E>
+constexpr int64_t kRowsAhead = sizeof(typename E::Stored) == 1 ? 2 * kPrefetchRows : kPrefetchRows;
+
+// Rows of values that are asked for while scores become probabilities, which reads nothing else: one for each vector.
+template <class E>
+inline int64_t rows_of_softmax(int live) {
+  return min64(int64_t{live} * E::kBlockKeys / E::kWidth, 2 * kRowsAhead<E>);
+}
+
+// Where the rows of a key block stand, in the order in which they are read: what is a number of rows ahead is fetched,
+// so after the values come the keys of the next block.
+template <class E>
+struct RowTable {
+  const char* keys[E::kBlockKeys];
+  const char* values[E::kBlockKeys];
+  const char* next[kRowsAhead<E> + E::kKeys];
+  // What multiplies rows that are quantised. A value's scale goes into its probability, where one that is not finite
+  // stands as 1: such a row is added by itself.
+  alignas(64) float key_scales[E::kBlockKeys];
+  alignas(64) float value_scales[E::kBlockKeys];
+  bool odd_scales;  // some of the values' are not finite
+};
+
+// Lists rows [begin, begin + count) of a head; in place of those from `end` on, the last that exists.
+inline void list_rows(const AttentionParams& p, const void* base, const int64_t* strides, int64_t size, int64_t batch,
+                      int64_t head, int64_t begin, int64_t end, int64_t count, const char** rows) {
+  const int64_t stop = min64(begin + count, end);
+  const int64_t step = strides[2] * size;
+  const char* row = nullptr;
+  for (int64_t key = begin; key < stop;) {
+    const int64_t run = p.block_table == nullptr ? stop - key : min64(stop - key, p.page_size - key % p.page_size);
+    row = static_cast<const char*>(base) + row_index(p, strides, batch, head, key) * size;
+    for (int64_t i = 0; i < run; ++i, row += step) {
+      *rows++ = row;
+    }
+    key += run;
+  }
+  for (int64_t i = stop - begin; i < count; ++i) {
+    *rows++ = row - step;
+  }
+}
+
+// The same where they have been copied next to each other.
+inline void list_copied_rows(const char* row, int64_t step, int64_t existing, int64_t count, const char** rows) {
+  for (int64_t i = 0; i < count; ++i) {
+    rows[i] = row + min64(i, existing - 1) * step;
+  }
+}
+
+// Lists the scales of the block's existing rows, [begin, end) of a head.
+template <class E>
+inline void list_scales(const AttentionParams& p, int64_t batch, int64_t head, int64_t begin, int64_t end,
+                        RowTable<E>& table) {
+  const auto list = [&](const float* scales, const int64_t* strides, float* out) {
+    for (int64_t key = begin; key < end;) {
+      const int64_t run = p.block_table == nullptr ? end - key : min64(end - key, p.page_size - key % p.page_size);
+      const float* from = scales + row_index(p, strides, batch, head, key);
+      for (int64_t i = 0; i < run; ++i) {
+        out[key - begin + i] = from[i * strides[2]];
+      }
+      key += run;
+    }
+  };
+  list(p.key_scales, p.key_scale_strides, table.key_scales);
+  list(p.value_scales, p.value_scale_strides, table.value_scales);
+  table.odd_scales = false;
+  for (int64_t i = 0; i < end - begin; ++i) {
+    const float scale = table.value_scales[i];
+    const bool odd = !(scale - scale == 0);
+    table.odd_scales |= odd;
+    table.value_scales[i] = odd ? 1 : scale;
+  }
+  for (int64_t i = end - begin; i < E::kBlockKeys; ++i) {
+    table.key_scales[i] = table.value_scales[i] = 1;
+  }
+}
+
+// Rows of so many columns that are read more than once before the next ones are: they stay in the first-level cache.
+constexpr int64_t kMostRowsAtOnce = 256;
+template <class E>
+constexpr int64_t rows_at_once(int64_t columns) {
+  constexpr int64_t kBytes = 8192;
+  return clamp64(round_down(kBytes / (columns * static_cast<int64_t>(sizeof(typename E::Stored))), 16), 16,
+                 kMostRowsAtOnce);
+}
+
+// Whether rows [0, count) of a tile, of so many bytes, lie one behind the other: where no rows are left, the last
+// repeats.
+inline bool lie_adjacent(bool adjacent, const char* const* rows, int64_t count, int64_t bytes) {
+  return adjacent && rows[count - 1] - rows[0] == (count - 1) * bytes;
+}
+
+// Calls do_tile(first, count) for rows [begin, end) of the block by so many. Tiles start where the block's do: sums
+// over them do not depend on which of its rows somebody sees.
+template <class E, class DoTile>
+FASTATTN_INLINE void each_tile(int64_t begin, int64_t end, int64_t columns, const DoTile& do_tile) {
+  const int64_t step = rows_at_once<E>(columns);
+  for (int64_t tile = begin / step * step; tile < end; tile += step) {
+    const int64_t first = max64(begin, tile);
+    do_tile(first, min64(end, tile + step) - first);
+  }
+}
+
+}  // namespace
+}  // namespace fastattn
