@@ -47,7 +47,10 @@ EXCEPTIONS = (
         "AVX2 masks no load of less than 32 bits: the last columns are copied in the loop",
     ),
     Allowed(
-        "avx2", r"^add_rows<RowEngine<.*, Float8E4M3>, 2, 4, false, \w+>", 10, "constants that decode a number"
+        "avx2",
+        r"^add_rows<RowEngine<.*, Float8E4M3>, 2, 4, false, \w+>",
+        10,
+        "constants that decode a number",
     ),
     Allowed(
         "avx2|avx512",

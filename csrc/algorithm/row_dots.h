@@ -227,7 +227,7 @@ inline void multiply_rows(typename E::Scalar* raw, const Panel<E>& panel, const 
     constexpr bool kWidens = Dot::kElements == E::kWidth && kSize < static_cast<int64_t>(sizeof(typename E::Scalar));
     constexpr int kPasses = kWidens ? 1 : Dot::kElements == E::kWidth ? 4 : 2;
     if (const int held = queries_held<E>(static_cast<int>(vectors)); panel.live <= kPasses * held) {
-      each_tile<E>(round_down(begin, 16), round_up(end, 16), head_dim, [&](int64_t key, int64_t count) {
+      each_tile(round_down(begin, 16), round_up(end, 16), rows_at_once<E>(head_dim), [&](int64_t key, int64_t count) {
         const bool fixed = round_up(vectors, 2) * Dot::kElements == head_dim &&
                            lie_adjacent(adjacent, keys + key, count, head_dim * kSize);
         for (int lane = 0; lane < panel.live;) {

@@ -103,9 +103,8 @@ inline bool lie_adjacent(bool adjacent, const char* const* rows, int64_t count, 
 
 // Calls do_tile(first, count) for rows [begin, end) of the block by so many. Tiles start where the block's do: sums
 // over them do not depend on which of its rows somebody sees.
-template <class E, class DoTile>
-FASTATTN_INLINE void each_tile(int64_t begin, int64_t end, int64_t columns, const DoTile& do_tile) {
-  const int64_t step = rows_at_once<E>(columns);
+template <class DoTile>
+FASTATTN_INLINE void each_tile(int64_t begin, int64_t end, int64_t step, const DoTile& do_tile) {
   for (int64_t tile = begin / step * step; tile < end; tile += step) {
     const int64_t first = max64(begin, tile);
     do_tile(first, min64(end, tile + step) - first);

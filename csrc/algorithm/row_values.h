@@ -115,7 +115,7 @@ inline void add_value_rows(const Panel<E>& panel, const typename E::Scalar* prob
     return;
   }
   constexpr int64_t kColumns = 4 * E::kWidth;
-  each_tile<E>(begin, end, value_dim, [&](int64_t tile, int64_t keys) {
+  each_tile(begin, end, rows_at_once<E>(value_dim), [&](int64_t tile, int64_t keys) {
     const auto add = [&](auto columns, int64_t at, int count) {
       columns(panel, probs + tile, values + tile, at, keys, output_stride, count);
     };

@@ -21,6 +21,7 @@ struct PairedBlock {
   const char* const* values;
   int64_t begin;  // keys [begin, end), counted in the block; `begin` is even
   int64_t end;
+  int64_t tile;  // keys whose sums go to the output together
   float* output;
   int64_t output_stride;
   int64_t at;       // the first column
@@ -37,19 +38,12 @@ FASTATTN_NOINLINE void add_pairs(const PairedBlock& block) {
   using Operands = typename Pairs::Reg[2];
   const __mmask32 last = first(block.columns);
   typename Pairs::Reg sum[kRows][2 * kPieces];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int i = 0; i < 2 * kPieces; ++i) {
-      sum[r][i] = Pairs::zero();
-    }
-  }
-  // A key without a second: the row is its own, to be passed over.
   constexpr int64_t kColumns = int64_t{kPieces} * kPieceColumns;
   const uint16_t* const words = block.probs;
   const char* const* const values = block.values;
   const int64_t at = block.at;
   const char* adjacent = block.values[block.begin];
+  // A key without a second: the row is its own, to be passed over.
   const auto multiply = [&](int64_t key, int64_t second, bool single) FASTATTN_LAMBDA_INLINE {
     const auto* even = reinterpret_cast<const Stored*>(kAdjacent ? adjacent : values[key]) + (kAdjacent ? 0 : at);
     const auto* odd = kAdjacent ? even + (single ? 0 : kColumns) : reinterpret_cast<const Stored*>(values[second]) + at;
@@ -93,30 +87,40 @@ FASTATTN_NOINLINE void add_pairs(const PairedBlock& block) {
       }
     }
   };
-  int64_t key = block.begin;
-  for (; key + 1 < block.end; key += 2, adjacent += 2 * kColumns * sizeof(Stored)) {
-    if (!kAdjacent && block.fetched > 0) {
-      constexpr int64_t kBytes = kColumns * sizeof(Stored);
-      const int64_t from = at * static_cast<int64_t>(sizeof(Stored));
-      const int64_t ahead = key + block.fetched - key * (block.fetched - kRowsAhead<E>) / E::kBlockKeys;
-      prefetch_row(values[ahead] + from, kBytes);
-      prefetch_row(values[ahead + 1] + from, kBytes);
-    }
-    multiply(key, key + 1, false);
-  }
-  if (key < block.end) {
-    multiply(key, key, true);
-  }
+  for (int64_t key = block.begin; key < block.end;) {
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    float* to = block.output + r * block.output_stride;
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int i = 0; i < 2 * kPieces; ++i) {
+        sum[r][i] = Pairs::zero();
+      }
+    }
+    const int64_t end = min64(block.end, (key / block.tile + 1) * block.tile);
+    for (; key + 1 < end; key += 2, adjacent += 2 * kColumns * sizeof(Stored)) {
+      if (!kAdjacent && block.fetched > 0) {
+        constexpr int64_t kBytes = kColumns * sizeof(Stored);
+        const int64_t from = at * static_cast<int64_t>(sizeof(Stored));
+        const int64_t ahead = key + block.fetched - key * (block.fetched - kRowsAhead<E>) / E::kBlockKeys;
+        prefetch_row(values[ahead] + from, kBytes);
+        prefetch_row(values[ahead + 1] + from, kBytes);
+      }
+      multiply(key, key + 1, false);
+    }
+    if (key < end) {
+      multiply(key, key, true);
+      ++key;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      float* to = block.output + r * block.output_stride;
 #pragma GCC unroll 4
-    for (int piece = 0; piece < kPieces; ++piece, to += kPieceColumns) {
-      Operands columns = {sum[r][2 * piece], sum[r][2 * piece + 1]};
-      Pairs::order(columns);
-      Pairs::add_to(to, columns[0], block.scales[r]);
-      if (piece < kPieces - 1 || block.columns > E::kWidth) {
-        Pairs::add_to(to + E::kWidth, columns[1], block.scales[r]);
+      for (int piece = 0; piece < kPieces; ++piece, to += kPieceColumns) {
+        Operands columns = {sum[r][2 * piece], sum[r][2 * piece + 1]};
+        Pairs::order(columns);
+        Pairs::add_to(to, columns[0], block.scales[r]);
+        if (piece < kPieces - 1 || block.columns > E::kWidth) {
+          Pairs::add_to(to + E::kWidth, columns[1], block.scales[r]);
+        }
       }
     }
   }
@@ -141,12 +145,15 @@ template <class E, class Pairs>
 void add_paired_values(const Panel<E>& panel, const uint16_t* words, const float* scales, const char* const* values,
                        int64_t begin, int64_t end, int64_t value_dim, int64_t output_stride, bool adjacent) {
   constexpr auto kSize = static_cast<int64_t>(sizeof(typename E::Stored));
-  each_tile<E>(begin, end, value_dim, [&](int64_t tile, int64_t keys) {
+  // Many rows wait for arithmetic, which goes on from one tile into the next.
+  const bool many = panel.live > 2 * kPairRows<4>;
+  const int64_t step = rows_at_once<E>(value_dim);
+  each_tile(begin, end, many ? E::kBlockKeys : step, [&](int64_t tile, int64_t keys) {
     const bool fixed = lie_adjacent(adjacent, values + tile, keys, value_dim * kSize);
     for (int64_t at = 0; at < value_dim;) {
       const int64_t left = (value_dim - at + kPieceColumns - 1) / kPieceColumns;
       // Interleaving is work too, better shared by many rows.
-      const int pieces = left >= 4 && panel.live <= 2 * kPairRows<4> ? 4 : left >= 2 ? 2 : 1;
+      const int pieces = left >= 4 && !many ? 4 : left >= 2 ? 2 : 1;
       const bool all = fixed && pieces * kPieceColumns == value_dim;
       const auto add = pieces == 4   ? all ? add_some_pairs<E, Pairs, 4, true> : add_some_pairs<E, Pairs, 4, false>
                        : pieces == 2 ? all ? add_some_pairs<E, Pairs, 2, true> : add_some_pairs<E, Pairs, 2, false>
@@ -157,7 +164,7 @@ void add_paired_values(const Panel<E>& panel, const uint16_t* words, const float
         const int count = part_of(panel.live - lane, pieces == 4 ? kPairRows<4> : kPairRows<1>);
         const int64_t fetched =
             lane == 0 && (!adjacent || pieces < 4) ? kRowsAhead<E> + rows_of_softmax<E>(panel.live) : 0;
-        add(count, {words + lane * E::kBlockKeys, scales + lane, values, tile, tile + keys,
+        add(count, {words + lane * E::kBlockKeys, scales + lane, values, tile, tile + keys, step,
                     panel.output + lane * output_stride + at, output_stride, at, columns, fetched});
         lane += count;
       }
