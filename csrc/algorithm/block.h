@@ -65,7 +65,8 @@ inline void list_block(const ForwardTask<E>& task, KeyValueView& view) {
     list_scales<E>(p, task.rows.batch, task.rows.kv_head, view.start, task.block_end(view.start), table);
   }
   const auto adjacent = [&](bool copied, const int64_t* strides, int64_t columns) {
-    return copied || (p.block_table == nullptr && strides[2] == columns);
+    const bool runs = p.block_table == nullptr || p.page_size * columns * kSize >= kAdjacentBytes;
+    return copied || (runs && strides[2] == columns);
   };
   view.keys_adjacent = adjacent(task.plan.layout.pack_key, p.key_strides, p.head_dim);
   view.values_adjacent = adjacent(task.plan.layout.pack_value, p.value_strides, p.value_dim);

@@ -21,8 +21,8 @@ struct KeyValueView {
   // Method::rows: where each row of the running block stands, see RowTable.
   const char* const* key_rows;
   const char* const* value_rows;
-  // The rows that exist lie one behind the other. Otherwise the CPU does not know by itself what comes next, and they
-  // are asked for.
+  // The rows that exist, or those of each large page, lie one behind the other. Otherwise the CPU does not know by
+  // itself what comes next, and they are asked for.
   bool keys_adjacent;
   bool values_adjacent;
 };

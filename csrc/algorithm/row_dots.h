@@ -227,13 +227,16 @@ inline void multiply_rows(typename E::Scalar* raw, const Panel<E>& panel, const 
     constexpr bool kWidens = Dot::kElements == E::kWidth && kSize < static_cast<int64_t>(sizeof(typename E::Scalar));
     constexpr int kPasses = kWidens ? 1 : Dot::kElements == E::kWidth ? 4 : 2;
     if (const int held = queries_held<E>(static_cast<int>(vectors)); panel.live <= kPasses * held) {
-      each_tile(round_down(begin, 16), round_up(end, 16), rows_at_once<E>(head_dim), [&](int64_t key, int64_t count) {
-        const bool fixed = round_up(vectors, 2) * Dot::kElements == head_dim &&
-                           lie_adjacent(adjacent, keys + key, count, head_dim * kSize);
+      // Few keys at once where there is more than one pass: what the first reads is then still on its way while others
+      // multiply what was read before.
+      const int64_t step = panel.live > held ? 16 : rows_at_once<E>(head_dim);
+      each_tile(round_down(begin, 16), round_up(end, 16), step, [&](int64_t key, int64_t count) {
+        const bool follow = lie_adjacent(adjacent, keys + key, count, head_dim * kSize);
+        const bool fixed = follow && round_up(vectors, 2) * Dot::kElements == head_dim;
         for (int lane = 0; lane < panel.live;) {
           const int some = part_of(panel.live - lane, held);
           dot_some_held<E>(some, vectors, fixed, raw + lane * E::kBlockKeys + key, keys + key, count,
-                           panel.query + lane * stride, head_dim, stride, !adjacent && lane == 0 ? kRowsAhead<E> : 0);
+                           panel.query + lane * stride, head_dim, stride, !follow && lane == 0 ? kRowsAhead<E> : 0);
           lane += some;
         }
       });

@@ -86,6 +86,11 @@ inline void list_scales(const AttentionParams& p, int64_t batch, int64_t head, i
   }
 }
 
+// Bytes of a page from which on its rows count as adjacent ones: what the CPU fetches ahead by itself starts anew with
+// each page. 9 heads on 3 of D64 in bfloat16 read 0.70 of what there is in pages of 16 KiB, 0.82 in 32, 0.85 in 64 and
+// 0.92 in 128, where rows that are asked for give 0.86 to 0.88; in float32 0.89, 0.96 and 1.0 from 32 on, against 0.90.
+constexpr int64_t kAdjacentBytes = 65536;
+
 // Rows of so many columns that are read more than once before the next ones are: they stay in the first-level cache.
 constexpr int64_t kMostRowsAtOnce = 256;
 template <class E>
@@ -95,10 +100,11 @@ constexpr int64_t rows_at_once(int64_t columns) {
                  kMostRowsAtOnce);
 }
 
-// Whether rows [0, count) of a tile, of so many bytes, lie one behind the other: where no rows are left, the last
-// repeats.
+// Whether rows [0, count) of a tile, of so many bytes, lie one behind the other, if those of a page do: a tile is in
+// two pages at most, and where no rows are left, the last repeats.
 inline bool lie_adjacent(bool adjacent, const char* const* rows, int64_t count, int64_t bytes) {
-  return adjacent && rows[count - 1] - rows[0] == (count - 1) * bytes;
+  return adjacent && rows[count - 1] - rows[0] == (count - 1) * bytes &&
+         (count == 1 || rows[count - 1] - rows[count - 2] == bytes);
 }
 
 // Calls do_tile(first, count) for rows [begin, end) of the block by so many. Tiles start where the block's do: sums

@@ -149,12 +149,12 @@ void add_paired_values(const Panel<E>& panel, const uint16_t* words, const float
   const bool many = panel.live > 2 * kPairRows<4>;
   const int64_t step = rows_at_once<E>(value_dim);
   each_tile(begin, end, many ? E::kBlockKeys : step, [&](int64_t tile, int64_t keys) {
-    const bool fixed = lie_adjacent(adjacent, values + tile, keys, value_dim * kSize);
+    const bool follow = lie_adjacent(adjacent, values + tile, keys, value_dim * kSize);
     for (int64_t at = 0; at < value_dim;) {
       const int64_t left = (value_dim - at + kPieceColumns - 1) / kPieceColumns;
       // Interleaving is work too, better shared by many rows.
       const int pieces = left >= 4 && !many ? 4 : left >= 2 ? 2 : 1;
-      const bool all = fixed && pieces * kPieceColumns == value_dim;
+      const bool all = follow && pieces * kPieceColumns == value_dim;
       const auto add = pieces == 4   ? all ? add_some_pairs<E, Pairs, 4, true> : add_some_pairs<E, Pairs, 4, false>
                        : pieces == 2 ? all ? add_some_pairs<E, Pairs, 2, true> : add_some_pairs<E, Pairs, 2, false>
                                      : add_some_pairs<E, Pairs, 1, false>;
@@ -163,7 +163,7 @@ void add_paired_values(const Panel<E>& panel, const uint16_t* words, const float
       for (int lane = 0; lane < panel.live;) {
         const int count = part_of(panel.live - lane, pieces == 4 ? kPairRows<4> : kPairRows<1>);
         const int64_t fetched =
-            lane == 0 && (!adjacent || pieces < 4) ? kRowsAhead<E> + rows_of_softmax<E>(panel.live) : 0;
+            lane == 0 && !all && !(follow && pieces == 4) ? kRowsAhead<E> + rows_of_softmax<E>(panel.live) : 0;
         add(count, {words + lane * E::kBlockKeys, scales + lane, values, tile, tile + keys, step,
                     panel.output + lane * output_stride + at, output_stride, at, columns, fetched});
         lane += count;
