@@ -244,8 +244,8 @@ FAULTS = (
         "block-not-rescaled",
         "the probabilities of the running block keep theirs",
         SCORES,
-        "prob = E::Product::scale_probability(prob, scale)",
-        "prob = E::Product::scale_probability(prob, 1)",
+        "V::store(prob, E::Product::scale_probabilities(V::load(prob), scale))",
+        "V::store(prob, V::load(prob))",
         "exactness",
     ),
     Fault(

@@ -49,7 +49,9 @@ struct FmaProduct {
   static FASTATTN_INLINE void pack_probs(const typename V::Reg (&prob)[1], typename V::Reg (&operand)[1]) {
     operand[0] = prob[0];
   }
-  static FASTATTN_INLINE Prob scale_probability(Prob prob, Prob scale) { return prob * scale; }
+  static FASTATTN_INLINE typename V::Reg scale_probabilities(typename V::Reg operand, typename V::Reg scale) {
+    return V::mul(operand, scale);
+  }
   // `count` lanes of operands from a row of queries.
   template <class Source>
   static FASTATTN_INLINE typename V::Reg load_query(const Source* row, int count, double factor) {

@@ -90,14 +90,14 @@ FASTATTN_NOINLINE void dot_held(typename E::Scalar* raw, const char* const* keys
       }
 #pragma GCC unroll 4
       for (int q = 0; q < kQueries; ++q) {
-        sums[q * kKeys + k] = Dot::total(sum[q]);
+        sums[q * kKeys + k] = sum[q];
       }
       if (k >= kKeys - 4) {
         const int i = k - (kKeys - 4);
-        quarters[i] = V::sum_quarters(sums[i], sums[i + 4], sums[i + 8], sums[i + 12]);
+        quarters[i] = Dot::Sums::sum_quarters(sums[i], sums[i + 4], sums[i + 8], sums[i + 12]);
       }
     }
-    const Reg totals = V::sum_within_quarters(quarters);
+    const Reg totals = Dot::Sums::sum_within_quarters(quarters);
 #pragma GCC unroll 4
     for (int q = 0; q < kQueries; ++q) {
       V::template store_part<kKeys>(raw + q * E::kBlockKeys + key, totals, q);
@@ -160,10 +160,10 @@ FASTATTN_INLINE void dot_rows(typename E::Scalar* raw, const char* const* keys, 
     typename E::Reg some[kTogether];
 #pragma GCC unroll 16
     for (int i = 0; i < kTogether; ++i) {
-      some[i] = q * kKeyRows + i < kQueries * kKeyRows ? Dot::total(sum[q * kKeyRows + i]) : V::zero();
+      some[i] = q * kKeyRows + i < kQueries * kKeyRows ? sum[q * kKeyRows + i] : V::zero();
     }
     alignas(64) typename E::Scalar totals[kTogether];
-    V::sum_lanes(some, totals);
+    Dot::Sums::sum_lanes(some, totals);
     for (int i = 0; i < kPer && q + i < kQueries; ++i) {
       for (int r = 0; r < kKeyRows; ++r) {
         raw[(q + i) * E::kBlockKeys + r] = totals[i * kKeyRows + r];

@@ -11,6 +11,7 @@ namespace {
 template <class V, class Stored>
 struct WideDot {
   using Reg = typename V::Reg;
+  using Sums = V;                              // how lanes are added in the end
   using Prob = typename V::Scalar;             // what probabilities are multiplied as
   static constexpr int kElements = V::kWidth;  // of a row, in a vector
   static constexpr bool kScaleQuery = true;
@@ -19,7 +20,6 @@ struct WideDot {
   static FASTATTN_INLINE Reg load(const Stored* row) { return V::load(row); }
   static FASTATTN_INLINE Reg load_partial(const Stored* row, int count) { return V::load_partial(row, count); }
   static FASTATTN_INLINE Reg run(Reg key, Reg query, Reg sum) { return V::fma(key, query, sum); }
-  static FASTATTN_INLINE Reg total(Reg sum) { return sum; }
   // A vector of a row of queries.
   template <class Source>
   static FASTATTN_INLINE Reg load_query(const Source* row, int count, double factor) {

@@ -66,21 +66,26 @@ inline void list_scales(const AttentionParams& p, int64_t batch, int64_t head, i
     for (int64_t key = begin; key < end;) {
       const int64_t run = p.block_table == nullptr ? end - key : min64(end - key, p.page_size - key % p.page_size);
       const float* from = scales + row_index(p, strides, batch, head, key);
-      for (int64_t i = 0; i < run; ++i) {
-        out[key - begin + i] = from[i * strides[2]];
+      if (strides[2] == 1) {
+        memcpy(out + (key - begin), from, static_cast<size_t>(run) * sizeof *out);
+      } else {
+        for (int64_t i = 0; i < run; ++i) {
+          out[key - begin + i] = from[i * strides[2]];
+        }
       }
       key += run;
     }
   };
   list(p.key_scales, p.key_scale_strides, table.key_scales);
   list(p.value_scales, p.value_scale_strides, table.value_scales);
-  table.odd_scales = false;
+  uint32_t odd = 0;  // a number, of which compilers make vectors
   for (int64_t i = 0; i < end - begin; ++i) {
     const float scale = table.value_scales[i];
-    const bool odd = !(scale - scale == 0);
-    table.odd_scales |= odd;
-    table.value_scales[i] = odd ? 1 : scale;
+    const bool is_odd = !(scale - scale == 0);
+    odd |= static_cast<uint32_t>(is_odd);
+    table.value_scales[i] = is_odd ? 1 : scale;
   }
+  table.odd_scales = odd != 0;
   for (int64_t i = end - begin; i < E::kBlockKeys; ++i) {
     table.key_scales[i] = table.value_scales[i] = 1;
   }

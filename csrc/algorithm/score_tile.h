@@ -81,20 +81,35 @@ using PassFn = void (*)(TileContext<E>& context, int64_t block_key);
 template <class E, int kActive>
 using Scores = typename E::Reg[E::kGroupKeys][kActive];
 
-// Multiplies what one lane has summed: its output, and its probabilities of the running block before `block_key`.
+// Multiplies what one lane has summed.
 template <class E>
-inline void rescale_lane(TileContext<E>& context, int lane, typename E::Scalar scale, int64_t block_key) {
-  using Scalar = typename E::Scalar;
+inline void rescale_output(TileContext<E>& context, int lane, typename E::Scalar scale) {
   const int64_t stride = context.rules.output_stride;
-  if constexpr (E::kMethod != Method::tiles) {
-    Scalar* output = context.panel.output + lane * stride;
-    for (int64_t d = 0; d < stride; ++d) {
-      output[d] *= scale;
-    }
+  typename E::Scalar* output = context.panel.output + lane * stride;
+  for (int64_t d = 0; d < stride; ++d) {
+    output[d] *= scale;
   }
-  for (int64_t key = context.written; key < block_key; key += E::kDepth) {
-    Scalar& prob = context.probs[prob_index<E>(lane, key) / E::kDepth];
-    prob = E::Product::scale_probability(prob, scale);
+}
+
+// Multiplies the probabilities of the running block before `block_key`, all lanes of a strip together, by 1 where
+// nothing changed. Other methods know the block's maximum before its first exponential.
+template <class E>
+inline void rescale_probabilities(TileContext<E>& context, const typename E::Scalar* scales, int64_t block_key) {
+  using V = typename E::V;
+  static_assert(E::kWidth % E::kRows == 0 && E::kGroupKeys / E::kDepth * E::kRows % E::kWidth == 0);
+  for (int strip = 0; strip < context.panel.live; strip += E::kRows) {
+    alignas(64) typename E::Scalar lanes[E::kWidth];
+    bool rescales = false;
+    for (int i = 0; i < E::kWidth; ++i) {
+      lanes[i] = scales[strip + i % E::kRows];
+      rescales |= lanes[i] != 1;
+    }
+    const auto scale = V::load(lanes);
+    typename E::Scalar* prob = context.probs + prob_index<E>(strip, context.written) / E::kDepth;
+    typename E::Scalar* const end = prob + (block_key - context.written) / E::kDepth * E::kRows;
+    for (; rescales && prob < end; prob += E::kWidth) {
+      V::store(prob, E::Product::scale_probabilities(V::load(prob), scale));
+    }
   }
 }
 
@@ -115,6 +130,7 @@ inline void rescale_columns(TileContext<E>& context, const typename E::Scalar* s
 // move depends on the lane alone.
 template <class E>
 FASTATTN_NOINLINE void raise_shift(TileContext<E>& context, const typename E::Scalar* peak, int64_t block_key) {
+  using V = typename E::V;
   using Scalar = typename E::Scalar;
   Panel<E>& panel = context.panel;
   const ScoreRules<E>& rules = context.rules;
@@ -128,11 +144,14 @@ FASTATTN_NOINLINE void raise_shift(TileContext<E>& context, const typename E::Sc
   for (auto& scale : scales) {
     scale = 1;
   }
-  const int lanes = E::kMethod == Method::rows ? panel.live : panel.placed;
-  for (int lane = 0; lane < lanes; ++lane) {
-    if (!(peak[lane] > panel.limit[lane])) {
-      continue;
-    }
+  uint64_t rising = 0;
+  for (int v = 0; v < E::kVectors; ++v) {
+    const int at = v * E::kWidth;
+    rising |= uint64_t{V::bits(V::less(V::load(panel.limit + at), V::load(peak + at)))} << at;
+  }
+  rising &= (uint64_t{1} << (E::kMethod == Method::rows ? panel.live : panel.placed)) - 1;
+  for (; rising != 0; rising &= rising - 1) {
+    const int lane = __builtin_ctzll(rising);
     const auto old = static_cast<double>(panel.shift[lane]);
     const bool first = panel.limit[lane] == -static_cast<Scalar>(__builtin_inf());
     const Scalar level = whole ? static_cast<Scalar>(__builtin_ceil(peak[lane])) : peak[lane];
@@ -153,12 +172,17 @@ FASTATTN_NOINLINE void raise_shift(TileContext<E>& context, const typename E::Sc
     }
     panel.sum[lane] *= scales[lane];
     panel.block_sum[lane] *= scales[lane];
-    if (lane < panel.live) {
-      rescale_lane<E>(context, lane, scales[lane], block_key);
+    if (E::kMethod != Method::tiles && lane < panel.live) {
+      rescale_output<E>(context, lane, scales[lane]);
     }
   }
   if (E::kMethod == Method::tiles && rescales) {
     rescale_columns<E>(context, scales);
+  }
+  if constexpr (E::kMethod == Method::broadcast) {
+    if (rescales) {
+      rescale_probabilities<E>(context, scales, block_key);
+    }
   }
 }
 

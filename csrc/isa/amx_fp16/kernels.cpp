@@ -45,9 +45,6 @@ struct AmxFp16Product {
     operand[0] = pair(high);
     operand[1] = pair(rest);
   }
-  // The block's maximum is known before its first exponential: nothing that was written is ever scaled.
-  static FASTATTN_INLINE float scale_probability(float pair, float /*scale*/) { return pair; }
-
   static FASTATTN_INLINE __m512 load_query(const Float16* row, int count, double factor) {
     const auto* lanes = reinterpret_cast<const float*>(row);
     const __m512 x = count == V::kWidth ? V::load(lanes) : V::load_partial(lanes, count);

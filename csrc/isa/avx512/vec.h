@@ -18,7 +18,58 @@ constexpr bool kIsBfloat16 = false;
 template <>
 constexpr bool kIsBfloat16<Bfloat16> = true;
 
-struct VecF32 {
+// Sums over lanes, which Lanes adds.
+template <class Lanes>
+struct LaneSums {
+  using Reg = __m512;
+  // totals[i] = the sum of r[i]'s lanes.
+  static void sum_lanes(const Reg (&r)[16], float* totals) {
+    Reg quarters[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      quarters[i] = sum_quarters(r[i], r[i + 4], r[i + 8], r[i + 12]);
+    }
+    _mm512_storeu_ps(totals, sum_within_quarters(quarters));
+  }
+  // The same in two steps: what is left of four vectors' sums in a quarter each, and the sums of sixteen vectors, a
+  // quarter's of r[0] to r[3] one after another.
+  static Reg sum_quarters(Reg a, Reg b, Reg c, Reg d) { return add_quarters(add_halves(a, b), add_halves(c, d)); }
+  static Reg sum_within_quarters(const Reg (&r)[4]) {
+    return Lanes::finish(add_pairs(add_pairs(r[0], r[1]), add_pairs(r[2], r[3])));
+  }
+  static void sum_lanes(const Reg (&r)[8], float* totals) {
+    Reg quarters[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      quarters[i] = add_quarters(add_halves(r[i], r[i + 2]), add_halves(r[i + 4], r[i + 6]));
+    }
+    // Every quarter has two sums, twice.
+    const Reg pairs = add_pairs(quarters[0], quarters[1]);
+    const Reg sums = Lanes::finish(add_pairs(pairs, pairs));
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 0, 0, 0, 0);
+    _mm256_storeu_ps(totals, _mm512_castps512_ps256(
+                                 _mm512_castsi512_ps(_mm512_permutexvar_epi64(order, _mm512_castps_si512(sums)))));
+  }
+
+ private:
+  // Steps of sums over lanes: a's lanes added to half as many, then b's.
+  static Reg add_halves(Reg a, Reg b) {
+    return Lanes::add(_mm512_shuffle_f32x4(a, b, 0x4e), _mm512_mask_blend_ps(0xff00, a, b));
+  }
+  static Reg add_quarters(Reg a, Reg b) {
+    return Lanes::add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  static Reg add_pairs(Reg a, Reg b) {  // within each quarter
+    return Lanes::add(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+  }
+};
+
+struct FloatLanes {
+  static __m512 add(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+  static __m512 finish(__m512 sums) { return sums; }
+};
+
+struct VecF32 : LaneSums<FloatLanes> {
   using Scalar = float;
   using Reg = __m512;
   using Mask = __mmask16;
@@ -144,33 +195,6 @@ struct VecF32 {
     }
   }
 
-  // totals[i] = the sum of r[i]'s lanes.
-  static void sum_lanes(const Reg (&r)[16], float* totals) {
-    Reg quarters[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      quarters[i] = sum_quarters(r[i], r[i + 4], r[i + 8], r[i + 12]);
-    }
-    store(totals, sum_within_quarters(quarters));
-  }
-  // The same in two steps: what is left of four vectors' sums in a quarter each, and the sums of sixteen vectors, a
-  // quarter's of r[0] to r[3] one after another.
-  static Reg sum_quarters(Reg a, Reg b, Reg c, Reg d) { return add_quarters(add_halves(a, b), add_halves(c, d)); }
-  static Reg sum_within_quarters(const Reg (&r)[4]) { return add_pairs(add_pairs(r[0], r[1]), add_pairs(r[2], r[3])); }
-  static void sum_lanes(const Reg (&r)[8], float* totals) {
-    Reg quarters[2];
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      quarters[i] = add_quarters(add_halves(r[i], r[i + 2]), add_halves(r[i + 4], r[i + 6]));
-    }
-    // Every quarter has two sums, twice.
-    const Reg pairs = add_pairs(quarters[0], quarters[1]);
-    const Reg sums = add_pairs(pairs, pairs);
-    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 0, 0, 0, 0);
-    _mm256_storeu_ps(totals, _mm512_castps512_ps256(
-                                 _mm512_castsi512_ps(_mm512_permutexvar_epi64(order, _mm512_castps_si512(sums)))));
-  }
-
   // r[i][j] <-> r[j][i]
   static void transpose(Reg (&r)[16]) {
     Reg t[16];
@@ -201,16 +225,6 @@ struct VecF32 {
   }
 
  private:
-  // Steps of sums over lanes: a's lanes added to half as many, then b's.
-  static Reg add_halves(Reg a, Reg b) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x4e), _mm512_mask_blend_ps(0xff00, a, b));
-  }
-  static Reg add_quarters(Reg a, Reg b) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-  }
-  static Reg add_pairs(Reg a, Reg b) {  // within each quarter
-    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
-  }
   static Mask first(int n) { return static_cast<Mask>((1U << n) - 1U); }
   static Reg widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
   static Reg widen_bytes(__m128i x, const Int8* /*kind*/) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)); }

@@ -37,11 +37,14 @@ struct Bf16PairProduct {
   static FASTATTN_INLINE __m512 pair_lanes(__m512 low, __m512 high) {
     return reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(high, low));
   }
-  static float scale_probability(float pair, float scale) {
-    const uint32_t bits = float_to_bits(pair);
-    const Bfloat16 low = to_bfloat16(bits_to_float(bits << 16) * scale);
-    const Bfloat16 high = to_bfloat16(bits_to_float(bits & 0xffff0000U) * scale);
-    return bits_to_float(low.bits | uint32_t{high.bits} << 16);
+  static FASTATTN_INLINE __m512 scale_probabilities(__m512 operand, __m512 scale) {
+    const __m512i pairs = _mm512_castps_si512(operand);
+    const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000U))));
+    const __m512 scaled[2] = {_mm512_mul_ps(even, scale), _mm512_mul_ps(odd, scale)};
+    __m512 out[1];
+    pack_probs(scaled, out);
+    return out[0];
   }
   // Of the factor only the sign, as a flipped bit.
   static FASTATTN_INLINE __m512 load_query(const Bfloat16* row, int count, double factor) {
@@ -55,6 +58,7 @@ struct Bf16PairProduct {
 struct Bf16Pairs {
   using Reg = __m512;
   using Row = __m512i;
+  static constexpr bool kWidens = false;
   static FASTATTN_INLINE Reg zero() { return _mm512_setzero_ps(); }
   static FASTATTN_INLINE Row load(const Bfloat16* row, __mmask32 mask) { return _mm512_maskz_loadu_epi16(mask, row); }
   static FASTATTN_INLINE void interleave(Row even, Row odd, Reg (&pairs)[2]) {
@@ -81,6 +85,7 @@ struct Bf16Pairs {
 // Rows of bfloat16 keys dotted with rows of queries as they stand, two numbers a lane.
 struct PairDot {
   using V = VecF32;
+  using Sums = V;
   using Prob = Bfloat16;
   static constexpr int kElements = 2 * V::kWidth;
   static constexpr bool kScaleQuery = false;
@@ -93,7 +98,6 @@ struct PairDot {
   static FASTATTN_INLINE __m512 run(__m512 key, __m512 query, __m512 sum) {
     return Bf16PairProduct::run(key, query, sum);
   }
-  static FASTATTN_INLINE __m512 total(__m512 sum) { return sum; }
   static FASTATTN_INLINE __m512 load_query(const Bfloat16* row, int count, double factor) {
     return V::flip_bits(count == kElements ? load(row) : load_partial(row, count), factor < 0 ? 0x80008000U : 0);
   }

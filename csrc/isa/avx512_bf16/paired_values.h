@@ -153,7 +153,8 @@ void add_paired_values(const Panel<E>& panel, const uint16_t* words, const float
     for (int64_t at = 0; at < value_dim;) {
       const int64_t left = (value_dim - at + kPieceColumns - 1) / kPieceColumns;
       // Interleaving is work too, better shared by many rows.
-      const int pieces = left >= 4 && !many ? 4 : left >= 2 ? 2 : 1;
+      const bool shares = many || (Pairs::kWidens && panel.live > kPairRows<4> && panel.live <= kPairRows<1>);
+      const int pieces = left >= 4 && !shares ? 4 : left >= 2 ? 2 : 1;
       const bool all = follow && pieces * kPieceColumns == value_dim;
       const auto add = pieces == 4   ? all ? add_some_pairs<E, Pairs, 4, true> : add_some_pairs<E, Pairs, 4, false>
                        : pieces == 2 ? all ? add_some_pairs<E, Pairs, 2, true> : add_some_pairs<E, Pairs, 2, false>

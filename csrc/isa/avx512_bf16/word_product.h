@@ -10,14 +10,16 @@
 namespace fastattn {
 namespace {
 
-constexpr float kLargestWord = 32767;
+// Of the words in a sum of so many products with bytes, which stays within 32 bits; and at most, of any.
+constexpr float largest_word(int64_t products) { return static_cast<float>(min64(32767, INT32_MAX / 128 / products)); }
 
 // What turns numbers of magnitude up to `largest` into words, and words back into them; without any, nothing.
 struct WordScale {
   float to_words;
   float from_words;
-  explicit WordScale(float largest)
-      : to_words(largest > 0 ? kLargestWord / largest : 0), from_words(largest > 0 ? largest / kLargestWord : 0) {}
+  WordScale(float largest, int64_t products)
+      : to_words(largest > 0 ? largest_word(products) / largest : 0),
+        from_words(largest > 0 ? largest / largest_word(products) : 0) {}
 };
 
 // The largest magnitude of floats [0, count), a NaN or infinity among them if there is one.
@@ -40,6 +42,7 @@ FASTATTN_INLINE __m256i to_words(__m512 x, float scale) {
 struct WordPairs {
   using Reg = __m512i;
   using Row = __m256i;
+  static constexpr bool kWidens = true;  // numbers, which makes interleaving dearer
   static FASTATTN_INLINE Reg zero() { return _mm512_setzero_si512(); }
   static FASTATTN_INLINE Row load(const Int8* row, __mmask32 mask) { return _mm256_maskz_loadu_epi8(mask, row); }
   static FASTATTN_INLINE void interleave(Row even, Row odd, Reg (&pairs)[2]) {
@@ -58,8 +61,17 @@ struct WordPairs {
   }
 };
 
+// Integers in the lanes of floats.
+struct WordLanes {
+  static FASTATTN_INLINE __m512 add(__m512 a, __m512 b) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }
+  static FASTATTN_INLINE __m512 finish(__m512 sums) { return _mm512_cvtepi32_ps(_mm512_castps_si512(sums)); }
+};
+
 struct WordDot {
   using V = VecF32;
+  using Sums = LaneSums<WordLanes>;
   using Prob = float;  // hardly less exact
   static constexpr int kElements = 32;
   static constexpr bool kScaleQuery = false;
@@ -75,7 +87,6 @@ struct WordDot {
     return _mm512_castsi512_ps(
         _mm512_dpwssd_epi32(_mm512_castps_si512(sum), _mm512_castps_si512(key), _mm512_castps_si512(query)));
   }
-  static FASTATTN_INLINE __m512 total(__m512 sum) { return _mm512_cvtepi32_ps(_mm512_castps_si512(sum)); }
 
   // A row of queries as words, `lanes` of 32 bits; returns what they are to be multiplied by. Where a number is not
   // finite that is NaN.
@@ -85,7 +96,7 @@ struct WordDot {
       memset(lanes, 0, static_cast<size_t>((count + 1) / 2) * sizeof *lanes);
       return largest - largest;
     }
-    const WordScale scale(largest);
+    const WordScale scale(largest, count);
     auto* words = reinterpret_cast<int16_t*>(lanes);
     for (int64_t d = 0; d < round_up(count, kElements); d += 16) {
       const __m512 x = VecF32::load_partial(row + min64(d, count), static_cast<int>(clamp64(count - d, 0, 16)));
@@ -100,7 +111,6 @@ struct WordDot {
   static FASTATTN_NOINLINE void add_values(const Panel<E>& panel, const float* probs, const char* const* values,
                                            int64_t begin, int64_t end, int64_t value_dim, int64_t output_stride,
                                            bool adjacent) {
-    static_assert(kMostRowsAtOnce * 127 * 32767 < INT32_MAX, "sums over a tile stay within 32 bits");
     alignas(64) uint16_t words[E::kLanes * E::kBlockKeys];
     float scales[E::kLanes];
     const int64_t from = round_down(begin, E::kWidth);
@@ -108,7 +118,7 @@ struct WordDot {
     for (int lane = 0; lane < panel.live; ++lane) {
       const float* row = probs + lane * E::kBlockKeys;
       const float largest = largest_magnitude(row + from, to - from);
-      const WordScale scale(largest);
+      const WordScale scale(largest, kMostRowsAtOnce);
       scales[lane] = largest == largest ? scale.from_words : largest;  // NaN: so is the row
       for (int64_t key = from; key < to; key += E::kWidth) {
         _mm256_store_si256(reinterpret_cast<__m256i*>(words + lane * E::kBlockKeys + key),
