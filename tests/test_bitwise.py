@@ -107,6 +107,35 @@ def test_grouped_heads_or_repeated_ones(kernel: Kernel, group: int, seqlen_q: in
         assert_same_bits(alone, tuple(part[:, head : head + 1] for part in grouped))
 
 
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("gap", [0, 2, 14, 62])
+def test_large_pages_or_rows_that_follow_one_another(
+    kernel: Kernel, gap: int, quantised: bool, rng: np.random.Generator
+) -> None:
+    """Pages that lie so far apart that the last row of a tile may look as if all followed one another."""
+    page_size, pages, heads, dim = 1100, 3, 1, 64
+    query = shapes.convert(rng.standard_normal((1, 3, 1, dim)), kernel.dtype)
+    shape = pages, heads, page_size + gap, dim
+    caches, scales = [], []
+    for _ in range(2):
+        rows = np.full(shape, 120 if quantised else np.nan, "int8" if quantised else query.dtype)
+        real = rng.integers(-9, 9, (pages, heads, page_size, dim))
+        rows[:, :, :page_size] = real.astype(rows.dtype)
+        caches.append(rows[:, :, :page_size])
+        scales.append(rng.uniform(0.1, 1, shape[:3]).astype("float32")[..., :page_size])
+    table = np.array([[1, 2, 0]], np.int32)
+    whole = [part[table[0]].swapaxes(0, 1).reshape(1, heads, -1, *part.shape[3:]) for part in caches + scales]
+    names = ("key_scale", "value_scale")
+    for length in (*(page_size + more for more in (1, 2, 6, 18)), 2 * page_size + 37, 3 * page_size):
+        options = {"cache_seqlens": length, "layout": "bhsd", "return_lse": True}
+        paged = dict(zip(names, scales, strict=True)) if quantised else {}
+        flat = dict(zip(names, whole[2:], strict=True)) if quantised else {}
+        assert_same_bits(
+            fa.attention_with_kvcache(query, *caches, block_table=table, **paged, **options),
+            fa.attention_with_kvcache(query, *whole[:2], **flat, **options),
+        )
+
+
 @CASES
 def test_a_window_that_reaches_everything_or_none(kernel: Kernel, case: Case) -> None:
     reach = 3 * case.seqlen_k  # past both ends from any offset
