@@ -25,7 +25,9 @@ from bench.results import Run
 from fastattn.demo import generation
 from fastattn.integrations.transformers import register
 
-MADE = generation.Generation([5, 6, 7], [1.0, 1e-5, 1.0], 2.0, 1.0, [0.5, 0.1, 0.4], [0.2, 0.05, 0.3])
+MADE = generation.Generation(
+    [5, 6, 7], [1.0, 1e-5, 1.0], 2.0, 1.0, [0.5, 0.1, 0.4], [0.2, 0.05, 0.3], [40.0, 50.0, 20.0]
+)
 
 
 @pytest.fixture
@@ -42,10 +44,13 @@ def model() -> transformers.PreTrainedModel:
 def test_tokens_are_those_of_eager(model: transformers.PreTrainedModel) -> None:
     """And what is timed is timed: a prompt, and all tokens but the first."""
     ids = torch.randint(64, (1, 70))
-    made = {name: generation.generate(model, ids, name, 9) for name in generation.IMPLEMENTATIONS}
+    made = {
+        name: generation.generate(model, ids, name, 9, measure=lambda: 2.0)
+        for name in generation.IMPLEMENTATIONS
+    }
     for name, one in made.items():
         assert generation.agrees(one, made["eager"]), name
-        assert (len(one.tokens), len(one.steps)) == (9, 8)
+        assert (len(one.tokens), len(one.steps), one.beside) == (9, 8, [2.0] * 8)
         assert one.prefill > 0 and min(one.steps) > 0
         parts = zip(one.attention, one.steps, strict=True)
         assert all((0 < part < whole) == (name != "eager") for part, whole in parts)
@@ -74,8 +79,10 @@ def test_the_demo_tells_where_tokens_differ(
 
     real = generation.generate
 
-    def wrong(model: Any, ids: torch.Tensor, name: str, *tokens: int) -> generation.Generation:
-        made = real(model, ids, name, *tokens)
+    def wrong(
+        model: Any, ids: torch.Tensor, name: str, *tokens: int, **options: Any
+    ) -> generation.Generation:
+        made = real(model, ids, name, *tokens, **options)
         margins = [1.0] * len(made.tokens)
         changed = [made.tokens[0], -1, *made.tokens[2:]] if name == "fastattn" else made.tokens
         return dataclasses.replace(made, tokens=changed, margins=margins)
@@ -118,7 +125,8 @@ def test_the_table_of_the_readme(tmp_path: Path) -> None:
         "a\n<!-- table: generation-1 -->\n`python -m bench.generation`"
     )
     assert "| float32, 8000 tokens | 4000 / 2.5 / 100 | 4000 / 2.5 / 100 | 4000 / 2.5 / 100 | 1.00x |" in made
-    assert "attention takes 50% of the time in float32, 2.00 times that of reading its keys" in made
+    assert "attention takes 50% of the time in float32, 1.50 times that of reading its keys" in made
+    assert "values once at 40 GB/s" in made
     assert "In float32 6 of 6 greedy tokens are eager's." in made
     measured.draw(rows, run, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"

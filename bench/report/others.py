@@ -24,16 +24,15 @@ def generating(records: Records) -> list[Section]:
     if not records.generation:
         return []
     rows, run = generation.load(list(map(str, records.generation.values())))
-    read = _read(rows)
     facts = {
         "machine": machine(run.machine["cpu"], run.machine["isa"], run.threads),
         "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
-        "streaming read": f"{read:.0f} GB/s, the median of those beside the rows",
+        "streaming read": f"{_read(rows):.0f} GB/s, the median of those beside the rows",
         "records": ", ".join(records.generation),
     }
     by_key = {(row.implementation, row.dtype, row.length): row for row in rows}
     lines = [
-        _generated(row, by_key.get(("sdpa", row.dtype, row.length)), read, run.machine["isa"])
+        _generated(row, by_key.get(("sdpa", row.dtype, row.length)), run.machine["isa"])
         for row in sorted(rows, key=lambda row: (row.dtype, row.length, row.implementation))
     ]
     header = ("implementation", "dtype", "prompt", "prompt tokens/s", "tokens/s after it", "x sdpa",
@@ -54,11 +53,11 @@ def generating(records: Records) -> list[Section]:
     ]
 
 
-def _reached(row: generation.Row, sdpa: generation.Row | None, read: float) -> dict[str, float]:
+def _reached(row: generation.Row, sdpa: generation.Row | None) -> dict[str, float]:
     """Of sdpa's tokens a second, and of the time that reading keys and values takes."""
     return {
         "sdpa": row.decode / sdpa.decode if sdpa else math.nan,
-        "reading": row.over_reading(read) if any(row.made["attention"]) else math.nan,
+        "reading": row.over_reading if any(row.made["attention"]) else math.nan,
     }
 
 
@@ -70,7 +69,7 @@ def goals(records: Records) -> list[Judged]:
     by_key = {(row.implementation, row.dtype, row.length): row for row in rows}
     found: dict[Goal, dict[str, float]] = {}
     for row in (row for row in rows if row.implementation == "fastattn"):
-        values = _reached(row, by_key.get(("sdpa", row.dtype, row.length)), _read(rows))
+        values = _reached(row, by_key.get(("sdpa", row.dtype, row.length)))
         for goal in goals_of(generation.SUITE, str(row.length), row.dtype, run.machine["isa"]):
             if not math.isnan(values[goal.of]):
                 found.setdefault(goal, {})[f"{row.length} {row.dtype}"] = values[goal.of]
@@ -83,8 +82,8 @@ def _read(rows: list[generation.Row]) -> float:
     return sorted(row.read for row in rows)[len(rows) // 2]
 
 
-def _generated(row: generation.Row, sdpa: generation.Row | None, read: float, isa: str) -> list[Cell]:
-    reached, attends = _reached(row, sdpa, read), any(row.made["attention"])
+def _generated(row: generation.Row, sdpa: generation.Row | None, isa: str) -> list[Cell]:
+    reached, attends = _reached(row, sdpa), any(row.made["attention"])
     cells = {of: Cell("" if math.isnan(value) else f"{value:.2f}") for of, value in reached.items()}
     if row.implementation == "fastattn":
         for goal in goals_of(generation.SUITE, str(row.length), row.dtype, isa):

@@ -147,7 +147,7 @@ class PagedKVCache:
         self.layout = layout
         shape = (layers, num_pages, page_size, kv_heads)
         self._pool = PagePool(shape, (head_dim, value_dim), dtype, device, layout)
-        self._layers = self._pool.layers()
+        self._layers = self._arguments_of_layers()
         self.dtype = self._pool.dtype
         self._table = PageTable(num_pages, page_size)
         self._lock = threading.RLock()
@@ -288,8 +288,9 @@ class PagedKVCache:
         ValueError
             If there is no such layer.
         """
-        self._check_layer(layer)
-        return {**self._layers[layer], "layout": self.layout}
+        if type(layer) is not int or not 0 <= layer < self.layers:
+            self._check_layer(layer)
+        return self._layers[layer].copy()
 
     def write(
         self,
@@ -397,7 +398,7 @@ class PagedKVCache:
             try:
                 self._pool.grow(num_pages)
             finally:
-                self._layers = self._pool.layers()
+                self._layers = self._arguments_of_layers()
             self._table.grow(num_pages)
 
     def defragment(self) -> None:
@@ -463,6 +464,9 @@ class PagedKVCache:
         if length > held:
             raise ValueError(f"length must be at most the {held} tokens of sequence {sequence}, got {length}")
         return length
+
+    def _arguments_of_layers(self) -> list[dict[str, Any]]:
+        return [{**arrays, "layout": self.layout} for arrays in self._pool.layers()]
 
     def _check_layer(self, layer: int) -> None:
         _check_integer("layer", layer)

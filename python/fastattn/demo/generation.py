@@ -42,6 +42,7 @@ class Generation:
     prefill_attention: float
     steps: list[float]  # of each token but the first, which the prompt gives
     attention: list[float]
+    beside: list[float]  # what the caller measured after each of these
 
     @property
     def step(self) -> float:
@@ -75,11 +76,20 @@ def clock(name: str) -> Iterator[list[float]]:
 
 
 @torch.inference_mode()
-def generate(model: Any, ids: torch.Tensor, name: str, tokens: int = TOKENS) -> Generation:
-    """Go on from `ids`, (1, L), by `tokens` tokens, with the attention and the cache that go with `name`."""
+def generate(
+    model: Any,
+    ids: torch.Tensor,
+    name: str,
+    tokens: int = TOKENS,
+    measure: Callable[[], float] | None = None,
+) -> Generation:
+    """Go on from `ids`, (1, L), by `tokens` tokens, with the attention and the cache that go with `name`.
+
+    `measure` is called after each token but the first, whose time it is no part of.
+    """
     model.set_attn_implementation(name)
     cache = PagedCache(model.config) if name == "fastattn" else DynamicCache(config=model.config)
-    logits, seconds, attention = [], [], []
+    logits, seconds, attention, beside = [], [], [], []
     clocked: AbstractContextManager[list[float]] = nullcontext([]) if name == "eager" else clock(name)
     with clocked as calls:
         for _ in range(tokens):
@@ -90,19 +100,23 @@ def generate(model: Any, ids: torch.Tensor, name: str, tokens: int = TOKENS) -> 
             attention.append(sum(calls))
             calls.clear()
             logits.append(last)
+            if measure is not None and len(seconds) > 1:
+                beside.append(measure())
     best = torch.cat(logits).float().topk(2)
     margins = (best.values[:, 0] - best.values[:, 1]).tolist()
     chosen = torch.cat(logits).argmax(-1).tolist()
-    return Generation(chosen, margins, seconds[0], attention[0], seconds[1:], attention[1:])
+    return Generation(chosen, margins, seconds[0], attention[0], seconds[1:], attention[1:], beside)
 
 
-def measured(model: Any, ids: torch.Tensor, name: str) -> tuple[Generation, float]:
+def measured(
+    model: Any, ids: torch.Tensor, name: str, measure: Callable[[], float] | None = None
+) -> tuple[Generation, float]:
     """`generate`, and the most memory that the process held meanwhile, in MiB (NaN but on Linux)."""
     process = Path("/proc/self")
     if not (process / "clear_refs").exists():
-        return generate(model, ids, name), float("nan")
+        return generate(model, ids, name, measure=measure), float("nan")
     (process / "clear_refs").write_text("5")  # forgets how large it has been
-    made = generate(model, ids, name)
+    made = generate(model, ids, name, measure=measure)
     peak = (process / "status").read_text().split("VmHWM:")[1].split()[0]
     return made, int(peak) / 1024
 

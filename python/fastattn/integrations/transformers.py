@@ -213,10 +213,11 @@ def _refuse_unknown(kwargs: dict[str, Any]) -> None:
 
 def _weights_are_wanted(module: torch.nn.Module) -> bool:
     """`output_attentions` of the module's config, past the lookup of names in Python that configs have."""
+    config = getattr(module, "config", None)
     try:
-        return bool(object.__getattribute__(getattr(module, "config", None), "output_attentions"))
-    except AttributeError:
-        return False
+        return bool(object.__getattribute__(config, "__dict__")["_output_attentions"])
+    except (AttributeError, KeyError):  # no config, or another's
+        return bool(getattr(config, "output_attentions", False))
 
 
 def _attend_packed(

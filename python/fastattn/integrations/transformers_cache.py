@@ -20,6 +20,7 @@ from fastattn.paged_cache import CacheUsage, OutOfPagesError, PagedKVCache
 
 __all__ = ["PagedCache", "PagedStates"]
 
+_PAGE_SIZES = (128, 1024)  # the smallest and the largest that is chosen for a prompt
 _KEPT_TYPES = ("full_attention", "sliding_attention", "chunked_attention")  # layers that have keys and values
 # What `crop` is told: in transformers 5 how many tokens to remove, as a negative number; before, how many
 # to keep.
@@ -38,8 +39,9 @@ class PagedCache(Cache):
     ----------
     config : transformers.PretrainedConfig
         Of the model: how many layers it has.
-    page_size : int
-        Tokens a page.
+    page_size : int, optional
+        Tokens a page. By default a quarter of the first prompt, as a power of two from 128 to 1024: CPUs read
+        long rows of keys faster, and short sequences leave little of a page empty. 128 with `num_pages`.
     num_pages : int, optional
         Of a pool that never grows: where it is full, `fastattn.OutOfPagesError` is raised. By default the
         pool is made at the first call, and doubles when it is full.
@@ -66,7 +68,7 @@ class PagedCache(Cache):
     def __init__(
         self,
         config: Any,
-        page_size: int = 128,
+        page_size: int | None = None,
         num_pages: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -158,7 +160,9 @@ class _Pages:
     Position p of sequence b is its token ``p - starts[b]``: what comes before is padding, which has no place.
     """
 
-    def __init__(self, layers: int, page_size: int, num_pages: int | None, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, layers: int, page_size: int | None, num_pages: int | None, dtype: torch.dtype | None
+    ) -> None:
         self.layers, self.page_size, self.num_pages, self.dtype = layers, page_size, num_pages, dtype
         self.pool: PagedKVCache | None = None
         self.sequences: list[int] = []
@@ -176,6 +180,11 @@ class _Pages:
         self._padding: torch.Tensor | None = None  # starts, where not all are 0
 
     @property
+    def padded(self) -> bool:
+        """Whether padding is left out before some sequence."""
+        return self._padding is not None
+
+    @property
     def _pool(self) -> PagedKVCache:
         assert self.pool is not None
         return self.pool
@@ -184,9 +193,10 @@ class _Pages:
         """Make the pool for such rows at the first call, and a sequence for each of the batch."""
         batch, heads, tokens, head_dim = key.shape
         if self.pool is None:
-            needed = batch * -(-max(1, tokens) // self.page_size)
+            page_size = self.page_size or _page_size_for(tokens if self.num_pages is None else 0)
+            needed = batch * -(-max(1, tokens) // page_size)
             self.pool = PagedKVCache(
-                *(self.num_pages or 2 * needed, self.page_size, heads, head_dim, value.shape[3]),
+                *(self.num_pages or 2 * needed, page_size, heads, head_dim, value.shape[3]),
                 layers=self.layers,
                 dtype=self.dtype or key.dtype,
                 device=key.device,
@@ -294,6 +304,12 @@ class _Pages:
             self.forget()
 
 
+def _page_size_for(tokens: int) -> int:
+    """Tokens a page where a prompt has `tokens`."""
+    smallest, largest = _PAGE_SIZES
+    return min(largest, max(smallest, 1 << (tokens // 4).bit_length() >> 1))
+
+
 class _Appended:
     """The rows that a layer was given last: written when attention reads the pages, or before."""
 
@@ -323,20 +339,29 @@ class _Appended:
         these rows.
         """
         pages = self.pages
-        starts = [0] * len(pages.starts) if starts is None else starts
-        if not pages.leave_out(starts, self.start) or not self.start:
+        if starts is not None or pages.padded:
+            starts = [0] * len(pages.starts) if starts is None else starts
+            if not pages.leave_out(starts, self.start):
+                return None
+            if self.start and max(starts) > self.start:  # not all rows are tokens
+                self.write()
+        if not self.start:
             return None
-        if max(starts) > self.start:  # not all rows are tokens
-            self.write()
-        new: dict[str, Any] = {}
-        if not self.written:
-            new = {"new_key": self.rows[0], "new_value": self.rows[1]}
-        layer, lengths = pages._pool.layer(self.layer), pages.lengths(self.start if new else self.end)
+        key, value = (None, None) if self.written else self.rows
         out: torch.Tensor = attention_with_kvcache(
-            query, **layer, **new, block_table=pages.block_table, cache_seqlens=lengths, **arguments
+            query,
+            **pages._pool.layer(self.layer),
+            new_key=key,
+            new_value=value,
+            block_table=pages.block_table,
+            cache_seqlens=pages.lengths(self.end if self.written else self.start),
+            **arguments,
         )
         self._settle()
         pages.written = max(pages.written, self.end)
+        batch, heads, rows, dim = out.shape
+        if rows == 1 and out.is_contiguous():
+            return out.view(batch, 1, heads, dim)
         return out.transpose(1, 2).contiguous()
 
     def dense(self, place: int) -> torch.Tensor:
