@@ -260,8 +260,8 @@ FAULTS = (
         "neighbours-move-together",
         "a row whose maximum rose at all follows it when a neighbour does",
         SCORES,
-        "if (!(peak[lane] > panel.limit[lane]))",
-        "if (!(peak[lane] > panel.limit[lane] - rise))",
+        "V::less(V::load(panel.limit + at), V::load(peak + at))",
+        "V::less(V::sub(V::load(panel.limit + at), V::set1(rise)), V::load(peak + at))",
         "poison",
     ),
     Fault(

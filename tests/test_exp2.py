@@ -33,7 +33,7 @@ def check(program: Path, step: int) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     tiers = set(_core.compiled_isas()) - {"scalar"}
     reported = set(re.findall(r"^(\w+)[: ]", done.stdout, re.MULTILINE))
-    assert reported == tiers, "every tier is tried or reported as one that this CPU lacks"
+    assert tiers <= reported, "every tier is tried or reported as one that this CPU lacks"
     seen = {int(count) for count in re.findall(r"0 of (\d+) out of bounds$", done.stdout, re.MULTILINE)}
     assert max(seen, default=2**32 // step) >= 2**32 // step
 
