@@ -123,6 +123,28 @@ def test_memory_begins_with_a_line_or_a_huge_page(dtype, pages, boundary):
         assert layers[0].strides[0] == 6144
 
 
+def test_layers_can_be_had_while_the_pool_grows(monkeypatch):
+    cache = cache_of(8, layers=3)
+    asked, found, grow = threading.Event(), [], cache._pool.grow
+
+    def slowly(pages):
+        asked.set()
+        thread.join(0.1)
+        assert not found  # it waits
+        grow(pages)
+
+    def ask():
+        asked.wait()
+        found.append(cache.layer(2))
+
+    monkeypatch.setattr(cache._pool, "grow", slowly)
+    thread = threading.Thread(target=ask)
+    thread.start()
+    cache.grow(16)
+    thread.join()
+    assert found[0]["key_cache"].shape[0] == 16
+
+
 def test_usage():
     cache = cache_of(8, layers=3, value_dim=4, dtype=torch.float8_e5m2)
     sequence = filled(cache, 9)

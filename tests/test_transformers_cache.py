@@ -411,3 +411,13 @@ def test_layers_that_keep_something_else_are_refused():
     config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(ValueError, match=r"got layers of type \['linear_attention'\]"):
         PagedCache(config)
+
+
+@pytest.mark.parametrize("tokens, page_size", [(1, 128), (1023, 128), (1024, 256), (4095, 512), (9000, 1024)])
+def test_pages_are_a_quarter_of_the_prompt(tokens: int, page_size: int) -> None:
+    config = llama().config
+    rows = torch.zeros(1, 2, tokens, 8)
+    for options, expected in (({}, page_size), ({"num_pages": 80}, 128), ({"page_size": 7}, 7)):
+        cache = PagedCache(config, **options)
+        cache.update(rows, rows, 0)
+        assert f"of {expected}, float32" in repr(cache)

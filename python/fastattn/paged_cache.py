@@ -290,7 +290,8 @@ class PagedKVCache:
         """
         if type(layer) is not int or not 0 <= layer < self.layers:
             self._check_layer(layer)
-        return self._layers[layer].copy()
+        with self._lock:  # while `grow` moves the pool there are none
+            return self._layers[layer].copy()
 
     def write(
         self,
