@@ -71,7 +71,7 @@ def actions() -> dict[str, Action]:
         "torch: attention, there and back": there_and_back(torchs),
         "attention(), no gradients": lambda: fa.attention(query, key, value),
         "  of which: read, allocate, compute": lambda: _core.attention_plain_torch(
-            query, key, value, False, None, False, False, 1
+            query, key, value, None, False, None, False, False, 1
         ),
         "attention(mask=...), no gradients": lambda: fa.attention(query, key, value, mask=mask),
         "attention_with_kvcache()": lambda: fa.attention_with_kvcache(query, *new),
@@ -81,7 +81,7 @@ def actions() -> dict[str, Action]:
         "torch.ops.fastattn.forward": lambda: torch.ops.fastattn.forward(query, key, value, *operands),
         "attention(), gradients recorded": lambda: fa.attention(*leaves),
         "  of which: read, allocate, compute, lse": lambda: _core.attention_plain_torch(
-            query, key, value, False, None, False, True, 1
+            query, key, value, None, False, None, False, True, 1
         ),
         "  of which: the node": lambda: graph.record(*leaves, (out.detach(), lse), call),
         "attention(), there and back": there_and_back(fa.attention),

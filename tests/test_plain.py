@@ -19,10 +19,8 @@ from processes import output_of
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-def the_long_way(*tensors: Any, causal: bool = False, scale: float | None = None, bshd: bool = False) -> Any:
-    problem = AttentionProblem.from_arguments(
-        *tensors, causal=causal, scale=scale, layout="bshd" if bshd else "bhsd"
-    )
+def the_long_way(*tensors: Any, bshd: bool = False, **options: Any) -> Any:
+    problem = AttentionProblem.from_arguments(*tensors, **options, layout="bshd" if bshd else "bhsd")
     outputs = prepare_outputs(problem, None, False, False)
     choose(problem, ("cpu",)).run(problem, outputs)
     return outputs.returned()
@@ -67,6 +65,64 @@ def test_views_and_layouts(numpy: bool, bshd: bool) -> None:
     out = plain.attend(*arguments, True, None, bshd)
     assert out is not None and out.shape == ((2, 7, 6, 24) if bshd else (2, 6, 7, 24))
     assert_same_bits(out, the_long_way(*arguments, causal=True, bshd=bshd))
+
+
+LENGTHS = {
+    "int64": torch.tensor([33, 0]),
+    "int32": torch.tensor([7, 32], dtype=torch.int32),
+    "every other": torch.tensor([8, 9, 10])[::2],
+    "expanded": torch.tensor([21]).expand(2),
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("numpy", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_lengths_of_the_keys(lengths: Any, numpy: bool, causal: bool, rows: int) -> None:
+    arguments = [*tensors(rows=rows), lengths]
+    if numpy:
+        arguments = [tensor.numpy() for tensor in arguments]
+    *arrays, lengths = arguments
+    out = plain.attend(*arrays, causal, None, False, kv_lengths=lengths)
+    assert out is not None
+    assert_same_bits(out, the_long_way(*arrays, causal=causal, kv_lengths=lengths))
+    assert_same_bits(out, fastattn.attention(*arrays, causal=causal, kv_lengths=lengths))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "what"),
+    [
+        (torch.tensor([33, 34]), ValueError),
+        (torch.tensor([-1, 3]), ValueError),
+        (torch.tensor([1, 2, 3]), ValueError),
+        (torch.tensor([[1, 2]]), ValueError),
+        (torch.tensor([1.0, 2.0]), TypeError),
+        (torch.tensor([True, False]), TypeError),
+        (np.array([1, 2]), TypeError),
+        ([1, 2], None),
+        (torch.tensor([1, 2], dtype=torch.int16), None),
+    ],
+)
+def test_unusual_lengths_take_the_long_way(lengths: Any, what: type[Exception] | None) -> None:
+    arguments = tensors()
+    assert plain.attend(*arguments, False, None, False, kv_lengths=lengths) is None
+    if what is None:
+        out = fastattn.attention(*arguments, kv_lengths=lengths)
+        assert_same_bits(out, plain.attend(*arguments, False, None, False, kv_lengths=torch.tensor([1, 2])))
+    else:
+        with pytest.raises(what, match=r"^kv_lengths"):
+            fastattn.attention(*arguments, kv_lengths=lengths)
+
+
+def test_lengths_with_gradients_take_the_long_way() -> None:
+    arguments = [tensor.requires_grad_() for tensor in tensors()]
+    lengths = torch.tensor([5, 6])
+    assert plain.attend(*arguments, False, None, False, kv_lengths=lengths) is None
+    out = fastattn.attention(*arguments, kv_lengths=lengths)
+    assert out.requires_grad
+    with torch.no_grad():
+        assert_same_bits(plain.attend(*arguments, False, None, False, kv_lengths=lengths), out.detach())
 
 
 class Subclass(torch.Tensor):

@@ -20,8 +20,6 @@ namespace py = pybind11;
 namespace fastattn {
 namespace {
 
-using ReadFn = bool (*)(py::handle, int, TensorView&);
-
 // A call, read. The parameters point into it, so it may not move.
 struct CachedCall {
   CacheViews views;  // axes (B or pages, H, L, D) whatever the layout
@@ -89,30 +87,16 @@ TensorView view_of(const std::vector<int64_t>& numbers) {
   return view;
 }
 
-int64_t integer_at(const TensorView& view, int64_t index) {
-  return view.code == kCodeInt32 ? static_cast<const int32_t*>(view.data)[index]
-                                 : static_cast<const int64_t*>(view.data)[index];
-}
-
-bool holds_integers(const TensorView& view) { return view.code == kCodeInt32 || view.code == kCodeInt64; }
-
-bool read_lengths(py::handle from, ReadFn read, int64_t otherwise, int64_t limit, int64_t batch,
-                  std::vector<int64_t>& lengths) {
-  TensorView view;
-  if (from.is_none()) {
-    lengths.assign(static_cast<size_t>(batch), otherwise);
-  } else if (PyLong_CheckExact(from.ptr())) {
-    int overflow = 0;
-    const int64_t length = PyLong_AsLongLongAndOverflow(from.ptr(), &overflow);
-    lengths.assign(static_cast<size_t>(batch), overflow != 0 ? -1 : length);
-  } else if (read(from, 1, view) && holds_integers(view) && view.sizes[0] == batch) {
-    for (int64_t b = 0; b < batch; ++b) {
-      lengths.push_back(integer_at(view, b * view.strides[0]));
-    }
-  } else {
-    return false;
+// The lengths of `batch` caches: given one by one, as one number for all, or not at all.
+bool read_cache_lengths(py::handle from, ReadFn read, int64_t otherwise, int64_t limit, int64_t batch,
+                        std::vector<int64_t>& lengths) {
+  if (!from.is_none() && !PyLong_CheckExact(from.ptr())) {
+    return read_lengths(from, read, batch, limit, lengths);
   }
-  return std::all_of(lengths.begin(), lengths.end(), [&](int64_t n) { return n >= 0 && n <= limit; });
+  int overflow = 0;
+  const int64_t length = from.is_none() ? otherwise : PyLong_AsLongLongAndOverflow(from.ptr(), &overflow);
+  lengths.assign(static_cast<size_t>(batch), length);
+  return overflow == 0 && length >= 0 && length <= limit;
 }
 
 bool read_bound(PyObject* from, int64_t& bound) {
@@ -205,7 +189,7 @@ bool place(const CachedArguments& a, ReadFn read, CachedCall& c) {
     return false;
   }
   const int64_t limit = a.rolling ? int64_t{1} << 60 : v.capacity - c.added;
-  if (!read_lengths(a.cache_seqlens, read, c.added == 0 ? v.capacity : 0, limit, batch, c.start)) {
+  if (!read_cache_lengths(a.cache_seqlens, read, c.added == 0 ? v.capacity : 0, limit, batch, c.start)) {
     return false;
   }
   for (const int64_t start : c.start) {

@@ -268,10 +268,10 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         "new_key"_a, "new_value"_a, "cache_seqlens"_a, "block_table"_a, "rotary_cos"_a, "rotary_sin"_a,
         "rotary_interleaved"_a, "causal"_a, "window"_a, "rolling"_a, "alibi_slopes"_a, "sinks"_a, "softcap"_a,
         "scale"_a, "bshd"_a, "return_lse"_a, "num_threads"_a);
-  m.def("attention_plain_numpy", attention_plain_numpy, "query"_a, "key"_a, "value"_a, "causal"_a, "scale"_a, "bshd"_a,
-        "num_threads"_a);
-  m.def("attention_plain_torch", attention_plain_torch, "query"_a, "key"_a, "value"_a, "causal"_a, "scale"_a, "bshd"_a,
-        "return_lse"_a, "num_threads"_a);
+  m.def("attention_plain_numpy", attention_plain_numpy, "query"_a, "key"_a, "value"_a, "kv_lengths"_a, "causal"_a,
+        "scale"_a, "bshd"_a, "num_threads"_a);
+  m.def("attention_plain_torch", attention_plain_torch, "query"_a, "key"_a, "value"_a, "kv_lengths"_a, "causal"_a,
+        "scale"_a, "bshd"_a, "return_lse"_a, "num_threads"_a);
   m.def("attention_plain_backward", plain_backward, "grad_out"_a, "grad_lse"_a, "query"_a, "key"_a, "value"_a, "out"_a,
         "lse"_a, "wanted"_a, "causal"_a, "scale"_a, "bshd"_a, "num_threads"_a);
   m.def("describe_path", describe_path, "dtype"_a, "seqlen_q"_a, "head_dim"_a, "value_dim"_a);

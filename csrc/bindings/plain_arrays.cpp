@@ -2,6 +2,7 @@
 
 #include <pybind11/numpy.h>
 
+#include <algorithm>
 #include <cmath>
 #include <utility>
 
@@ -59,6 +60,24 @@ bool read_numpy(py::handle object, int rank, TensorView& view) {
     view.strides[i] = array.strides(i) / itemsize;
   }
   return true;
+}
+
+bool holds_integers(const TensorView& view) { return view.code == kCodeInt32 || view.code == kCodeInt64; }
+
+int64_t integer_at(const TensorView& view, int64_t index) {
+  return view.code == kCodeInt32 ? static_cast<const int32_t*>(view.data)[index]
+                                 : static_cast<const int64_t*>(view.data)[index];
+}
+
+bool read_lengths(py::handle from, ReadFn read, int64_t batch, int64_t limit, std::vector<int64_t>& lengths) {
+  TensorView view;
+  if (!read(from, 1, view) || !holds_integers(view) || view.sizes[0] != batch) {
+    return false;
+  }
+  for (int64_t b = 0; b < batch; ++b) {
+    lengths.push_back(integer_at(view, b * view.strides[0]));
+  }
+  return std::all_of(lengths.begin(), lengths.end(), [limit](int64_t n) { return n >= 0 && n <= limit; });
 }
 
 void swap_heads_and_rows(TensorView& view) {

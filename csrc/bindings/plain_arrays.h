@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <vector>
+
 #include "bindings/make_params.h"
 
 namespace fastattn {
@@ -11,6 +13,15 @@ bool is_numpy(pybind11::handle array);
 // Whether `array` is a plain array with `rank` axes, of a type that NumPy itself has, in the machine's byte order.
 bool read_numpy(pybind11::handle array, int rank, TensorView& view);
 pybind11::object empty_numpy(pybind11::handle query, TensorView& out);
+
+// read_numpy, or one of torch's.
+using ReadFn = bool (*)(pybind11::handle, int, TensorView&);
+
+bool holds_integers(const TensorView& view);
+// Of a view that holds integers.
+int64_t integer_at(const TensorView& view, int64_t index);
+// Whether `from` is a vector of `batch` integers from 0 to `limit`, which are added to `lengths`.
+bool read_lengths(pybind11::handle from, ReadFn read, int64_t batch, int64_t limit, std::vector<int64_t>& lengths);
 
 // Exchanges axes 1 and 2.
 void swap_heads_and_rows(TensorView& view);

@@ -40,14 +40,14 @@ struct PlainCall {
   TensorView query, key, value;
   TensorView own;  // query, with its axes as they came
   AttentionParams params{};
-  std::vector<int64_t> offsets;
+  std::vector<int64_t> offsets, kv_lengths;
 };
 
 // Whether query, key and value make a call. The parameters point to the offsets, so `c` may not move afterwards.
-template <class Read>
 bool read_plain(py::handle query, py::handle key, py::handle value, bool causal, py::handle scale, bool bshd,
-                int num_threads, Read read, PlainCall& c) {
-  if (!read(query, c.query) || !read(key, c.key) || !read(value, c.value)) {
+                int num_threads, ReadFn read, PlainCall& c) {
+  if (!read(query, TensorView::kMaxRank, c.query) || !read(key, TensorView::kMaxRank, c.key) ||
+      !read(value, TensorView::kMaxRank, c.value)) {
     return false;
   }
   c.own = c.query;
@@ -65,11 +65,21 @@ bool read_plain(py::handle query, py::handle key, py::handle value, bool causal,
   return true;
 }
 
-bool read_array(py::handle array, TensorView& view) {
-  return read_numpy(array, TensorView::kMaxRank, view) && view.code < kDTypes;
+// Whether `from` is None or lengths of the keys; `c` may not move afterwards.
+bool read_kv_lengths(py::handle from, ReadFn read, PlainCall& c) {
+  if (from.is_none()) {
+    return true;
+  }
+  if (!read_lengths(from, read, c.params.batch, c.params.seqlen_k, c.kv_lengths)) {
+    return false;
+  }
+  c.params.kv_lengths = c.kv_lengths.data();
+  return true;
 }
 
-bool read_tensor(py::handle tensor, TensorView& view) { return read_torch(tensor, TensorView::kMaxRank, view); }
+bool read_array(py::handle array, int rank, TensorView& view) {
+  return read_numpy(array, rank, view) && view.code < kDTypes;
+}
 
 void set_plain_out(TensorView out, bool bshd, AttentionParams& p) {
   if (bshd) {
@@ -114,7 +124,8 @@ bool read_incoming(const PlainGradients& g, bool bshd, BackwardParams& b) {
   TensorView lse;
   TensorView grad_out;
   TensorView grad_lse;
-  if (!read_tensor(g.out, out) || !read_tensor(g.grad_out, grad_out) || !read_torch(g.lse, 3, lse)) {
+  if (!read_torch(g.out, TensorView::kMaxRank, out) || !read_torch(g.grad_out, TensorView::kMaxRank, grad_out) ||
+      !read_torch(g.lse, 3, lse)) {
     return false;
   }
   if (bshd) {
@@ -143,12 +154,12 @@ bool read_incoming(const PlainGradients& g, bool bshd, BackwardParams& b) {
 
 }  // namespace
 
-py::object attention_plain_numpy(py::handle query, py::handle key, py::handle value, bool causal, py::handle scale,
-                                 bool bshd, int num_threads) {
+py::object attention_plain_numpy(py::handle query, py::handle key, py::handle value, py::handle kv_lengths, bool causal,
+                                 py::handle scale, bool bshd, int num_threads) {
   PlainCall c;
   TensorView out;
   if (!read_plain(query, key, value, causal, scale, bshd, num_threads, read_array, c) ||
-      !shape_result(c.own, c.value.sizes[3], out)) {
+      !read_kv_lengths(kv_lengths, read_numpy, c) || !shape_result(c.own, c.value.sizes[3], out)) {
     return py::none();
   }
   py::object result = empty_numpy(query, out);
@@ -157,12 +168,12 @@ py::object attention_plain_numpy(py::handle query, py::handle key, py::handle va
   return keeping(std::move(result), [&] { run(&c.params, 1); });
 }
 
-py::object attention_plain_torch(py::handle query, py::handle key, py::handle value, bool causal, py::handle scale,
-                                 bool bshd, bool return_lse, int num_threads) {
+py::object attention_plain_torch(py::handle query, py::handle key, py::handle value, py::handle kv_lengths, bool causal,
+                                 py::handle scale, bool bshd, bool return_lse, int num_threads) {
   PlainCall c;
   TensorView out;
-  if (!read_plain(query, key, value, causal, scale, bshd, num_threads, read_tensor, c) ||
-      !shape_result(c.own, c.value.sizes[3], out)) {
+  if (!read_plain(query, key, value, causal, scale, bshd, num_threads, read_torch, c) ||
+      !read_kv_lengths(kv_lengths, read_torch_any, c) || !shape_result(c.own, c.value.sizes[3], out)) {
     return py::none();
   }
   AttentionParams& p = c.params;
@@ -184,7 +195,7 @@ py::object attention_plain_backward(const PlainGradients& g, py::handle query, p
                                     bool causal, py::handle scale, bool bshd, int num_threads) {
   PlainCall c;
   BackwardParams b{};
-  if (!read_plain(query, key, value, causal, scale, bshd, num_threads, read_tensor, c)) {
+  if (!read_plain(query, key, value, causal, scale, bshd, num_threads, read_torch, c)) {
     return py::none();
   }
   b.forward = c.params;

@@ -122,12 +122,20 @@ def attention_cached(*arguments: Any) -> Any:
     """Take query, caches, scales, new rows, then the rest as `fastattn.kvcache` hands them on."""
 
 def attention_plain_numpy(
-    query: Any, key: Any, value: Any, causal: bool, scale: float | None, bshd: bool, num_threads: int
+    query: Any,
+    key: Any,
+    value: Any,
+    kv_lengths: Any,
+    causal: bool,
+    scale: float | None,
+    bshd: bool,
+    num_threads: int,
 ) -> Any: ...
 def attention_plain_torch(
     query: Any,
     key: Any,
     value: Any,
+    kv_lengths: Any,
     causal: bool,
     scale: float | None,
     bshd: bool,

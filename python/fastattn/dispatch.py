@@ -64,11 +64,12 @@ def run_plain(
     scale: float | None,
     bshd: bool,
     return_lse: bool = False,
+    kv_lengths: Any = None,
 ) -> Any:
-    """Run a call without other arguments the short way; None where it has to go the long one."""
+    """Run a call with no other arguments the short way; None where it has to go the long one."""
     if _default_candidates() is not AUTOMATIC:
         return None
-    return plain.attend(query, key, value, causal, scale, bshd, return_lse)
+    return plain.attend(query, key, value, causal, scale, bshd, return_lse, kv_lengths)
 
 
 def run_cached(*arguments: Any) -> Any:

@@ -146,7 +146,7 @@ def attention(
     ((1, 2, 5, 8), (1, 2, 5))
     """
     if (
-        (mask is None and bias is None and kv_lengths is None and window is None and query_offset is None)
+        (mask is None and bias is None and window is None and query_offset is None)
         and (alibi_slopes is None and sinks is None and out is None and backend is None)
         and (kv_starts is None and query_lengths is None and segment_ids is None)
         and (return_lse is False or return_lse is True)
@@ -159,7 +159,7 @@ def attention(
         and not is_traced()
         and not observers.blocks
     ):
-        plain = run_plain(query, key, value, causal, scale, layout == "bshd", return_lse)
+        plain = run_plain(query, key, value, causal, scale, layout == "bshd", return_lse, kv_lengths)
         if plain is not None:
             return plain
     options: dict[str, Any] = {

@@ -55,12 +55,16 @@ def attend(
     scale: float | None,
     bshd: bool,
     return_lse: bool = False,
+    kv_lengths: Any = None,
 ) -> Any:
-    """Attention without another argument, or None where the call has to go the long way."""
+    """Attention without another argument, or None where the call has to go the long way.
+
+    So has one with `kv_lengths` on a GPU, or with gradients.
+    """
     if type(query) is np.ndarray:
         if _numpy_call is None or return_lse:
             return None
-        return _numpy_call(query, key, value, causal, scale, bshd, resolve_num_threads())
+        return _numpy_call(query, key, value, kv_lengths, causal, scale, bshd, resolve_num_threads())
     if _torch_lane is None or not _torch_lane.is_ordinary():
         return None
     recorded = _torch_lane.records() and (
@@ -68,10 +72,12 @@ def attend(
         or getattr(key, "requires_grad", False)
         or getattr(value, "requires_grad", False)
     )
+    if recorded and kv_lengths is not None:
+        return None
     results = _core.attention_plain_torch(
-        query, key, value, causal, scale, bshd, return_lse or recorded, resolve_num_threads()
+        query, key, value, kv_lengths, causal, scale, bshd, return_lse or recorded, resolve_num_threads()
     )
-    if results is None and getattr(query, "is_cuda", False):
+    if results is None and kv_lengths is None and getattr(query, "is_cuda", False):
         results = _on_gpu(query, key, value, causal, scale, bshd, return_lse or recorded)
     if recorded and results is not None:
         return _torch_lane.record(query, key, value, results, PlainCall(causal, scale, bshd, return_lse))
