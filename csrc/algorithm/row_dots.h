@@ -24,11 +24,17 @@ constexpr int queries_held(int vectors) {
   return E::V::kSums < 16 || vectors > 8 ? 0 : vectors > 4 ? (kDecodes ? 1 : 2) : 4;
 }
 
+// Keys that all of a panel's queries see before the next ones, where that takes more than one pass: few, so that what
+// the first reads is still on its way while others multiply what was read before.
+constexpr int64_t kKeysOfPasses = 16;
+
 // raw[query][key] for kQueries rows of queries, `query_stride` lanes apart, and `count` keys, whole groups of sixteen
 // sums; raw's rows are kBlockKeys long. Each sum has lanes of its own, so it does not depend on who is computed beside
 // it. A row has up to kVectors vectors; kAdjacent: all of them, and rows lie one behind the other, so that one register
-// addresses all. `ahead`: how far ahead rows are asked for, or 0.
-template <class E, int kQueries, int kVectors, bool kAdjacent>
+// addresses all. kAgain: the keys have just been read, so memory is idle, and has those that come after the next
+// brought near; into the first-level cache they would push out what is still to be read. `ahead`: how far ahead rows
+// are asked for that the CPU does not foresee, or 0.
+template <class E, int kQueries, int kVectors, bool kAdjacent, bool kAgain>
 FASTATTN_NOINLINE void dot_held(typename E::Scalar* raw, const char* const* keys, int64_t count,
                                 const typename E::Scalar* query, int64_t head_dim, int64_t query_stride,
                                 int64_t ahead) {
@@ -80,6 +86,9 @@ FASTATTN_NOINLINE void dot_held(typename E::Scalar* raw, const char* const* keys
       for (int v = 0; v < kVectors; ++v) {
         const int64_t d = v * Dot::kElements;
         FASTATTN_KEEP_ORDER();
+        if constexpr (kAgain) {
+          __builtin_prefetch(adjacent + (k + 2 * kKeysOfPasses) * kRowBytes + d * int64_t{sizeof(Stored)}, 0, 1);
+        }
         const Reg x = kAdjacent || v < kVectors - 2
                           ? Dot::load(row + d)
                           : Dot::load_partial(row + d, static_cast<int>(clamp64(head_dim - d, 0, Dot::kElements)));
@@ -196,20 +205,23 @@ inline void dot_queries(int count, typename E::Scalar* raw, const char* const* k
 
 // dot_held for `count` queries of `vectors` vectors, kQueries and kVectors and more.
 template <class E, int kQueries = 1, int kVectors = 2, class... Args>
-inline void dot_some_held(int count, int64_t vectors, bool adjacent, Args... args) {
+inline void dot_some_held(int count, int64_t vectors, bool adjacent, bool again, Args... args) {
   if constexpr (kQueries == 1 && kVectors < 8) {
     if (vectors > kVectors) {
-      dot_some_held<E, kQueries, kVectors + 2>(count, vectors, adjacent, args...);
+      dot_some_held<E, kQueries, kVectors + 2>(count, vectors, adjacent, again, args...);
       return;
     }
   }
   if constexpr (kQueries < queries_held<E>(kVectors)) {
     if (count > kQueries) {
-      dot_some_held<E, kQueries + 1, kVectors>(count, vectors, adjacent, args...);
+      dot_some_held<E, kQueries + 1, kVectors>(count, vectors, adjacent, again, args...);
       return;
     }
   }
-  (adjacent ? dot_held<E, kQueries, kVectors, true> : dot_held<E, kQueries, kVectors, false>)(args...);
+  const auto dot = !adjacent ? dot_held<E, kQueries, kVectors, false, false>
+                   : again   ? dot_held<E, kQueries, kVectors, true, true>
+                             : dot_held<E, kQueries, kVectors, true, false>;
+  dot(args...);
 }
 
 // raw[lane][key ...] for all rows of the panel and keys [begin, end) of the block, whole tiles of kKeys.
@@ -227,15 +239,13 @@ inline void multiply_rows(typename E::Scalar* raw, const Panel<E>& panel, const 
     constexpr bool kWidens = Dot::kElements == E::kWidth && kSize < static_cast<int64_t>(sizeof(typename E::Scalar));
     constexpr int kPasses = kWidens ? 1 : Dot::kElements == E::kWidth ? 4 : 2;
     if (const int held = queries_held<E>(static_cast<int>(vectors)); panel.live <= kPasses * held) {
-      // Few keys at once where there is more than one pass: what the first reads is then still on its way while others
-      // multiply what was read before.
-      const int64_t step = panel.live > held ? 16 : rows_at_once<E>(head_dim);
+      const int64_t step = panel.live > held ? kKeysOfPasses : rows_at_once<E>(head_dim);
       each_tile(round_down(begin, 16), round_up(end, 16), step, [&](int64_t key, int64_t count) {
         const bool follow = lie_adjacent(adjacent, keys + key, count, head_dim * kSize);
         const bool fixed = follow && round_up(vectors, 2) * Dot::kElements == head_dim;
-        for (int lane = 0; lane < panel.live;) {
+        for (int lane = 0, pass = 0; lane < panel.live; ++pass) {
           const int some = part_of(panel.live - lane, held);
-          dot_some_held<E>(some, vectors, fixed, raw + lane * E::kBlockKeys + key, keys + key, count,
+          dot_some_held<E>(some, vectors, fixed, pass == 1, raw + lane * E::kBlockKeys + key, keys + key, count,
                            panel.query + lane * stride, head_dim, stride, !follow && lane == 0 ? kRowsAhead<E> : 0);
           lane += some;
         }

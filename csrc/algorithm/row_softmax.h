@@ -68,7 +68,7 @@ FASTATTN_NOINLINE void scan_rows(TileContext<E>& context, int64_t begin, int64_t
       if constexpr (E::kQuantised) {
         x = V::mul(x, V::load(key_scales + key));
       }
-      if (kGeneral || hides || E::kQuantised || !E::Product::kScaleQuery) {
+      if (kGeneral || hides || E::kQuantised) {
         const auto keys = V::add(V::iota(), V::set1(static_cast<Scalar>(key)));
         if constexpr (kGeneral) {
           x = adjust_keys<E>(context, terms, lane, key, keys, x);
@@ -78,6 +78,8 @@ FASTATTN_NOINLINE void scan_rows(TileContext<E>& context, int64_t begin, int64_t
           seen = V::both(seen, V::less(V::zero(), V::load(terms.seen + key)));
         }
         x = V::select(seen, x, hidden);
+      }
+      if (kGeneral || hides || E::kQuantised || !E::Product::kScaleQuery) {
         V::store(row + key, x);
       }
       peak = V::max(x, peak);  // a NaN is passed over
