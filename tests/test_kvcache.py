@@ -169,6 +169,21 @@ def test_keys_and_values_in_one_array(kernel: Kernel, rng: np.random.Generator) 
     assert not as_numpy(both[..., 0, D:].copy()).any()  # and nothing between them
 
 
+@pytest.mark.parametrize("queries", [2, 14])
+def test_quantised_rows_need_not_be_adjacent(kernel: Kernel, queries: int, rng: np.random.Generator) -> None:
+    setting = Setting(kernel.dtype, "int8", added=2, seqlen_q=queries, lengths=(12, 20, 37))
+    call, after = make(setting, rng)
+    copies = {name: array.copy() for name, array in call.arrays.items()}
+    expected_out = fa.attention_with_kvcache(**copies, **call.options)
+    for name in ("key_cache", "value_cache"):
+        cache = call.arrays[name]
+        call.arrays[name] = np.full((*cache.shape, 3), 99, np.int8)[..., 0]
+        call.arrays[name][...] = cache
+    assert_same_bits(call.run(fa.attention_with_kvcache), expected_out)
+    for name, array in after.items():
+        assert_same_bits(call.arrays[name].copy(), array)
+
+
 def test_defaults_of_lengths(rng: np.random.Generator) -> None:
     """None: nothing with new keys, everything without; an int for all sequences."""
     query, keys, values = (rng.standard_normal((2, 6, 2, 8)).astype(np.float32) for _ in range(3))

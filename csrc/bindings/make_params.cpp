@@ -209,15 +209,6 @@ void read_pages(const TensorView& table, const AttentionParams& p, int64_t num_p
   }
 }
 
-void check_quantised(const AttentionParams& p, const TensorArguments& tensors) {
-  if (p.key_strides[3] != 1 || p.value_strides[3] != 1) {
-    fail("key, value", "the elements of a quantised row must be adjacent");
-  }
-  if (!tensors.bias.is_none() || !tensors.weights.is_none()) {
-    fail("bias, weights", "there are none with quantised keys");
-  }
-}
-
 }  // namespace
 
 void check_view(const char* name, const TensorView& view) {
@@ -351,8 +342,8 @@ AttentionParams make_params(const TensorArguments& tensors, Derived& derived) {
   if ((p.kv_dtype != p.dtype) != (p.key_scales != nullptr) || (p.kv_dtype != p.dtype) != (p.value_scales != nullptr)) {
     fail("key_scales, value_scales", "expected both with quantised keys and values, and neither with others");
   }
-  if (p.kv_dtype != p.dtype) {
-    check_quantised(p, tensors);
+  if (p.kv_dtype != p.dtype && (!tensors.bias.is_none() || !tensors.weights.is_none())) {
+    fail("bias, weights", "there are none with quantised keys");
   }
   read_outputs(tensors, p);
   read_dense(tensors, p);
