@@ -199,6 +199,17 @@ def test_small_probabilities_keep_their_sum(kernel: Kernel) -> None:
         np.testing.assert_allclose(as_numpy(out), 1, atol=2.0**-8 if "16" in kernel.dtype else 1e-4)
 
 
+def test_a_table_is_read_as_far_as_it_is_used(rng: np.random.Generator) -> None:
+    query, key, value = rng.standard_normal((3, 1, 1, 2, 8), np.float32)
+    narrow, wide = np.zeros((1, 1), np.int64), np.broadcast_to(np.int64(0), (1, 2**40))
+    outs = []
+    for table in (narrow, wide):
+        caches = np.ones((2, 1, 4, 2, 8), np.float32)
+        new = {"new_key": key, "new_value": value, "cache_seqlens": 3}
+        outs.append((fa.attention_with_kvcache(query, *caches, **new, block_table=table), caches))
+    assert_same_bits(*outs)
+
+
 def test_defaults_of_lengths(rng: np.random.Generator) -> None:
     """None: nothing with new keys, everything without; an int for all sequences."""
     query, keys, values = (rng.standard_normal((2, 6, 2, 8)).astype(np.float32) for _ in range(3))
