@@ -12,6 +12,7 @@ import fastattn as fa
 from caches import FEATURES, HKV, LARGEST, ROOM, Call, D, Setting, as_numpy, expected, make
 from fastattn import cache_problem
 from kernels import KERNELS, Kernel, assert_same_bits
+from shapes import convert
 
 PAGES = (0, 1, 7, 16, 256)
 APPENDING: dict[str, dict[str, Any]] = {
@@ -167,6 +168,46 @@ def test_keys_and_values_in_one_array(kernel: Kernel, rng: np.random.Generator) 
     for name, view in views.items():
         assert_same_bits(as_numpy(view.copy()), as_numpy(after[name]))
     assert not as_numpy(both[..., 0, D:].copy()).any()  # and nothing between them
+
+
+@pytest.mark.parametrize("queries", [2, 14])
+def test_quantised_rows_need_not_be_adjacent(kernel: Kernel, queries: int, rng: np.random.Generator) -> None:
+    setting = Setting(kernel.dtype, "int8", added=2, seqlen_q=queries, lengths=(12, 20, 37))
+    call, after = make(setting, rng)
+    copies = {name: array.copy() for name, array in call.arrays.items()}
+    expected_out = fa.attention_with_kvcache(**copies, **call.options)
+    for name in ("key_cache", "value_cache"):
+        cache = call.arrays[name]
+        call.arrays[name] = np.full((*cache.shape, 3), 99, np.int8)[..., 0]
+        call.arrays[name][...] = cache
+    assert_same_bits(call.run(fa.attention_with_kvcache), expected_out)
+    for name, array in after.items():
+        assert_same_bits(call.arrays[name].copy(), array)
+
+
+def test_small_probabilities_keep_their_sum(kernel: Kernel) -> None:
+    """A key of probability 1 and many of e^-11 and less, all of one value, which is then the output."""
+    dim, rows = 16, 1024
+    query = convert(np.eye(1, dim).reshape(1, 1, 1, dim), kernel.dtype)
+    key = np.full((1, rows, 1, dim), -100, np.int8)
+    value, value_scale = np.full((1, rows, 1, dim), 127, np.int8), np.full((1, rows, 1), 1 / 127, np.float32)
+    for score in np.linspace(-11.5, -10.5, 6, dtype=np.float32):
+        key_scale = np.full((1, rows, 1), -score / 100, np.float32)
+        key_scale[:, 0] = 0
+        scales = {"key_scale": key_scale, "value_scale": value_scale, "scale": 1.0}
+        out = fa.attention_with_kvcache(query, key, value, **scales)
+        np.testing.assert_allclose(as_numpy(out), 1, atol=2.0**-8 if "16" in kernel.dtype else 1e-4)
+
+
+def test_a_table_is_read_as_far_as_it_is_used(rng: np.random.Generator) -> None:
+    query, key, value = rng.standard_normal((3, 1, 1, 2, 8), np.float32)
+    narrow, wide = np.zeros((1, 1), np.int64), np.broadcast_to(np.int64(0), (1, 2**40))
+    outs = []
+    for table in (narrow, wide):
+        caches = np.ones((2, 1, 4, 2, 8), np.float32)
+        new = {"new_key": key, "new_value": value, "cache_seqlens": 3}
+        outs.append((fa.attention_with_kvcache(query, *caches, **new, block_table=table), caches))
+    assert_same_bits(*outs)
 
 
 def test_defaults_of_lengths(rng: np.random.Generator) -> None:

@@ -48,15 +48,17 @@ def pools(page_size: int, dtype: str, rng: np.random.Generator) -> tuple[Any, ..
 
 
 @pytest.mark.parametrize("queries", [1, 3, 20])
-@pytest.mark.parametrize("page_size", [7, 16])
+@pytest.mark.parametrize(
+    "page_size, rules", [(7, {"window": (2450, 0)}), (16, {"alibi_slopes": np.geomspace(0.1, 1e-4, HEADS)})]
+)
 def test_bits_are_those_of_pages_of_their_own(
-    kernel: Kernel, page_size: int, queries: int, rng: np.random.Generator
+    kernel: Kernel, page_size: int, rules: dict[str, Any], queries: int, rng: np.random.Generator
 ) -> None:
     if kernel.isa == "scalar" and queries > 1:
         pytest.skip("plain loops share nothing, and take long")
     key, value, alone, shared = pools(page_size, kernel.dtype, rng)
     query = rng.standard_normal((len(LENGTHS), queries, HEADS, DIM)).astype(key.dtype)
-    options: dict[str, Any] = {"cache_seqlens": np.array(LENGTHS), "return_lse": True, "window": (2450, 0)}
+    options: dict[str, Any] = {"cache_seqlens": np.array(LENGTHS), "return_lse": True, **rules}
     expected = fa.attention_with_kvcache(query, key, value, block_table=alone, **options)
     actual = fa.attention_with_kvcache(query, key, value, block_table=shared, **options)
     assert_same_bits(actual, expected)

@@ -43,12 +43,13 @@ inline void list_block(const ForwardTask<E>& task, KeyValueView& view) {
   constexpr int64_t kNext = sizeof table.next / sizeof *table.next;
   constexpr auto kSize = static_cast<int64_t>(sizeof(typename E::Stored));
   const AttentionParams& p = task.p;
-  // What is read: whole groups of sums, and what is asked for ahead.
-  const int64_t count = min64(E::kBlockKeys, round_up(task.block_end(view.start) - view.start, 16) + kNext);
+  // What is read: whole groups of sums, and what is asked for ahead, of values up to 3 * kRowsAhead.
+  const int64_t existing = task.block_end(view.start) - view.start;
+  const int64_t count = min64(E::kBlockKeys, round_up(existing, 16) + 3 * kRowsAhead<E>);
   const auto list = [&](bool copied, const char* row, int64_t step, const void* tensor, const int64_t* strides,
                         const char** rows) {
     if (copied) {
-      list_copied_rows(row, step, task.block_end(view.start) - view.start, count, rows);
+      list_copied_rows(row, step, existing, count, rows);
     } else {
       list_rows(p, tensor, strides, kSize, task.rows.batch, task.rows.kv_head, view.start, task.keys, count, rows);
     }
@@ -260,8 +261,10 @@ inline BlockExtent<E> score_rows(const ForwardTask<E>& task, TileContext<E>& con
   bool hides = false;
   int64_t seen = 0, first = 0;  // tiles one behind the other, which are multiplied together
   const auto multiply = [&] {
-    multiply_rows<E>(context.probs, context.panel, view.key_rows, first, first + seen * E::kKeys, task.p.head_dim,
-                     view.keys_adjacent);
+    if (seen > 0) {
+      multiply_rows<E>(context.probs, context.panel, view.key_rows, first, first + seen * E::kKeys, task.p.head_dim,
+                       view.keys_adjacent);
+    }
   };
   const Panel<E>& panel = context.panel;
   const bool sees_all = context.dense.sights == nullptr && begin >= panel.first_max && end <= panel.last_min &&

@@ -30,16 +30,16 @@ struct ForwardCall {
   typename E::Scalar* scores;  // null, or [wave][rows of a key/value head][kept_stride], for few queries: they stay
 };
 
-// The keys of one tile, whatever block it lies in; where the task packs for itself, these alone.
+// The keys of one tile of a sequence, up to `end`, whatever block it lies in; where the task packs for itself, these
+// alone. The tile of a diagonal is the sequence's own, whoever shares the task's keys.
 template <class E>
-inline TileRows seed_keys(const ForwardTask<E>& task, int64_t key) {
+inline TileRows seed_keys(const ForwardTask<E>& task, int64_t batch, int64_t key, int64_t end) {
   const OperandLayout& layout = task.plan.layout;
   if (!task.plan.pack_in_task || !layout.pack_key) {
     return tile_keys<E>(task, task.whole, key);
   }
   char* packed = task.scratch + task.plan.tail_at;
-  pack_keys<E>(task.p, task.rows.batch, task.rows.kv_head, key, min64(key + E::kKeys, task.p.seqlen_k),
-               layout.key_row_bytes, packed);
+  pack_keys<E>(task.p, batch, task.rows.kv_head, key, end, layout.key_row_bytes, packed);
   return {packed, layout.key_row_bytes};
 }
 
@@ -65,10 +65,10 @@ FASTATTN_NOINLINE void seed_panel(const ForwardTask<E>& task, TileContext<E>& co
       done[other] |= wanted[other];
     }
     const int64_t block = round_down(key, E::kBlockKeys);
-    const int64_t end = min64(key + E::kKeys, task.block_end(block));
+    const int64_t end = min64(key + E::kKeys, existing_keys(task.p, panel.batch));
     enter_block<E>(panel, block);
     context.dense = dense_block<E>(panel, task.p, block, key, end, task.dense());
-    seed_shift<E>(context, seed_keys<E>(task, key), key - block, wanted);
+    seed_shift<E>(context, seed_keys<E>(task, panel.batch, key, end), key - block, wanted);
   }
 }
 

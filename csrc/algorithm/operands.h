@@ -133,10 +133,14 @@ struct StoredRows {
 
 inline bool is_quantised(const AttentionParams& p) { return p.kv_dtype != p.dtype; }
 
-// The numbers of a quantised row, times its scale.
+// The numbers of a quantised row, which starts at `index`, times its scale.
 template <class E, class Stored>
-FASTATTN_NOINLINE void dequantise(const Stored* row, float scale, int64_t count, typename E::Source* out) {
+FASTATTN_NOINLINE void dequantise(const StoredRows& rows, int64_t index, float scale, typename E::Source* out) {
   using V = typename E::V;
+  const int64_t count = rows.columns;
+  Stored gathered[kMaxHeadDim];
+  const auto* row = at<Stored>(rows.data, index);
+  row = rows.strides[3] == 1 ? row : gather_row(row, rows.strides[3], count, gathered);
   const auto factor = V::set1(scale);
   int64_t d = 0;
   for (; d + E::kWidth <= count; d += E::kWidth) {
@@ -158,13 +162,13 @@ inline const typename E::Source* read_row(const AttentionParams& p, const Stored
       const float scale = rows.scales[row_index(p, rows.scale_strides, batch, head, key)];
       switch (p.kv_dtype) {
         case DType::int8:
-          dequantise<E>(at<Int8>(rows.data, index), scale, rows.columns, buffer);
+          dequantise<E, Int8>(rows, index, scale, buffer);
           break;
         case DType::float8_e4m3fn:
-          dequantise<E>(at<Float8E4M3>(rows.data, index), scale, rows.columns, buffer);
+          dequantise<E, Float8E4M3>(rows, index, scale, buffer);
           break;
         default:
-          dequantise<E>(at<Float8E5M2>(rows.data, index), scale, rows.columns, buffer);
+          dequantise<E, Float8E5M2>(rows, index, scale, buffer);
       }
       return buffer;
     }

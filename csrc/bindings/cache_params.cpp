@@ -1,5 +1,6 @@
 #include "bindings/cache_params.h"
 
+#include <algorithm>
 #include <string>
 
 namespace py = pybind11;
@@ -63,7 +64,7 @@ void copy_pages(const TensorView& table, const CacheUpdateParams& p, int64_t num
         fail("block_table", "sequence " + std::to_string(b) + ", slot " + std::to_string(slot) + " names page " +
                                 std::to_string(page) + ", expected 0.." + std::to_string(num_pages - 1));
       }
-      pages[static_cast<size_t>(b * table.sizes[1] + slot)] = page;
+      pages[static_cast<size_t>(b * p.block_table_stride + slot)] = page;
     }
   }
 }
@@ -77,14 +78,18 @@ void set_pages(const TensorView& table, const TensorView& cache, CacheUpdatePara
   if (p.page_size < 1 || (p.capacity - 1) / p.page_size >= table.sizes[1]) {
     fail("capacity", "is more than the pages of a sequence hold");
   }
-  pages.assign(static_cast<size_t>(p.batch * table.sizes[1]), 0);
+  p.block_table_stride = 1;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t last = std::min(p.start[b] + p.new_rows, p.capacity) - 1;
+    p.block_table_stride = std::max(p.block_table_stride, last / p.page_size + 1);
+  }
+  pages.assign(static_cast<size_t>(p.batch * p.block_table_stride), 0);
   if (table.code == kCodeInt32) {
     copy_pages<int32_t>(table, p, cache.sizes[0], pages);
   } else {
     copy_pages<int64_t>(table, p, cache.sizes[0], pages);
   }
   p.block_table = pages.data();
-  p.block_table_stride = table.sizes[1];
 }
 
 void set_new_rows(const CacheViews& v, CacheUpdateParams& p, Pages& pages) {

@@ -1,5 +1,6 @@
 #include "bindings/make_params.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -192,11 +193,15 @@ void read_scales(const char* name, const py::object& from, const TensorView& of,
   }
 }
 
+int64_t used_pages(const AttentionParams& p, int64_t batch) {
+  return (p.kv_lengths[batch] + p.page_size - 1) / p.page_size;
+}
+
 // Copies the page numbers of a sequence as far as its length goes; what stands beyond is nobody's.
 template <class T>
 void read_pages(const TensorView& table, const AttentionParams& p, int64_t num_pages, Pages& pages) {
   for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t used = (p.kv_lengths[b] + p.page_size - 1) / p.page_size;
+    const int64_t used = used_pages(p, b);
     const T* row = static_cast<const T*>(table.data) + b * table.strides[0];
     for (int64_t slot = 0; slot < used; ++slot) {
       const int64_t page = row[slot * table.strides[1]];
@@ -204,17 +209,8 @@ void read_pages(const TensorView& table, const AttentionParams& p, int64_t num_p
         fail("block_table", "sequence " + std::to_string(b) + ", slot " + std::to_string(slot) + " names page " +
                                 std::to_string(page) + ", expected 0.." + std::to_string(num_pages - 1));
       }
-      pages[static_cast<size_t>(b * table.sizes[1] + slot)] = page;
+      pages[static_cast<size_t>(b * p.block_table_stride + slot)] = page;
     }
-  }
-}
-
-void check_quantised(const AttentionParams& p, const TensorArguments& tensors) {
-  if (p.key_strides[3] != 1 || p.value_strides[3] != 1) {
-    fail("key, value", "the elements of a quantised row must be adjacent");
-  }
-  if (!tensors.bias.is_none() || !tensors.weights.is_none()) {
-    fail("bias, weights", "there are none with quantised keys");
   }
 }
 
@@ -312,19 +308,20 @@ void set_paged_inputs(const TensorView& query, TensorView key, TensorView value,
   if (p.kv_lengths == nullptr) {
     fail("kv_lengths", "pages need lengths");
   }
+  p.block_table_stride = 1;
   for (int64_t b = 0; b < p.batch; ++b) {
     if (p.kv_lengths[b] < 0 || p.kv_lengths[b] > keys) {
       fail("kv_lengths", "must be within what the pages of a sequence hold");
     }
+    p.block_table_stride = std::max(p.block_table_stride, used_pages(p, b));
   }
-  pages.assign(static_cast<size_t>(p.batch * table.sizes[1]), 0);
+  pages.assign(static_cast<size_t>(p.batch * p.block_table_stride), 0);
   if (table.code == kCodeInt32) {
     read_pages<int32_t>(table, p, num_pages, pages);
   } else {
     read_pages<int64_t>(table, p, num_pages, pages);
   }
   p.block_table = pages.data();
-  p.block_table_stride = table.sizes[1];
 }
 
 void set_scales(const char* name, const TensorView& view, const TensorView& of, const float*& to,
@@ -351,8 +348,8 @@ AttentionParams make_params(const TensorArguments& tensors, Derived& derived) {
   if ((p.kv_dtype != p.dtype) != (p.key_scales != nullptr) || (p.kv_dtype != p.dtype) != (p.value_scales != nullptr)) {
     fail("key_scales, value_scales", "expected both with quantised keys and values, and neither with others");
   }
-  if (p.kv_dtype != p.dtype) {
-    check_quantised(p, tensors);
+  if (p.kv_dtype != p.dtype && (!tensors.bias.is_none() || !tensors.weights.is_none())) {
+    fail("bias, weights", "there are none with quantised keys");
   }
   read_outputs(tensors, p);
   read_dense(tensors, p);
