@@ -402,6 +402,13 @@ def test_a_pool_that_has_no_memory_to_grow(monkeypatch):
     assert torch.equal(cache.layers[0].keys, rows.repeat(1, 1, 2, 1))
 
 
+@pytest.mark.parametrize("name", ["page_size", "num_pages"])
+@pytest.mark.parametrize("given", [0, -3, 2.5])
+def test_sizes_that_are_none_are_refused(name, given):
+    with pytest.raises(ValueError, match=f"{name} must be None or an integer from 1 up, got {given}"):
+        PagedCache(llama().config, **{name: given})
+
+
 def test_layers_go_together():
     cache = PagedCache(llama().config)
     cache.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), 0)

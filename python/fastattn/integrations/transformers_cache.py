@@ -52,8 +52,9 @@ class PagedCache(Cache):
     Raises
     ------
     ValueError
-        For a model with layers that keep something else than keys and values, such as recurrent ones; and at
-        the first call, for one whose layers differ in their heads or head dimensions.
+        For sizes that are no integers from 1 up, and a model with layers that keep something else than keys
+        and values, such as recurrent ones; at the first call, for one whose layers differ in their heads or
+        head dimensions.
 
     Notes
     -----
@@ -73,6 +74,9 @@ class PagedCache(Cache):
         num_pages: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        for name, given in {"page_size": page_size, "num_pages": num_pages}.items():
+            if given is not None and not (isinstance(given, int) and given > 0):
+                raise ValueError(f"{name} must be None or an integer from 1 up, got {given!r}")
         config = config.get_text_config(decoder=True)
         kinds = set(getattr(config, "layer_types", None) or ()) - set(_KEPT_TYPES)
         if kinds:
