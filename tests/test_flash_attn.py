@@ -294,6 +294,7 @@ def test_padding_is_taken_out_and_put_back() -> None:
     padded = pad_input(loose, indices, 3, 4)
     kept = (mask + unused)[..., None].bool()
     assert torch.equal(padded, x * kept)
+    assert torch.equal(padded, pad_input(loose, indices.int(), 3, 4))  # as transformers has them
     padded.sum().backward()
     assert torch.equal(x.grad, kept.expand_as(x).float())
 
