@@ -255,6 +255,8 @@ def test_a_window_wider_than_the_cache_turns_queries_as_none_does() -> None:
             {"cache_batch_idx": torch.tensor([1, 2]), "cache_leftpad": torch.tensor([0, 1])},
             "got 2 for sequence 1",
         ),
+        ({"cache_leftpad": torch.tensor([-1, 0])}, "kv_starts must be from 0"),
+        ({"cache_leftpad": torch.tensor([1])}, r"kv_starts must have shape \(2,\)"),
         ({"rotary_cos": torch.ones(9, 8)}, "rotary_cos and rotary_sin must be given together"),
         ({"rotary_cos": torch.ones(3, 8), "rotary_sin": torch.ones(3, 8)}, "rotary_cos has"),
         ({"cache_leftpad": torch.tensor([0, 1]), "alibi_slopes": torch.ones(3)}, "alibi_slopes"),
@@ -292,6 +294,7 @@ def test_padding_is_taken_out_and_put_back() -> None:
     padded = pad_input(loose, indices, 3, 4)
     kept = (mask + unused)[..., None].bool()
     assert torch.equal(padded, x * kept)
+    assert torch.equal(padded, pad_input(loose, indices.int(), 3, 4))  # as transformers has them
     padded.sum().backward()
     assert torch.equal(x.grad, kept.expand_as(x).float())
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import fastattn as fa
+from fastattn.page_pool import PagePool
 from fastattn.page_table import SharedPrefix
 
 torch = pytest.importorskip("torch")
@@ -143,6 +144,37 @@ def test_layers_can_be_had_while_the_pool_grows(monkeypatch):
     cache.grow(16)
     thread.join()
     assert found[0]["key_cache"].shape[0] == 16
+
+
+@pytest.mark.parametrize(
+    ("call", "where", "before"),
+    [(lambda cache: cache.grow(5), "_empty", 1), (lambda cache: cache.defragment(), "reorder", 0)],
+    ids=["grow", "defragment"],
+)
+def test_where_memory_runs_out_nothing_has_moved(call, where, before, monkeypatch):
+    """For the larger values, after keys were moved, or for a layer in another order."""
+    cache = cache_of(4, page_size=2)
+    dropped, kept = filled(cache, 4), filled(cache, 3)
+    rows = np.arange(3 * 2 * 8, dtype=np.float32).reshape(1, 3, 2, 8)
+    cache.write([kept], rows, -rows)
+    cache.free(dropped)
+    usage, real, left = cache.usage(), getattr(PagePool, where), [None] * before
+
+    def fails(*arguments: Any) -> Any:
+        if not left:
+            raise MemoryError
+        left.pop()
+        return real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(PagePool, where, fails)
+        call(cache)
+    assert cache.usage() == usage
+    for again in (False, True):
+        if again:
+            call(cache)
+        assert all(np.array_equal(a, b) for a, b in zip(cache.read(kept), (rows[0], -rows[0]), strict=True))
+        fa.attention_with_kvcache(rows[:, :1], **cache.layer(0), **cache.batch([kept]))
 
 
 def test_usage():

@@ -105,6 +105,17 @@ def test_every_layer_calls_fastattn(make, monkeypatch):
     assert len(calls) == {llama: 2, bart: 6}[make]
 
 
+def test_a_layer_is_one_graph_of_torch_compile():
+    layer = use(build(llama), "fastattn").model.layers[0].self_attn
+    rows = torch.randn(1, 6, 5, 16, generator=torch.Generator().manual_seed(1))
+
+    def call(rows: torch.Tensor) -> torch.Tensor:
+        return integration.attention_forward(layer, rows, rows, rows, None)[0]
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(rows), call(rows))
+
+
 def generate(model, implementation: str, **inputs: Any):
     return use(model, implementation).generate(
         **inputs,

@@ -388,6 +388,38 @@ def test_a_pool_that_never_grows():
     assert roomy.usage().free_pages == 0
 
 
+def test_a_pool_that_has_no_memory_to_grow(monkeypatch):
+    def grow(*_: Any) -> None:
+        raise MemoryError
+
+    cache, rows = PagedCache(llama().config, page_size=2), torch.ones(1, 2, 3, 8)
+    cache.update(rows, rows, 0)
+    monkeypatch.setattr(fa.PagedKVCache, "grow", grow)
+    with pytest.raises(MemoryError):
+        cache.update(*[rows.repeat(1, 1, 9, 1)] * 2, 0)
+    assert cache.get_seq_length() == 3
+    cache.update(rows, rows, 0)
+    assert torch.equal(cache.layers[0].keys, rows.repeat(1, 1, 2, 1))
+
+
+@pytest.mark.parametrize("name", ["page_size", "num_pages"])
+@pytest.mark.parametrize("given", [0, -3, 2.5])
+def test_sizes_that_are_none_are_refused(name, given):
+    with pytest.raises(ValueError, match=f"{name} must be None or an integer from 1 up, got {given}"):
+        PagedCache(llama().config, **{name: given})
+
+
+def test_layers_go_together():
+    cache = PagedCache(llama().config)
+    cache.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), 0)
+    with pytest.raises(ValueError, match=r"layers of one size, .* \(2, 8, 8\), got \(2, 9, 8\)"):
+        cache.update(torch.ones(1, 2, 3, 9), torch.ones(1, 2, 3, 8), 1)
+    assert cache.get_seq_length(1) == 0
+    for name in ("reset", "reorder_cache", "crop", "batch_repeat_interleave", "offload"):
+        with pytest.raises(NotImplementedError, match="call this method of the cache"):
+            getattr(cache.layers[0], name)(torch.zeros(1))
+
+
 def test_another_batch_is_refused():
     model = use(build(llama), "fastattn")
     cache = PagedCache(model.config)

@@ -76,17 +76,26 @@ class PagePool:
                 pool[:, new] = pool[:, old]
 
     def reorder(self, old: NDArray[np.int32]) -> None:
-        """Let page ``old[i]`` become page ``i``; one layer at a time is held twice."""
+        """Let page ``old[i]`` become page ``i``; one layer at a time is held twice.
+
+        The largest comes first: where there is no memory for it, nothing has moved.
+        """
         numbers = self._library.integers(old)
-        for pool in self.arrays.values():
+        for pool in sorted(self.arrays.values(), key=lambda pool: -int(pool.nbytes)):
             for layer in pool:
                 layer[: len(old)] = layer[numbers]
 
     def grow(self, num_pages: int) -> None:
-        """Move to memory for so many pages."""
-        for name, pool in self.arrays.items():
-            self.arrays[name] = self._empty((pool.shape[0], num_pages, *pool.shape[2:]), pool.dtype)
-            self.arrays[name][:, : pool.shape[1]] = pool
+        """Move to memory for so many pages; where there is none, all arrays have as many as before."""
+        before = self.arrays["key_cache"].shape[1]
+        try:
+            for name, pool in self.arrays.items():
+                larger = self._empty((pool.shape[0], num_pages, *pool.shape[2:]), pool.dtype)
+                larger[:, :before] = pool
+                self.arrays[name] = larger
+        except BaseException:
+            self.arrays = {name: pool[:, :before] for name, pool in self.arrays.items()}
+            raise
 
     def write(self, name: str, layer: int, pages: NDArray[Any], rows: NDArray[Any], given: Array) -> None:
         """Store `given`, in the axes of a call, as the tokens at (pages, rows), each (B, n).

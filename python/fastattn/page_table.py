@@ -159,21 +159,20 @@ class PageTable:
         self._free.extend(range(total, num_pages))  # larger than all that are in the heap, so it stays one
         self.references = np.pad(self.references, (0, num_pages - total))
 
-    def defragment(self) -> NDArray[np.int32]:
-        """Number the held pages anew, as sequences hold them: from 0, without gaps.
+    def held_pages(self) -> NDArray[np.int32]:
+        """Numbers of the pages that are held, in the order in which sequences hold them."""
+        held = dict.fromkeys(page for held in self._sequences.values() for page in held.pages)
+        return np.array(list(held), np.int32)
 
-        Returns the old number of each new one.
-        """
-        old = list(dict.fromkeys(page for held in self._sequences.values() for page in held.pages))
-        new = {page: number for number, page in enumerate(old)}
+    def renumber(self, old: NDArray[np.int32]) -> None:
+        """Call the held page ``old[i]`` page ``i``."""
+        new = {page: number for number, page in enumerate(old.tolist())}
         for held in self._sequences.values():
             held.pages = array("i", [new[page] for page in held.pages])
-        order = np.array(old, np.int32)
-        references = self.references[order]
+        references = self.references[old]
         self.references[:] = 0
-        self.references[: len(order)] = references
-        self._free = list(range(len(order), len(self.references)))
-        return order
+        self.references[: len(old)] = references
+        self._free = list(range(len(old), len(self.references)))
 
     def shared_prefixes(self, sequences: Sequence[int]) -> list[SharedPrefix]:
         """Group sequences by the full pages at their start, so that the fewest pages are read in all."""

@@ -405,7 +405,9 @@ class PagedKVCache:
     def defragment(self) -> None:
         """Move the used pages to the front of the pool, in the order in which sequences hold them."""
         with self._lock:
-            self._pool.reorder(self._table.defragment())
+            order = self._table.held_pages()
+            self._pool.reorder(order)
+            self._table.renumber(order)
 
     def __repr__(self) -> str:
         usage = self.usage()

@@ -121,6 +121,9 @@ def _append_then_attend(
         step = int(rules["causal"] or rules["window"] is not None)
         tables = options["rotary_cos"], options["rotary_sin"]
         turned = _turned(q, *tables, start, step, options["rotary_interleaved"])
+    if leftpad is not None:  # looked at before anything is written
+        rows = k_cache.new_empty(1).expand(len(q), *k_cache.shape[1:])
+        attention(q[:, :0], rows, rows, kv_starts=leftpad, layout="bshd")
     attention_with_kvcache(q[:, :0], k_cache, v_cache, **options)  # all but attends: checks, and appends
     if leftpad is None:
         pages = {"cache_seqlens": lengths, "block_table": table}

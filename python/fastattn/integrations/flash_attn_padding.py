@@ -13,7 +13,7 @@ def index_first_axis(rows: Tensor, indices: Tensor) -> Tensor:
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
     """`first_axis_dim` rows, `values` at `indices` and zeros elsewhere, with gradients."""
-    return values.new_zeros(first_axis_dim, *values.shape[1:]).index_copy(0, indices, values)
+    return values.new_zeros(first_axis_dim, *values.shape[1:]).index_put((indices,), values)
 
 
 def unpad_input(

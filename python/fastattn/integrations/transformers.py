@@ -214,6 +214,8 @@ def _refuse_unknown(kwargs: dict[str, Any]) -> None:
 def _weights_are_wanted(module: torch.nn.Module) -> bool:
     """`output_attentions` of the module's config, past the lookup of names in Python that configs have."""
     config = getattr(module, "config", None)
+    if torch.compiler.is_compiling():  # which cannot follow the way past it, and has no need to
+        return bool(getattr(config, "output_attentions", False))
     try:
         return bool(object.__getattribute__(config, "__dict__")["_output_attentions"])
     except (AttributeError, KeyError):  # no config, or another's

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -52,7 +52,9 @@ class PagedCache(Cache):
     Raises
     ------
     ValueError
-        For a model with layers that keep something else than keys and values, such as recurrent ones.
+        For sizes that are no integers from 1 up, and a model with layers that keep something else than keys
+        and values, such as recurrent ones; at the first call, for one whose layers differ in their heads or
+        head dimensions.
 
     Notes
     -----
@@ -72,6 +74,9 @@ class PagedCache(Cache):
         num_pages: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        for name, given in {"page_size": page_size, "num_pages": num_pages}.items():
+            if given is not None and not (isinstance(given, int) and given > 0):
+                raise ValueError(f"{name} must be None or an integer from 1 up, got {given!r}")
         config = config.get_text_config(decoder=True)
         kinds = set(getattr(config, "layer_types", None) or ()) - set(_KEPT_TYPES)
         if kinds:
@@ -165,6 +170,7 @@ class _Pages:
     ) -> None:
         self.layers, self.page_size, self.num_pages, self.dtype = layers, page_size, num_pages, dtype
         self.pool: PagedKVCache | None = None
+        self.sizes: tuple[int, ...] = ()  # Hkv, D and Dv of the pool
         self.sequences: list[int] = []
         self.forget()
 
@@ -192,15 +198,21 @@ class _Pages:
     def prepare(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Make the pool for such rows at the first call, and a sequence for each of the batch."""
         batch, heads, tokens, head_dim = key.shape
+        sizes = heads, head_dim, value.shape[3]
         if self.pool is None:
             page_size = self.page_size or _page_size_for(tokens if self.num_pages is None else 0)
             needed = batch * -(-max(1, tokens) // page_size)
             self.pool = PagedKVCache(
-                *(self.num_pages or 2 * needed, page_size, heads, head_dim, value.shape[3]),
+                *(self.num_pages or 2 * needed, page_size, *sizes),
                 layers=self.layers,
                 dtype=self.dtype or key.dtype,
                 device=key.device,
                 layout="bhsd",
+            )
+            self.sizes = sizes
+        if sizes != self.sizes:
+            raise ValueError(
+                f"PagedCache keeps layers of one size, (heads, key dim, value dim) {self.sizes}, got {sizes}"
             )
         if not self.sequences:
             self.sequences = [self.pool.allocate() for _ in range(batch)]
@@ -460,12 +472,9 @@ class _PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # of its _
         self.settle()
         key, value = as_autocast_would(key_states, value_states)
         self.pages.prepare(key, value)
-        start, self.length = self.length, self.length + key.shape[2]
-        try:
-            self.pages.extend(self.length)
-        except OutOfPagesError:
-            self.length = start
-            raise
+        start, end = self.length, self.length + key.shape[2]
+        self.pages.extend(end)
+        self.length = end
         self.last = _Appended(self, key, value, start)
         return PagedStates(self.last, 0), PagedStates(self.last, 1)
 
@@ -488,6 +497,13 @@ class _PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # of its _
         return -1
 
     get_max_cache_shape = get_max_length  # its name in transformers 4
+
+    def _of_the_cache(self, *_: Any, **__: Any) -> NoReturn:
+        raise NotImplementedError("layers of a PagedCache go together: call this method of the cache")
+
+    # What the base class, or another layer, does with keys and values of its own.
+    reset = reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _of_the_cache
+    offload = prefetch = _of_the_cache
 
     def _copied(self, place: int) -> torch.Tensor | None:
         self.settle()
