@@ -427,6 +427,11 @@ CALLS: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "num_tokens must be one number, or 1, got 2",
     ),
+    "written-twice": (
+        lambda cache: cache.write([0, 0], numpy_rows(2, 1, 2, 8), numpy_rows(2, 1, 2, 8)),
+        ValueError,
+        r"sequences must differ, got \[0, 0\]",
+    ),
     "negative": (lambda cache: cache.extend([0], -1), ValueError, "num_tokens must be at least 0, got -1"),
     "real": (lambda cache: cache.reserve([0], [1.5]), TypeError, "num_tokens must be an integer, got float"),
     "real-of-all": (

@@ -308,7 +308,7 @@ class PagedKVCache:
         Parameters
         ----------
         sequences : sequence of int
-            B sequences.
+            B different sequences.
         key, value : array, shape (B, n, Hkv, D) and (B, n, Hkv, Dv), or of layout "bhsd"
             In the cache's dtype; any float dtype if the cache is quantised: each row is then divided by its
             scale, the largest magnitude in it over the largest number of the dtype, and rounded to nearest.
@@ -322,7 +322,7 @@ class PagedKVCache:
             For arrays that do not fit the cache, tokens beyond a length or on a page that is shared, and
             tensors that require grad. Nothing has been written then.
         """
-        _check_several(sequences)
+        _check_different(sequences)
         with self._lock:
             self._check_layer(layer)
             heads_first = self.layout == "bhsd"
@@ -418,11 +418,8 @@ class PagedKVCache:
         )
 
     def _growth(self, sequences: Sequence[int], num_tokens: int | Sequence[int]) -> dict[int, int]:
-        _check_several(sequences)
-        growth = dict(zip(sequences, _one_each("num_tokens", num_tokens, len(sequences)), strict=True))
-        if len(growth) < len(sequences):
-            raise ValueError(f"sequences must differ, got {list(sequences)}")
-        return growth
+        _check_different(sequences)
+        return dict(zip(sequences, _one_each("num_tokens", num_tokens, len(sequences)), strict=True))
 
     def _make_room(self, growth: Mapping[int, int]) -> None:
         copies = self._table.make_room(growth)
@@ -483,6 +480,13 @@ def _check_several(sequences: Any) -> None:
     """Raise TypeError for one sequence where some are expected."""
     if not hasattr(sequences, "__len__"):
         raise TypeError(f"sequences must be a list of sequences, got {type_name(sequences)}")
+
+
+def _check_different(sequences: Any) -> None:
+    """Raise for one sequence, or one that comes twice."""
+    _check_several(sequences)
+    if len(set(sequences)) < len(sequences):
+        raise ValueError(f"sequences must differ, got {list(sequences)}")
 
 
 def _one_each(name: str, given: Any, count: int) -> Sequence[int]:
