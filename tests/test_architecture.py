@@ -73,7 +73,8 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "nn": {"functional"},
     "compare": {"nn", "_core", "_threads"},
     "integrations": {
-        *("functional", "varlen", "backends", "kvcache", "paged_cache", "problem", "observers"),
+        *("functional", "varlen", "backends", "kvcache", "paged_cache", "problem", "vectors", "arrays"),
+        "observers",
     },
     "viz": {"functional", "insights", "problem", "strided", "vectors", "float8", "integrations"},
     "demo": {"__init__", "integrations", "viz"},

@@ -171,6 +171,13 @@ def test_what_does_not_fit_is_refused() -> None:
         fl.flash_attn_varlen_qkvpacked_func(torch.stack([x, x, x], 2), torch.tensor([0, 2, 4]), 2)
     with pytest.raises(ValueError, match="cu_seqlens_k"):
         fl.flash_attn_varlen_func(x[0], x[0], x[0], torch.tensor([0, 4]), torch.tensor([0, 5]), 4, 5)
+    for window in None, 4, (2.0, 0), (1, None), (1, 1, 1):
+        with pytest.raises((TypeError, ValueError), match=r"window_size must be two integers .*, got "):
+            fl.flash_attn_func(x, x, x, window_size=window)
+    with pytest.raises(TypeError, match="causal must be a bool, got str"):
+        fl.flash_attn_func(x, x, x, causal="no")
+    with pytest.raises(ValueError, match=r"attention_mask must have the shape .* \(2, 4\), got \(2, 3\)"):
+        unpad_input(x, torch.ones(2, 3))
 
 
 def pages() -> dict[str, Any]:
@@ -216,6 +223,28 @@ def test_pages_that_are_not_there_are_named(lengths: list[int]) -> None:
     )
 
 
+@pytest.mark.parametrize("starts_q", [[0, 2, 4], [0, 1, 4]])
+@pytest.mark.parametrize(
+    "starts_k, longest, error, message",
+    [
+        ([1, 4, 10], 6, ValueError, "cu_seqlens_k must start at 0, got 1"),
+        ([0, 4, 2], 6, ValueError, "cu_seqlens_k must never fall, got 2 after 4"),
+        ([0, 4, 10], 5, ValueError, "max_seqlen_k must be at least the longest sequence's 6, got 5"),
+        ([0, 4, 10], 6.5, TypeError, "max_seqlen_k must be an integer, got 6.5"),
+    ],
+)
+def test_lengths_of_pages_are_checked(
+    starts_q: list[int], starts_k: list[int], longest: Any, error: type[Exception], message: str
+) -> None:
+    """Whether pages are read where they lie or gathered."""
+    where, starts = pages(), (torch.tensor(starts_q), torch.tensor(starts_k))
+    with pytest.raises(error, match=message):
+        fl.flash_attn_varlen_func(
+            *(torch.randn(4, 4, 16), where["k"], where["v"], *starts, starts_q[2] - starts_q[1], longest),
+            block_table=where["block_table"],
+        )
+
+
 def test_caches_of_more_sequences_than_queries() -> None:
     q, cache = rows(1), torch.randn(5, 8, 4, 16)
     assert torch.equal(
@@ -250,13 +279,24 @@ def test_a_window_wider_than_the_cache_turns_queries_as_none_does() -> None:
             {"page_table": torch.tensor([[0], [1]]), "cache_batch_idx": torch.zeros(2)},
             "cache_batch_idx must be None",
         ),
-        ({"cache_batch_idx": torch.tensor([1, 1])}, "block_table must give each new row a place of its own"),
+        ({"cache_batch_idx": torch.tensor([1, 1])}, r"cache_batch_idx must differ .*, got \[1, 1\]"),
+        ({"cache_batch_idx": torch.tensor([[0], [1]])}, r"cache_batch_idx must have shape \(2,\)"),
         (
             {"cache_batch_idx": torch.tensor([1, 2]), "cache_leftpad": torch.tensor([0, 1])},
-            "got 2 for sequence 1",
+            "cache_batch_idx must hold rows of k_cache, from 0 to 1, got 2 for sequence 1",
         ),
-        ({"cache_leftpad": torch.tensor([-1, 0])}, "kv_starts must be from 0"),
-        ({"cache_leftpad": torch.tensor([1])}, r"kv_starts must have shape \(2,\)"),
+        ({"cache_leftpad": torch.tensor([-1, 0])}, "cache_leftpad must be from 0"),
+        ({"cache_leftpad": torch.tensor([1])}, r"cache_leftpad must have shape \(2,\)"),
+        (
+            {"cache_leftpad": torch.tensor([0, 10])},
+            "cache_leftpad must be from 0 to k_cache's length 9, got 10",
+        ),
+        (
+            {"cache_leftpad": torch.tensor([0, 1]), "cache_seqlens": torch.tensor([1, 2, 3])},
+            r"cache_seqlens must have shape \(2,\), got \(3,\)",
+        ),
+        ({"block_table": torch.tensor([0, 1])}, r"block_table must have shape \(batch, slots\), got \(2,\)"),
+        ({"rotary_cos": torch.ones(9), "rotary_sin": torch.ones(9)}, "rotary_cos must have shape"),
         ({"rotary_cos": torch.ones(9, 8)}, "rotary_cos and rotary_sin must be given together"),
         ({"rotary_cos": torch.ones(3, 8), "rotary_sin": torch.ones(3, 8)}, "rotary_cos has"),
         ({"cache_leftpad": torch.tensor([0, 1]), "alibi_slopes": torch.ones(3)}, "alibi_slopes"),

@@ -68,7 +68,7 @@ TYPES: dict[str, tuple[Changes, str]] = {
     ),
     "seqlens-bool": (
         {"cache_seqlens": True},
-        "cache_seqlens must be a NumPy array like the first argument, got bool",
+        "cache_seqlens must be an integer, or one for each sequence, got bool",
     ),
     "causal": ({"causal": "top_left"}, "causal must be a bool, got str"),
     "rolling": ({"rolling": 1}, "rolling must be a bool, got int"),
@@ -91,7 +91,10 @@ VALUES: dict[str, tuple[Changes, str]] = {
         {"query": ones(2, 4, 8)},
         r"query must have 4 axes \(batch, length, heads, dim\), .*got \(2, 4, 8\)",
     ),
-    "batch": ({"query": ones(3, 2, 4, 8)}, "query and key_cache must have one batch size, got 3 and 2"),
+    "batch": (
+        {"query": ones(3, 2, 4, 8)},
+        r"query and key_cache must have one batch size, got 3 and 2 \(pages need a block_table\)",
+    ),
     "lengths": (
         {"value_cache": ones(2, 11, 2, 6)},
         r"key_cache and value_cache must have the same shape .*, got \(2, 2, 12\) and \(2, 2, 11\)",
@@ -119,7 +122,7 @@ VALUES: dict[str, tuple[Changes, str]] = {
     ),
     "no-room": (
         {"new_key": ones(2, 13, 2, 8), "new_value": ones(2, 13, 2, 6), "cache_seqlens": None},
-        "cache_seqlens must be from 0 to -1 in a cache of 12 rows, 13 of them new, got 0 for sequence 0",
+        "new_key must have at most the 12 rows of a sequence's cache, got 13",
     ),
     "seqlens-shape": (
         {"cache_seqlens": np.array([6, 9, 1])},

@@ -445,6 +445,12 @@ def test_bad_arguments_of_a_cache(arguments, error, message):
 
 
 CALLS: dict[str, tuple[Any, type[Exception], str]] = {
+    "one": (lambda cache: cache.extend(0, 1), TypeError, "sequences must be a list of sequences, got int"),
+    "tensors": (
+        lambda cache: cache.extend(torch.tensor([0]), 1),
+        TypeError,
+        "a sequence must be an integer, got Tensor",
+    ),
     "freed": (lambda cache: cache.free(7), ValueError, "sequence 7 is not in the cache"),
     "batch": (lambda cache: cache.batch([0, 7]), ValueError, "sequence 7 is not in the cache"),
     "twice": (lambda cache: cache.extend([0, 0], 1), ValueError, r"sequences must differ, got \[0, 0\]"),
@@ -453,8 +459,18 @@ CALLS: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "num_tokens must be one number, or 1, got 2",
     ),
+    "written-twice": (
+        lambda cache: cache.write([0, 0], numpy_rows(2, 1, 2, 8), numpy_rows(2, 1, 2, 8)),
+        ValueError,
+        r"sequences must differ, got \[0, 0\]",
+    ),
     "negative": (lambda cache: cache.extend([0], -1), ValueError, "num_tokens must be at least 0, got -1"),
     "real": (lambda cache: cache.reserve([0], [1.5]), TypeError, "num_tokens must be an integer, got float"),
+    "real-of-all": (
+        lambda cache: cache.extend([0], 1.5),
+        TypeError,
+        "num_tokens must be an integer, got float",
+    ),
     "long": (
         lambda cache: cache.truncate(0, 6),
         ValueError,

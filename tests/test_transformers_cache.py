@@ -383,6 +383,11 @@ def test_a_pool_that_never_grows():
     assert cache.get_seq_length() == 30
     cache.reset()
     assert cache.usage().free_pages == 6 and cache.get_seq_length() == 0 and cache.batch_size == -1
+    with pytest.raises(fa.OutOfPagesError, match="needed, 6 of 6 free"):
+        generate(model, "fastattn", cache, **prompt())
+    with torch.no_grad():
+        model(**inputs, **{KEYWORD: cache})  # of another batch, which is the first that there was room for
+    assert cache.batch_size == 1 and cache.get_seq_length() == LENGTH
     roomy = PagedCache(model.config, page_size=5, num_pages=7)
     agree(generate(model, "fastattn", roomy, **inputs), generate(model, "eager", **inputs))
     assert roomy.usage().free_pages == 0
@@ -400,13 +405,6 @@ def test_a_pool_that_has_no_memory_to_grow(monkeypatch):
     assert cache.get_seq_length() == 3
     cache.update(rows, rows, 0)
     assert torch.equal(cache.layers[0].keys, rows.repeat(1, 1, 2, 1))
-
-
-@pytest.mark.parametrize("name", ["page_size", "num_pages"])
-@pytest.mark.parametrize("given", [0, -3, 2.5])
-def test_sizes_that_are_none_are_refused(name, given):
-    with pytest.raises(ValueError, match=f"{name} must be None or an integer from 1 up, got {given}"):
-        PagedCache(llama().config, **{name: given})
 
 
 def test_layers_go_together():
@@ -443,6 +441,20 @@ def test_layers_that_keep_something_else_are_refused():
     config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(ValueError, match=r"got layers of type \['linear_attention'\]"):
         PagedCache(config)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"page_size": 0}, ValueError, "page_size must be at least 1, got 0"),
+        ({"num_pages": 0}, ValueError, "num_pages must be at least 1, got 0"),
+        ({"dtype": "int8"}, TypeError, "dtype must be a torch.dtype, got 'int8'"),
+        ({"config": 7}, TypeError, "config must be that of a model, model.config, got int"),
+    ],
+)
+def test_bad_settings_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        PagedCache(**{"config": llama().config, **arguments})
 
 
 @pytest.mark.parametrize("tokens, page_size", [(1, 128), (1023, 128), (1024, 256), (4095, 512), (9000, 1024)])

@@ -170,6 +170,8 @@ def _places(
     if cache_seqlens is None:
         cache_seqlens = 0 if tensors.new_key is not None else capacity
     limit = MAX_OFFSET if rolling else capacity - added
+    if limit < 0:
+        raise ValueError(f"new_key must have at most the {capacity} rows of a sequence's cache, got {added}")
     start = _lengths(library, cache_seqlens, query, limit, f"{capacity} rows, {added} of them new")
     if table is None:
         return start, None
@@ -187,11 +189,14 @@ def _lengths(library: ArrayLibrary, lengths: Any, query: Strided, limit: int, ro
         values = np.full(batch, lengths, np.int64)
         if library.keeps(query.array):
             kept = sys.modules["torch"].full((batch,), int(lengths), device=query.array.device)
+    elif not isinstance(lengths, (list, tuple)) and not hasattr(lengths, "shape"):
+        got = type_name(lengths)
+        raise TypeError(f"cache_seqlens must be an integer, or one for each sequence, got {got}")
     else:
         values, kept = short_vector("cache_seqlens", library, lengths, INTEGERS, [(batch,)])
     wrong = np.flatnonzero((values < 0) | (values > limit))
-    if wrong.size or limit < 0:
-        got = f"{values[wrong[0]]} for sequence {wrong[0]}" if wrong.size else f"room for {limit} others"
+    if wrong.size:
+        got = f"{values[wrong[0]]} for sequence {wrong[0]}"
         raise ValueError(f"cache_seqlens must be from 0 to {limit} in a cache of {room}, got {got}")
     return values.astype(np.int64, order="C") if kept is None else kept.long()
 

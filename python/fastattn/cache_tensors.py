@@ -56,7 +56,8 @@ class CacheTensors(NamedTuple):
             got = f"{key[:3]} and {value[:3]} as (batch or pages, heads, length)"
             raise ValueError(f"key_cache and value_cache must have the same shape but for the dim, got {got}")
         if not paged and key[0] != query[0]:
-            raise ValueError(f"query and key_cache must have one batch size, got {query[0]} and {key[0]}")
+            got = f"{query[0]} and {key[0]} (pages need a block_table)"
+            raise ValueError(f"query and key_cache must have one batch size, got {got}")
         if paged and not key[2]:
             raise ValueError("key_cache must have pages of at least one row, got none")
         if query[3] != key[3]:

@@ -181,6 +181,8 @@ class PageTable:
 
     def _held(self, sequence: int) -> _Held:
         held = self._sequences.get(sequence)
+        if held is None and not isinstance(sequence, (int, np.integer)):
+            raise TypeError(f"a sequence must be an integer, got {type(sequence).__qualname__}")
         if held is None:
             raise ValueError(f"sequence {sequence} is not in the cache: it was freed, or never allocated")
         return held

@@ -140,7 +140,7 @@ class PagedKVCache:
         sizes = {"num_pages": num_pages, "page_size": page_size, "kv_heads": kv_heads}
         sizes |= {"head_dim": head_dim, "value_dim": value_dim, "layers": layers}
         for name, size in sizes.items():
-            _check_integer(name, size, least=1)
+            check_integer(name, size, least=1)
         check_layout(layout)
         self.page_size = page_size
         self.layers = layers
@@ -271,6 +271,7 @@ class PagedKVCache:
         ValueError
             For an unknown sequence.
         """
+        _check_several(sequences)
         with self._lock:
             return self._arguments(sequences, [self._table.length(sequence) for sequence in sequences])
 
@@ -307,7 +308,7 @@ class PagedKVCache:
         Parameters
         ----------
         sequences : sequence of int
-            B sequences.
+            B different sequences.
         key, value : array, shape (B, n, Hkv, D) and (B, n, Hkv, Dv), or of layout "bhsd"
             In the cache's dtype; any float dtype if the cache is quantised: each row is then divided by its
             scale, the largest magnitude in it over the largest number of the dtype, and rounded to nearest.
@@ -321,6 +322,7 @@ class PagedKVCache:
             For arrays that do not fit the cache, tokens beyond a length or on a page that is shared, and
             tensors that require grad. Nothing has been written then.
         """
+        _check_different(sequences)
         with self._lock:
             self._check_layer(layer)
             heads_first = self.layout == "bhsd"
@@ -363,6 +365,7 @@ class PagedKVCache:
             Each sequence is a member of one group. Of all ways to group them, this is one that reads the
             fewest pages. Pages that are not full count for none.
         """
+        _check_several(sequences)
         with self._lock:
             return self._table.shared_prefixes(sequences)
 
@@ -391,7 +394,7 @@ class PagedKVCache:
         ValueError
             If there are that many already.
         """
-        _check_integer("num_pages", num_pages)
+        check_integer("num_pages", num_pages)
         with self._lock:
             if num_pages <= len(self._table.references):
                 raise ValueError(f"num_pages must be above {len(self._table.references)}, got {num_pages}")
@@ -417,10 +420,8 @@ class PagedKVCache:
         )
 
     def _growth(self, sequences: Sequence[int], num_tokens: int | Sequence[int]) -> dict[int, int]:
-        growth = dict(zip(sequences, _one_each("num_tokens", num_tokens, len(sequences)), strict=True))
-        if len(growth) < len(sequences):
-            raise ValueError(f"sequences must differ, got {list(sequences)}")
-        return growth
+        _check_different(sequences)
+        return dict(zip(sequences, _one_each("num_tokens", num_tokens, len(sequences)), strict=True))
 
     def _make_room(self, growth: Mapping[int, int]) -> None:
         copies = self._table.make_room(growth)
@@ -463,7 +464,7 @@ class PagedKVCache:
         held = self._table.length(sequence)
         if length is None:
             return held
-        _check_integer("length", length)
+        check_integer("length", length)
         if length > held:
             raise ValueError(f"length must be at most the {held} tokens of sequence {sequence}, got {length}")
         return length
@@ -472,21 +473,35 @@ class PagedKVCache:
         return [{**arrays, "layout": self.layout} for arrays in self._pool.layers()]
 
     def _check_layer(self, layer: int) -> None:
-        _check_integer("layer", layer)
+        check_integer("layer", layer)
         if layer >= self.layers:
             raise ValueError(f"layer must be below {self.layers}, got {layer}")
 
 
-def _one_each(name: str, given: int | Sequence[int], count: int) -> Sequence[int]:
-    numbers = [given] * count if isinstance(given, (int, np.integer)) else given
+def _check_several(sequences: Any) -> None:
+    """Raise TypeError for one sequence where some are expected."""
+    if not hasattr(sequences, "__len__"):
+        raise TypeError(f"sequences must be a list of sequences, got {type_name(sequences)}")
+
+
+def _check_different(sequences: Any) -> None:
+    """Raise for one sequence, or one that comes twice."""
+    _check_several(sequences)
+    if len(set(sequences)) < len(sequences):
+        raise ValueError(f"sequences must differ, got {list(sequences)}")
+
+
+def _one_each(name: str, given: Any, count: int) -> Sequence[int]:
+    numbers: Sequence[int] = given if hasattr(given, "__len__") else [given] * count
     if len(numbers) != count:
         raise ValueError(f"{name} must be one number, or {count}, got {len(numbers)}")
     for number in numbers:
-        _check_integer(name, number)
+        check_integer(name, number)
     return numbers
 
 
-def _check_integer(name: str, value: Any, least: int = 0) -> None:
+def check_integer(name: str, value: Any, least: int = 0) -> None:
+    """Raise unless it is an integer from `least` up."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {type_name(value)}")
     if value < least:

@@ -108,7 +108,7 @@ class AttentionProblem(NamedTuple):
         sequences = batch
         if cu_seqlens is not None:
             cu_seqlens = vectors.cu_seqlens(library, cu_seqlens, seqlen_q, seqlen_k)
-            max_seqlens = _max_seqlens(max_seqlens, cu_seqlens)
+            max_seqlens = checked_max_seqlens(max_seqlens, cu_seqlens)
             sequences = cu_seqlens[0].shape[0] - 1
         if query_offset is not None:
             query_offset = vectors.query_offset(library, query_offset, sequences)
@@ -367,7 +367,9 @@ def _counts(
     return None if given is None else vectors.counts(name, whose, library, given, batch, length)
 
 
-def _max_seqlens(given: tuple[Any, Any], cu_seqlens: tuple[Vector, Vector]) -> tuple[int | None, int | None]:
+def checked_max_seqlens(
+    given: tuple[Any, Any], cu_seqlens: tuple[Vector, Vector]
+) -> tuple[int | None, int | None]:
     """Return them as integers; raise unless no sequence is longer, as far as its length may be looked at."""
     for name, bound, starts in zip(("max_seqlen_q", "max_seqlen_k"), given, cu_seqlens, strict=True):
         if bound is None:

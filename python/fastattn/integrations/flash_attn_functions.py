@@ -7,31 +7,23 @@ whole table.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn.functional import attention
+from fastattn.integrations.flash_attn_checks import (
+    as_integer,
+    bounds_of,
+    check_causal,
+    check_flash3,
+    check_starts,
+    check_tensors,
+)
 from fastattn.kvcache import attention_with_kvcache
 from fastattn.varlen import attention_varlen
-
-# FlashAttention-3's arguments that say how to compute, and so change no result here.
-_HINTS = frozenset({"num_splits", "pack_gqa", "sm_margin", "scheduler_metadata"})
-_REFUSED = {
-    "qv": "scores have one product of query and key",
-    "q_descale": "queries are float64, float32, bfloat16 or float16",
-    "k_descale": "8-bit keys have a scale for each row: fastattn.attention_with_kvcache takes key_scale",
-    "v_descale": "8-bit values have a scale for each row: fastattn.attention_with_kvcache takes value_scale",
-    "attention_chunk": "fastattn.attention takes segment_ids, which attend within chunks",
-    "seqused_q": "give the lengths by cu_seqlens_q",
-    "seqused_k": "give the lengths by cu_seqlens_k",
-    "cu_seqlens_q": "flash_attn_varlen_func with a block_table takes queries of any lengths",
-    "cu_seqlens_k_new": "new keys have one length",
-    "max_seqlen_q": "it goes with cu_seqlens_q",
-    "rotary_seqlens": "angles are those of the positions in the cache",
-}
 
 
 def flash_attn_func(
@@ -153,8 +145,8 @@ def flash_attn_qkvpacked_func(
         q, k, v = _unpacked("qkv", qkv, 5, 3)
     else:
         check_tensors(qkv=qkv)
-        kv_heads, odd = divmod(qkv.shape[-2] - num_heads_q, 2)
-        if qkv.ndim != 4 or odd or kv_heads < 1:
+        kv_heads, odd = divmod(qkv.shape[2] - num_heads_q, 2) if qkv.ndim == 4 else (0, 0)
+        if odd or kv_heads < 1:
             expected = f"(batch, rows, {num_heads_q} + 2 kv_heads, dim) where num_heads_q is {num_heads_q}"
             raise ValueError(f"qkv must have shape {expected}, got {tuple(qkv.shape)}")
         q, k, v = torch.split(qkv, [num_heads_q, kv_heads, kv_heads], dim=-2)
@@ -217,8 +209,10 @@ def flash_attn_varlen_func(
     check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     check_flash3("flash_attn_varlen_func", flash3)
     rules = rules_of(softmax_scale, causal, window_size, softcap, alibi_slopes, learnable_sink)
-    longest = (int(max_seqlen_q), int(max_seqlen_k))
+    longest = as_integer("max_seqlen_q", max_seqlen_q), as_integer("max_seqlen_k", max_seqlen_k)
     if block_table is not None:
+        check_tensors(block_table=block_table)
+        check_starts(q, (cu_seqlens_q, cu_seqlens_k), longest)
         differing = (q, k, v, alibi_slopes, learnable_sink)
         plain = not dropout_p and not (torch.is_grad_enabled() and any(map(_differs, differing)))
         if plain and _of_one_length(q, cu_seqlens_q, longest[0]):
@@ -285,23 +279,6 @@ def flash_attn_varlen_qkvpacked_func(
     return flash_attn_varlen_func(*rows, *options, return_attn_probs, **more)
 
 
-def check_tensors(**arguments: Any) -> None:
-    """Raise TypeError for what is no tensor of torch."""
-    for name, given in arguments.items():
-        if not isinstance(given, Tensor):
-            raise TypeError(f"{name} must be a torch tensor, got {type(given).__qualname__}")
-
-
-def check_flash3(function: str, given: Mapping[str, Any]) -> None:
-    """Raise unless what FlashAttention-3 has beyond flash-attention 2 is without effect."""
-    for name, argument in given.items():
-        if name not in _HINTS and name not in _REFUSED:
-            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
-        default = argument is None or (name == "attention_chunk" and argument == 0)
-        if name in _REFUSED and not default:
-            raise NotImplementedError(f"{name} is not supported here: {_REFUSED[name]}")
-
-
 def rules_of(
     softmax_scale: float | None,
     causal: bool,
@@ -311,7 +288,8 @@ def rules_of(
     learnable_sink: Tensor | None,
 ) -> dict[str, Any]:
     """The arguments of `fastattn.attention` and its like that say which scores count, and how much."""
-    left, right = (None if bound < 0 else int(bound) for bound in window_size)
+    check_causal(causal)
+    left, right = (None if bound < 0 else bound for bound in bounds_of(window_size))
     return {
         "causal": bool(causal),
         "window": None if left is right is None else (left, right),

@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 
 from fastattn.functional import attention
-from fastattn.integrations.flash_attn_functions import as_flash_lse, check_flash3, check_tensors, rules_of
+from fastattn.integrations.flash_attn_checks import (
+    bounds_of,
+    check_flash3,
+    check_leftpad,
+    check_rows,
+    check_tensors,
+)
+from fastattn.integrations.flash_attn_functions import as_flash_lse, rules_of
 from fastattn.kvcache import attention_with_kvcache
+
+_NEW = ("new_key", "new_value")
 
 
 def flash_attn_with_kvcache(
@@ -87,10 +96,16 @@ def flash_attn_with_kvcache(
     if rotary_cos is not None and k is None:
         raise ValueError("rotary_cos and rotary_sin go with new keys, got None for k")
     table = _table(block_table, page_table, cache_batch_idx, cache_leftpad)
+    if cache_batch_idx is not None:
+        if not torch.compiler.is_compiling():
+            check_rows(q, k_cache, cache_batch_idx, appends=k is not None)
+        table = cache_batch_idx[:, None]  # a page for each sequence
     if table is None and len(k_cache) > len(q):
         k_cache, v_cache = k_cache[: len(q)], v_cache[: len(q)]
     capacity = k_cache.shape[1] * (1 if table is None else table.shape[1])
-    bounds = [-1 if bound >= capacity else bound for bound in window_size]  # wide ones turn no query
+    bounds = [
+        -1 if bound >= capacity else bound for bound in bounds_of(window_size)
+    ]  # wide ones turn no query
     rules = rules_of(softmax_scale, causal, bounds, softcap, alibi_slopes, learnable_sink)
     update = {"new_key": k, "new_value": v, "cache_seqlens": cache_seqlens, "block_table": table}
     rotary = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "rotary_interleaved": rotary_interleaved}
@@ -114,6 +129,10 @@ def _append_then_attend(
 ) -> Any:
     """In two calls, where queries turn by other angles than those of their places, or keys start late."""
     start, new_key, table = (options[name] for name in ("cache_seqlens", "new_key", "block_table"))
+    no_rows = {name: None if (rows := options[name]) is None else rows[:, :0] for name in _NEW}
+    attention_with_kvcache(q[:, :0], k_cache, v_cache, **(options | no_rows))  # checks, and does nothing
+    if leftpad is not None and not torch.compiler.is_compiling():
+        check_leftpad(q, k_cache, leftpad)
     start = torch.as_tensor(k_cache.shape[1] if start is None else start, device=q.device).expand(len(q))
     lengths = start + (0 if new_key is None else new_key.shape[1])
     turned = q
@@ -121,10 +140,7 @@ def _append_then_attend(
         step = int(rules["causal"] or rules["window"] is not None)
         tables = options["rotary_cos"], options["rotary_sin"]
         turned = _turned(q, *tables, start, step, options["rotary_interleaved"])
-    if leftpad is not None:  # looked at before anything is written
-        rows = k_cache.new_empty(1).expand(len(q), *k_cache.shape[1:])
-        attention(q[:, :0], rows, rows, kv_starts=leftpad, layout="bshd")
-    attention_with_kvcache(q[:, :0], k_cache, v_cache, **options)  # all but attends: checks, and appends
+    attention_with_kvcache(q[:, :0], k_cache, v_cache, **options)  # all but attends
     if leftpad is None:
         pages = {"cache_seqlens": lengths, "block_table": table}
         return attention_with_kvcache(turned, k_cache, v_cache, **pages, **rules, return_lse=return_lse)
@@ -144,14 +160,19 @@ def _table(
     cache_batch_idx: Tensor | None,
     cache_leftpad: Tensor | None,
 ) -> Tensor | None:
-    """The pages of each sequence: a cache whose rows are picked is one of a page for each."""
+    """The pages of each sequence, of a cache in pages."""
     if block_table is not None and page_table is not None:
         raise ValueError("block_table and page_table are two names of one argument, got both")
     table = page_table if block_table is None else block_table
+    for name, given in {"block_table": table, "cache_batch_idx": cache_batch_idx}.items():
+        if given is not None:
+            check_tensors(**{name: given})
+    if table is not None and table.ndim != 2:
+        raise ValueError(f"block_table must have shape (batch, slots), got {tuple(table.shape)}")
     for name, given in {"cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad}.items():
         if table is not None and given is not None:
             raise ValueError(f"{name} must be None where there is a block_table")
-    return table if cache_batch_idx is None else cache_batch_idx[:, None]
+    return table
 
 
 def _turned(q: Tensor, cos: Tensor, sin: Tensor, start: Tensor, step: int, interleaved: bool) -> Tensor:

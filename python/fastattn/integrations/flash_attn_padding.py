@@ -39,7 +39,16 @@ def unpad_input(
     max_seqlen : int
     used : int32 tensor, shape (B,)
         Tokens of each sequence.
+
+    Raises
+    ------
+    ValueError
+        For a mask of another shape.
     """
+    for name, mask in {"attention_mask": attention_mask, "unused_mask": unused_mask}.items():
+        if mask is not None and mask.shape != hidden_states.shape[:2]:
+            expected = f"hidden_states' {tuple(hidden_states.shape[:2])}"
+            raise ValueError(f"{name} must have the shape {expected}, got {tuple(mask.shape)}")
     used = attention_mask.bool()
     kept = used if unused_mask is None else used | unused_mask.bool()
     lengths = kept.sum(-1, dtype=torch.int32)

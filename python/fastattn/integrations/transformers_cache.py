@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from fastattn.integrations.torch_sdpa import as_autocast_would
 from fastattn.kvcache import attention_with_kvcache
-from fastattn.paged_cache import CacheUsage, OutOfPagesError, PagedKVCache
+from fastattn.paged_cache import CacheUsage, OutOfPagesError, PagedKVCache, check_integer
 
 __all__ = ["PagedCache", "PagedStates"]
 
@@ -51,10 +51,10 @@ class PagedCache(Cache):
 
     Raises
     ------
-    ValueError
-        For sizes that are no integers from 1 up, and a model with layers that keep something else than keys
-        and values, such as recurrent ones; at the first call, for one whose layers differ in their heads or
-        head dimensions.
+    TypeError, ValueError
+        For a `page_size` or `num_pages` that is no integer from 1 up, another `dtype`, and for a model with
+        layers that keep something else than keys and values, such as recurrent ones; at the first call, for
+        one whose layers differ in their heads or head dimensions.
 
     Notes
     -----
@@ -74,9 +74,7 @@ class PagedCache(Cache):
         num_pages: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        for name, given in {"page_size": page_size, "num_pages": num_pages}.items():
-            if given is not None and not (isinstance(given, int) and given > 0):
-                raise ValueError(f"{name} must be None or an integer from 1 up, got {given!r}")
+        _check_settings(config, page_size, num_pages, dtype)
         config = config.get_text_config(decoder=True)
         kinds = set(getattr(config, "layer_types", None) or ()) - set(_KEPT_TYPES)
         if kinds:
@@ -159,6 +157,16 @@ class PagedCache(Cache):
             layer.settle()
 
 
+def _check_settings(config: Any, page_size: Any, num_pages: Any, dtype: Any) -> None:
+    if not hasattr(config, "get_text_config"):
+        raise TypeError(f"config must be that of a model, model.config, got {type(config).__qualname__}")
+    for name, size in {"page_size": page_size, "num_pages": num_pages}.items():
+        if size is not None:
+            check_integer(name, size, least=1)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+
+
 class _Pages:
     """What the layers of a cache share: the pool, the sequences of the batch, and where their tokens are.
 
@@ -214,6 +222,8 @@ class _Pages:
             raise ValueError(
                 f"PagedCache keeps layers of one size, (heads, key dim, value dim) {self.sizes}, got {sizes}"
             )
+        if not self.length:  # nothing is kept: what came before failed, or was taken back
+            self.forget()
         if not self.sequences:
             self.sequences = [self.pool.allocate() for _ in range(batch)]
             self.starts = [0] * batch
@@ -292,7 +302,8 @@ class _Pages:
         """Let the batch be these of its sequences, which share pages where one comes twice."""
         if self.pool is None:
             return
-        chosen = [self.pool.fork(self.sequences[index]) for index in order]
+        parents = [self.sequences[index] for index in order]
+        chosen = [self.pool.fork(parent) for parent in parents]
         for sequence in self.sequences:
             self.pool.free(sequence)
         self.sequences = chosen
