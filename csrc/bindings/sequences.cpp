@@ -21,6 +21,8 @@ int64_t task_work(const AttentionParams& p) {
   return std::min(p.query_heads / p.kv_heads * p.seqlen_q, kTaskRows) * p.seqlen_k;
 }
 
+int64_t task_work(const BackwardParams& b) { return task_work(b.forward); }
+
 AttentionParams one_sequence(const AttentionParams& whole, const Starts& queries, const Starts& keys, size_t s) {
   AttentionParams p = whole;
   const int64_t size = itemsize(p.dtype);
@@ -54,9 +56,6 @@ BackwardParams one_sequence(const BackwardParams& whole, const Starts& queries, 
   return b;
 }
 
-const AttentionParams& forward_of(const AttentionParams& p) { return p; }
-const AttentionParams& forward_of(const BackwardParams& b) { return b.forward; }
-
 template <class Params>
 std::vector<Params> split(const Params& whole, const Starts& queries, const Starts& keys, bool without_queries) {
   std::vector<Params> calls;
@@ -66,9 +65,8 @@ std::vector<Params> split(const Params& whole, const Starts& queries, const Star
       calls.push_back(one_sequence(whole, queries, keys, s));
     }
   }
-  std::stable_sort(calls.begin(), calls.end(), [](const Params& a, const Params& b) {
-    return task_work(forward_of(a)) > task_work(forward_of(b));
-  });
+  std::stable_sort(calls.begin(), calls.end(),
+                   [](const Params& a, const Params& b) { return task_work(a) > task_work(b); });
   return calls;
 }
 
