@@ -241,3 +241,25 @@ def test_set_num_threads_is_respected(threads: int) -> None:
         print(count() - before)
     """
     assert int(output_of(program)) == threads - 1
+
+
+def test_gradients_of_packed_documents() -> None:
+    """131072 tokens in documents of 2048, there and back: gradients, what is kept for them, and panels."""
+    code = """
+        import torch
+        import fastattn.torch as fa
+        from test_memory import peak
+
+        def there_and_back(length):
+            leaves = [torch.ones(1, 1, length, 64, requires_grad=True) for _ in range(3)]
+            ids = torch.arange(length)[None] // 2048
+            before = peak()
+            fa.attention(*leaves, segment_ids=(ids, ids), causal=True).sum().backward()
+            return peak() - before
+
+        there_and_back(2048)  # threads have started
+        print(*(there_and_back(length) for length in (65536, 131072)))
+    """
+    half, whole = map(float, output_of(code, timeout=300).split())
+    arrays = 5 * 131072 * 64 * 4 / 2**20  # out, its gradient, and three
+    assert whole < arrays + LIMIT and half < arrays / 2 + LIMIT

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -92,7 +93,8 @@ class PagedCache(Cache):
 
     def usage(self) -> CacheUsage | None:
         """Return what the pool holds; None before the first call."""
-        return None if self._pages.pool is None else self._pages.pool.usage()
+        pool = self._pages.tidied_pool()
+        return None if pool is None else pool.usage()
 
     def reset(self) -> None:
         """Forget all tokens and the batch. The pool stays, for the next one."""
@@ -150,7 +152,7 @@ class PagedCache(Cache):
         return copied
 
     def __repr__(self) -> str:
-        return f"PagedCache(length={self.get_seq_length()}, {self._pages.pool})"
+        return f"PagedCache(length={self.get_seq_length()}, {self._pages.tidied_pool()})"
 
     def _settle(self) -> None:
         for layer in self._own:
@@ -180,6 +182,7 @@ class _Pages:
         self.pool: PagedKVCache | None = None
         self.sizes: tuple[int, ...] = ()  # Hkv, D and Dv of the pool
         self.sequences: list[int] = []
+        self.orphans: deque[int] = deque()  # sequences of forks that are gone
         self.forget()
 
     def forget(self) -> None:
@@ -235,6 +238,7 @@ class _Pages:
         """Have pages for `length` positions of each sequence."""
         if length <= self.length:
             return
+        self.tidied_pool()
         try:
             step = self._pool.extend(self.sequences, length - self.length)
         except OutOfPagesError as error:
@@ -322,9 +326,15 @@ class _Pages:
         self.block_table = table = self._pool.batch(self.sequences)["block_table"]
         self._padding = torch.tensor(starts, dtype=torch.int32, device=table.device) if any(starts) else None
 
+    def tidied_pool(self) -> PagedKVCache | None:
+        """Return the pool, if there is one, with the sequences of forks that are gone freed."""
+        while self.orphans:
+            self._pool.free(self.orphans.popleft())
+        return self.pool
+
     def __del__(self) -> None:
-        if self.pool is not None:  # which a fork may share
-            self.forget()
+        # Freed by who goes on: a collection of garbage may strike anywhere, even inside the pool.
+        self.orphans.extend(self.sequences)
 
 
 def _page_size_for(tokens: int) -> int:
