@@ -179,6 +179,15 @@ def test_a_row_that_is_not_finite_stays_visible(
     assert np.isnan(scale[1, 6]).all() and np.isfinite(scale[1, 5]).all()
 
 
+@pytest.mark.parametrize("target", ["key_scale", "value_scale"])
+def test_a_scale_that_is_infinite_stays_visible(
+    kernel: Kernel, target: str, rng: np.random.Generator
+) -> None:
+    call, _ = make(Setting(kernel.dtype, "int8", added=0, seqlen_q=1, lengths=(9, 20, 37)), rng)
+    call.arrays[target][:, 7] = np.inf
+    assert not np.isfinite(as_numpy(call.run(fa.attention_with_kvcache))).any()
+
+
 def test_memory_is_flat_over_ten_thousand_steps() -> None:
     program = """
         import numpy as np

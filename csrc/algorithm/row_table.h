@@ -84,6 +84,8 @@ inline void list_scales(const AttentionParams& p, int64_t batch, int64_t head, i
     const bool is_odd = !(scale - scale == 0);
     odd |= static_cast<uint32_t>(is_odd);
     table.value_scales[i] = is_odd ? 1 : scale;
+    // An infinite one would hide the key where its product is negative.
+    table.key_scales[i] += table.key_scales[i] - table.key_scales[i];
   }
   table.odd_scales = odd != 0;
   for (int64_t i = end - begin; i < E::kBlockKeys; ++i) {
