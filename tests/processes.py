@@ -46,6 +46,19 @@ def output_of(source: str, *arguments: str, **options: object) -> str:
     return done.stdout.strip()
 
 
+def memory_added(run: Callable[[], object]) -> float:
+    """MiB that `run` adds at its peak to the memory of this process."""
+
+    def peak() -> float:  # getrusage's would start from that of the process's parent
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    before = peak()
+    run()
+    return peak() - before
+
+
 def control_word() -> int:
     """MXCSR without the flags that results raise: rounding, traps, flush to zero, denormals are zero."""
     environment = ctypes.create_string_buffer(64)

@@ -20,16 +20,13 @@ LIMIT = 150
 
 def growth(isa: str, dtype: str, call: str, length: int) -> float:
     """MiB that `call` adds to the peak memory of a process that holds its tensors already."""
+    call = textwrap.indent(textwrap.dedent(call).strip(), " " * 12).strip()
     code = f"""
         import numpy as np
         import fastattn as fa
         from fastattn import _core
+        from processes import memory_added
         from shapes import convert
-
-        def peak():
-            # Of this process alone: ru_maxrss would start from its parent's.
-            lines = open("/proc/self/status").read().splitlines()
-            return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
         _core.select_isa({isa!r})
         rng = np.random.default_rng(0)
@@ -39,10 +36,11 @@ def growth(isa: str, dtype: str, call: str, length: int) -> float:
         out = convert(np.ones(query.shape, np.float32), {dtype!r})
         small = [x[:, :, :64] for x in (query, key, value)]
         fa.attention(*small, out=out[:, :, :64])  # threads have started
-        open("/proc/self/clear_refs", "w").write("5")  # the peak from here on
-        before = peak()
-        {call}
-        print(peak() - before)
+
+        def run():
+            {call}
+
+        print(memory_added(run))
     """
     return float(output_of(code, timeout=300))
 
@@ -65,7 +63,7 @@ def test_a_long_sequence_of_packed_documents(kernel: Kernel) -> None:
         ids = np.arange(length)[None] // 256
         fa.attention(query, key, value, segment_ids=(ids, ids), causal=True, out=out)
     """
-    assert growth(kernel.isa, kernel.dtype, textwrap.dedent(call).replace("\n", "\n        "), 131072) < LIMIT
+    assert growth(kernel.isa, kernel.dtype, call, 131072) < LIMIT
 
 
 @per_dtype
@@ -75,7 +73,7 @@ def test_few_rows_of_a_long_sequence(kernel: Kernel) -> None:
         for rows in (1, 40):
             fa.attention(query[:, :, -rows:], key, value, causal=True, out=out[:, :, -rows:])
     """
-    assert growth(kernel.isa, kernel.dtype, textwrap.dedent(call).replace("\n", "\n        "), 131072) < LIMIT
+    assert growth(kernel.isa, kernel.dtype, call, 131072) < LIMIT
 
 
 @pytest.mark.slow
@@ -244,22 +242,22 @@ def test_set_num_threads_is_respected(threads: int) -> None:
 
 
 def test_gradients_of_packed_documents() -> None:
-    """131072 tokens in documents of 2048, there and back: gradients, what is kept for them, and panels."""
+    """131072 tokens in documents of 2048, there and back: memory is that of the arrays; a mask would take 16 GiB."""
     code = """
         import torch
-        import fastattn.torch as fa
-        from test_memory import peak
+        import fastattn as fa
+        from processes import memory_added
 
         def there_and_back(length):
             leaves = [torch.ones(1, 1, length, 64, requires_grad=True) for _ in range(3)]
             ids = torch.arange(length)[None] // 2048
-            before = peak()
-            fa.attention(*leaves, segment_ids=(ids, ids), causal=True).sum().backward()
-            return peak() - before
+            return memory_added(
+                lambda: fa.attention(*leaves, segment_ids=(ids, ids), causal=True).sum().backward()
+            )
 
         there_and_back(2048)  # threads have started
         print(*(there_and_back(length) for length in (65536, 131072)))
     """
     half, whole = map(float, output_of(code, timeout=300).split())
-    arrays = 5 * 131072 * 64 * 4 / 2**20  # out, its gradient, and three
-    assert whole < arrays + LIMIT and half < arrays / 2 + LIMIT
+    array = 131072 * 64 * 4 / 2**20  # three gradients, out and its gradient, and panels
+    assert whole < 16 * array + LIMIT and half < 8 * array + LIMIT
