@@ -242,7 +242,7 @@ def test_set_num_threads_is_respected(threads: int) -> None:
 
 
 def test_gradients_of_packed_documents() -> None:
-    """131072 tokens in documents of 2048, there and back: memory is that of the arrays; a mask would take 16 GiB."""
+    """131072 tokens in documents of 2048: memory is that of the arrays, where a mask would take 16 GiB."""
     code = """
         import torch
         import fastattn as fa
