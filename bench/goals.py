@@ -130,6 +130,7 @@ GOALS = (
     Goal("decode", "cache-int8-*", "bfloat16", "base", 1.6, 1.9),
     Goal("decode", "queries-8-s8192", "bfloat16", "vllm", 1.7, 2.8),
     Goal("decode", "decode-32x8-s64", "float32 bfloat16", "torch", 1.0, 2.0),
+    Goal("ragged", "varlen-*", "float32 bfloat16", "base", 1 / 1.15, 1.0),
     Goal("generation", "8000", "float32 bfloat16", "reading", 1.3, 1.1),
     Goal("generation", "8000", "float32 bfloat16", "sdpa", None, 2.0),
     Goal("insight", "D*", "float32 bfloat16", "attention", 1.6, 1.25),

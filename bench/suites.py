@@ -11,6 +11,7 @@ from bench.caches import CacheCase
 from bench.models import CASES as MODELS
 from bench.modules import CASES as MODULES
 from bench.programs import Program
+from bench.ragged import RaggedCase
 from fastattn import _core
 from tests import shapes
 from tests.shapes import Case
@@ -125,6 +126,17 @@ def _decode() -> list[Job]:
     ]
 
 
+def _ragged() -> list[Job]:
+    lengths = (8192, *[64] * 63)
+    together = RaggedCase("varlen-s8192-and-63-of-s64", lengths)
+    apart = RaggedCase("one-by-one", lengths, apart=True)
+    return [
+        Job(together, dtype, mode, base=Job(apart, dtype, mode))
+        for dtype in ("float32", "bfloat16")
+        for mode in ("forward", "backward")
+    ]
+
+
 def _masks() -> list[Job]:
     return [
         job
@@ -184,6 +196,13 @@ SUITES = {
         _decode,
         ("fastattn", "torch", "vllm"),
         "the cache in bfloat16",
+    ),
+    "ragged": Suite(
+        "one long sequence and many short ones in one call, beside a call for each",
+        _ragged,
+        ("fastattn",),
+        "a call for each sequence",
+        "4 D FLOPs a visible query-key pair, 10 in the backward",
     ),
     "masks": Suite(
         "masks, biases, softcap, ALiBi, sinks, windows, beside the plain call", _masks, base="the plain call"

@@ -17,6 +17,7 @@ from bench.ceilings import Limit, limit_of
 from bench.gradients import INPUTS
 from bench.modules import ModuleCase
 from bench.peers import PEERS, features
+from bench.ragged import RaggedCase
 from bench.suites import SUITES, Job, select
 from bench.worker import Worker, draw
 from bench.workers import PeerError, Workers
@@ -44,7 +45,7 @@ def test_patterns_and_dtypes_choose() -> None:
 @pytest.mark.parametrize(
     ("arguments", "listed"),
     [
-        (("nope",), "prefill, small, decode, masks, threads, tiers, backward, training, modules, models"),
+        (("nope",), "prefill, small, decode, ragged, masks, threads, tiers, backward, training, modules, models"),
         (("masks", ["nope"]), "causal-as-mask"),
         (("prefill", [], ["int8"]), "float32, bfloat16, float16, float64"),
         (("prefill", ["prefill-d64-dv128"], ["float64"]), "both a case and a dtype"),
@@ -197,6 +198,18 @@ def test_right_caches_are_accepted(kept: str) -> None:
     wrong = Answers(other.truth("bfloat16", "forward"), "bfloat16", case.tolerance("bfloat16"))
     assert wrong.judge(answer, "fastattn").status == "wrong"
     assert Worker(PEERS["torch"]).prepare(0, case, "bfloat16", "forward")[0] == "refused"
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_ragged_batches_are_held_against_each_sequence(mode: str, apart: bool) -> None:
+    pytest.importorskip("torch")
+    case = RaggedCase("ragged", (40, 3, 7), apart)
+    status, answer = Worker(PEERS["fastattn"]).prepare(0, case, "bfloat16", mode)
+    for lengths, verdict in {(40, 3, 7): "right", (40, 10): "wrong"}.items():
+        expected = dataclasses.replace(case, lengths=lengths).truth("bfloat16", mode)
+        judged = Answers(expected, "bfloat16", case.tolerance("bfloat16")).judge(answer, "fastattn")
+        assert (status, judged.status) == ("ready", verdict)
 
 
 def test_wrong_gradients_are_found() -> None:
