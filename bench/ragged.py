@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -40,7 +42,7 @@ class RaggedCase(Program):
 
         starts = torch.tensor((0, *itertools.accumulate(self.lengths)))
         rows = self.lengths if self.apart else (sum(self.lengths),)
-        arrays = (array.split(rows) for array in self._arrays(dtype))
+        arrays = (array.split(rows) for array in self.arrays(dtype))
         parts = [[x[None] if self.apart else x for x in part] for part in zip(*arrays, strict=True)]
         leaves = [[x.requires_grad_(mode == "backward") for x in part[: len(INPUTS)]] for part in parts]
         grads = [part[-1] for part in parts]
@@ -66,29 +68,11 @@ class RaggedCase(Program):
         return backward, read
 
     def truth(self, dtype: str, mode: str) -> dict[str, np.ndarray]:
-        """Composed of operations of torch in float64, a head of a sequence after another."""
-        import torch
+        """Attention of torch in float64, a sequence after another."""
+        found = _computed(dataclasses.replace(self, name="", apart=False), dtype)
+        return {name: found[name] for name in (("out",) if mode == "forward" else INPUTS)}
 
-        import fastattn
-
-        query, key, value, grad = (array.double() for array in self._arrays(dtype))
-        like = {"query": query, "key": key, "value": value, "out": query}
-        found = {name: torch.zeros_like(x) for name, x in like.items()}
-        for start, end in itertools.pairwise((0, *itertools.accumulate(self.lengths))):
-            for head in range(self.query_heads):
-                of_keys = head // (self.query_heads // self.kv_heads)
-                own = {"query": head, "key": of_keys, "value": of_keys, "out": head}
-                leaves = [
-                    like[name][None, start:end, None, own[name]].clone().requires_grad_() for name in INPUTS
-                ]
-                out = fastattn.attention(*leaves, causal=True, layout="bshd", backend="math")
-                grads = torch.autograd.grad(out, leaves, grad[None, start:end, None, head])
-                for name, x in zip(found, (*grads, out.detach()), strict=True):
-                    found[name][start:end, own[name]] += x[0, :, 0]
-        names = ("out",) if mode == "forward" else INPUTS
-        return {name: found[name].numpy() for name in names}
-
-    def _arrays(self, dtype: str) -> list[Any]:
+    def arrays(self, dtype: str) -> list[Any]:
         """Query, key, value and what a backward starts from, (tokens, heads, dim)."""
         import torch
 
@@ -97,3 +81,20 @@ class RaggedCase(Program):
         shapes = [(sum(self.lengths), count, self.head_dim) for count in heads]
         numbers = [rng.standard_normal(shape, np.float32) for shape in shapes]
         return [torch.from_numpy(x).to(getattr(torch, dtype)) for x in numbers]
+
+
+@functools.cache
+def _computed(case: RaggedCase, dtype: str) -> dict[str, np.ndarray]:
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    group = case.query_heads // case.kv_heads
+    parts = [array.double().transpose(0, 1).split(case.lengths, 1) for array in case.arrays(dtype)]
+    found = []
+    for *inputs, grad in zip(*parts, strict=True):
+        query, key, value = (x[None].requires_grad_() for x in inputs)
+        repeated = (x.repeat_interleave(group, 1) for x in (key, value))
+        out = scaled_dot_product_attention(query, *repeated, is_causal=True)
+        found.append((out.detach(), *torch.autograd.grad(out, (query, key, value), grad[None])))
+    joined = (torch.cat([x[0] for x in rows], 1).transpose(0, 1) for rows in zip(*found, strict=True))
+    return {name: x.numpy() for name, x in zip(("out", *INPUTS), joined, strict=True)}
