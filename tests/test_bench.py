@@ -45,7 +45,7 @@ def test_patterns_and_dtypes_choose() -> None:
 @pytest.mark.parametrize(
     ("arguments", "listed"),
     [
-        (("nope",), "prefill, small, decode, ragged, masks, threads, tiers, backward, training, modules, models"),
+        (("nope",), "decode, ragged, masks, threads, tiers, backward, training, modules, models"),
         (("masks", ["nope"]), "causal-as-mask"),
         (("prefill", [], ["int8"]), "float32, bfloat16, float16, float64"),
         (("prefill", ["prefill-d64-dv128"], ["float64"]), "both a case and a dtype"),
