@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import weakref
 from typing import Any
 
@@ -405,6 +406,19 @@ def test_a_pool_that_has_no_memory_to_grow(monkeypatch):
     assert cache.get_seq_length() == 3
     cache.update(rows, rows, 0)
     assert torch.equal(cache.layers[0].keys, rows.repeat(1, 1, 2, 1))
+
+
+def test_copies_from_before_the_first_call_are_apart():
+    cache = PagedCache(llama().config, page_size=2)
+    other, rows = copy.deepcopy(cache), torch.ones(1, 2, 3, 8)
+    for made in (cache, other):
+        made.update(rows, rows, 0)
+    usage = cache.usage()
+    del made, other
+    gc.collect()
+    assert cache.usage() == usage and usage.sequences == 1
+    cache.update(rows, rows, 0)
+    assert cache.get_seq_length() == 6
 
 
 def test_layers_go_together():

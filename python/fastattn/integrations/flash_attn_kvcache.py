@@ -103,9 +103,8 @@ def flash_attn_with_kvcache(
     if table is None and len(k_cache) > len(q):
         k_cache, v_cache = k_cache[: len(q)], v_cache[: len(q)]
     capacity = k_cache.shape[1] * (1 if table is None else table.shape[1])
-    bounds = [
-        -1 if bound >= capacity else bound for bound in bounds_of(window_size)
-    ]  # wide ones turn no query
+    # Windows as wide as the cache turn no query.
+    bounds = [-1 if bound >= capacity else bound for bound in bounds_of(window_size)]
     rules = rules_of(softmax_scale, causal, bounds, softcap, alibi_slopes, learnable_sink)
     update = {"new_key": k, "new_value": v, "cache_seqlens": cache_seqlens, "block_table": table}
     rotary = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "rotary_interleaved": rotary_interleaved}

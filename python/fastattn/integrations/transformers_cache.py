@@ -182,7 +182,7 @@ class _Pages:
         self.pool: PagedKVCache | None = None
         self.sizes: tuple[int, ...] = ()  # Hkv, D and Dv of the pool
         self.sequences: list[int] = []
-        self.orphans: deque[int] = deque()  # sequences of forks that are gone
+        self.orphans: deque[int] = deque()  # sequences in the pool of forks that are gone
         self.forget()
 
     def forget(self) -> None:
@@ -220,7 +220,7 @@ class _Pages:
                 device=key.device,
                 layout="bhsd",
             )
-            self.sizes = sizes
+            self.sizes, self.orphans = sizes, deque()  # forks from before have pools of their own
         if sizes != self.sizes:
             raise ValueError(
                 f"PagedCache keeps layers of one size, (heads, key dim, value dim) {self.sizes}, got {sizes}"
@@ -316,7 +316,7 @@ class _Pages:
     def fork(self) -> _Pages:
         """Return others with the same tokens, which share the pool and the pages in it."""
         forked = _Pages(self.layers, self.page_size, self.num_pages, self.dtype)
-        forked.__dict__.update(self.__dict__)
+        forked.__dict__.update(self.__dict__, sequences=[])
         if self.pool is not None:
             forked.sequences = [self.pool.fork(sequence) for sequence in self.sequences]
         return forked
