@@ -71,8 +71,10 @@ def decode_table(runs: list[Run]) -> str:
         for label, row in cells.items()
     )
     vllm = next((run.versions["vllm"] for run in reversed(runs) if "vllm" in run.versions), "")
+    pages = ", tensors in huge pages" if runs[-1].machine.get("huge_pages") else ""
     told = (
-        "Times, shares\nof the streaming read measured beside each sample, where reading is the limit,\n"
+        f"Times{pages}, shares\n"
+        "of the streaming read measured beside each sample, where reading is the limit,\n"
         f"and in brackets times PyTorch{vllm and f' and times the CPU kernel of vLLM {vllm}'}. "
         "~: the machine was busy:"
     )

@@ -17,6 +17,8 @@ from bench.peers import PEERS
 ROOT = Path(__file__).resolve().parent.parent
 # `make bench-peers` builds it beside the environment of the project.
 PEER_PYTHON = Path(sys.prefix).with_name(Path(sys.prefix).name + "-peers") / "bin" / "python"
+# What torch takes for a wish that large tensors be in huge pages, as NumPy's arrays and `PagedKVCache` are.
+HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 _SECONDS = 300.0  # the longest answer: compilers, and models that are loaded
 
 
@@ -125,6 +127,7 @@ class Workers:
 
 
 def _environment(threads: int, isa: str) -> dict[str, str]:
-    """The user's, and what says how many threads and which tier."""
+    """The user's, and what says how many threads and which tier, and that large tensors are in huge pages."""
     tier = {"FASTATTN_ISA": isa} if isa else {}
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **tier}
+    own = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    return {**HUGE_PAGES, **os.environ, **own, **tier}

@@ -291,9 +291,13 @@ inline BlockExtent<E> score_rows(const ForwardTask<E>& task, TileContext<E>& con
     scales[0] = task.table().key_scales;
     scales[1] = task.table().value_scales;
   }
-  if (E::Dot::kPairsValues && &context.panel == task.panel(0)) {
-    context.fetch = {view.value_rows + kRowsAhead<E>, rows_of_softmax<E>(context.panel.live),
-                     task.p.value_dim * static_cast<int64_t>(sizeof(typename E::Stored))};
+  // Adjacent rows have not been asked for; of others the first have, and without pairs the rest will be.
+  const bool adjacent = view.values_adjacent;
+  if ((adjacent || E::Dot::kPairsValues) && &context.panel == task.panel(0)) {
+    const int64_t bytes = task.p.value_dim * static_cast<int64_t>(sizeof(typename E::Stored));
+    const int64_t first = adjacent ? 0 : kRowsAhead<E>;
+    const int64_t end = kRowsAhead<E> + rows_of_softmax<E>(context.panel.live, bytes);
+    context.fetch = {view.value_rows + first, end - first, bytes};
   }
   row_softmax<E>(context, extent.begin, extent.end, hides, scales, task.scores != nullptr, [&](int lane) {
     const int64_t head = panel.head[lane] - task.rows.kv_head * (task.p.query_heads / task.p.kv_heads);

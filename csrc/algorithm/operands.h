@@ -48,15 +48,22 @@ FASTATTN_INLINE void prefetch_row(const char* row, int64_t bytes) {
   }
 }
 
-// Rows that are asked for beside other work.
+// Rows that are asked for beside other work, a line at a time: in bursts they wait for each other, and what stands
+// behind them waits too.
 struct Fetch {
   const char* const* rows;
   int64_t count;
   int64_t bytes;
+  int64_t at = 0;
   FASTATTN_INLINE void step() {
     if (count > 0) {
-      prefetch_row(*rows++, bytes);
-      --count;
+      __builtin_prefetch(*rows + at, 0, 2);
+      at += kLine;
+      if (at >= bytes) {
+        at = 0;
+        ++rows;
+        --count;
+      }
     }
   }
 };

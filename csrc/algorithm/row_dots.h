@@ -21,17 +21,20 @@ inline int part_of(int rows, int most) {
 template <class E>
 constexpr int queries_held(int vectors) {
   constexpr bool kDecodes = sizeof(typename E::Stored) == 1 && !E::Dot::kWords;
-  return E::V::kSums < 16 || vectors > 8 ? 0 : vectors > 4 ? (kDecodes ? 1 : 2) : 4;
+  return E::V::kSums < 16 || vectors > 8 ? 0 : vectors > 4 ? (kDecodes ? 1 : 3) : 4;
 }
 
-// Keys that all of a panel's queries see before the next ones, where that takes more than one pass: few, so that what
-// the first reads is still on its way while others multiply what was read before.
-constexpr int64_t kKeysOfPasses = 16;
+// Keys that all of a panel's queries see before the next ones, where that takes more than one pass: 4 KiB or less, so
+// that what the first reads is still on its way while others multiply what was read before. In float32 twice as many
+// took groups of seven 0.87 to 0.80 of what there is to read.
+constexpr int64_t keys_of_passes(int64_t bytes) { return bytes > 256 ? 8 : 16; }
+// How far ahead a second pass asks for keys.
+constexpr int64_t kKeysAgain = 32;
 
 // raw[query][key] for kQueries rows of queries, `query_stride` lanes apart, and `count` keys, whole groups of sixteen
 // sums; raw's rows are kBlockKeys long. Each sum has lanes of its own, so it does not depend on who is computed beside
 // it. A row has up to kVectors vectors; kAdjacent: all of them, and rows lie one behind the other, so that one register
-// addresses all. kAgain: the keys have just been read, so memory is idle, and has those that come after the next
+// addresses all. kAgain: the keys have just been read, so memory is idle, and has those that come kKeysAgain later
 // brought near; into the first-level cache they would push out what is still to be read. `ahead`: how far ahead rows
 // are asked for that the CPU does not foresee, or 0.
 template <class E, int kQueries, int kVectors, bool kAdjacent, bool kAgain>
@@ -87,7 +90,7 @@ FASTATTN_NOINLINE void dot_held(typename E::Scalar* raw, const char* const* keys
         const int64_t d = v * Dot::kElements;
         FASTATTN_KEEP_ORDER();
         if constexpr (kAgain) {
-          __builtin_prefetch(adjacent + (k + 2 * kKeysOfPasses) * kRowBytes + d * int64_t{sizeof(Stored)}, 0, 1);
+          __builtin_prefetch(adjacent + (k + kKeysAgain) * kRowBytes + d * int64_t{sizeof(Stored)}, 0, 1);
         }
         const Reg x = kAdjacent || v < kVectors - 2
                           ? Dot::load(row + d)
@@ -236,16 +239,18 @@ inline void multiply_rows(typename E::Scalar* raw, const Panel<E>& panel, const 
   if constexpr (E::V::kSums == 16) {
     const int64_t vectors = stride / E::kWidth;
     // Passes from which on they cost more than they save: where keys are widened, a second one does.
-    constexpr bool kWidens = Dot::kElements == E::kWidth && kSize < static_cast<int64_t>(sizeof(typename E::Scalar));
-    constexpr int kPasses = kWidens ? 1 : Dot::kElements == E::kWidth ? 4 : 2;
+    constexpr bool kPairs = Dot::kElements > E::kWidth;
+    constexpr bool kWidens = !kPairs && kSize < static_cast<int64_t>(sizeof(typename E::Scalar));
+    constexpr int kPasses = kWidens ? 1 : kPairs ? 2 : 3;
     if (const int held = queries_held<E>(static_cast<int>(vectors)); panel.live <= kPasses * held) {
-      const int64_t step = panel.live > held ? kKeysOfPasses : rows_at_once<E>(head_dim);
+      const int64_t step = panel.live > held ? keys_of_passes(head_dim * kSize) : kMostRowsAtOnce;
       each_tile(round_down(begin, 16), round_up(end, 16), step, [&](int64_t key, int64_t count) {
         const bool follow = lie_adjacent(adjacent, keys + key, count, head_dim * kSize);
         const bool fixed = follow && round_up(vectors, 2) * Dot::kElements == head_dim;
         for (int lane = 0, pass = 0; lane < panel.live; ++pass) {
           const int some = part_of(panel.live - lane, held);
-          dot_some_held<E>(some, vectors, fixed, pass == 1, raw + lane * E::kBlockKeys + key, keys + key, count,
+          const bool again = kPairs && pass == 1 && key + kKeysAgain < end;
+          dot_some_held<E>(some, vectors, fixed, again, raw + lane * E::kBlockKeys + key, keys + key, count,
                            panel.query + lane * stride, head_dim, stride, !follow && lane == 0 ? kRowsAhead<E> : 0);
           lane += some;
         }

@@ -12,10 +12,11 @@ namespace {
 template <class E>
 constexpr int64_t kRowsAhead = sizeof(typename E::Stored) == 1 ? 2 * kPrefetchRows : kPrefetchRows;
 
-// Rows of values that are asked for while scores become probabilities, which reads nothing else: one for each vector.
+// Rows of values, of so many bytes, that are asked for while scores become probabilities, which reads nothing else: a
+// line for each vector.
 template <class E>
-inline int64_t rows_of_softmax(int live) {
-  return min64(int64_t{live} * E::kBlockKeys / E::kWidth, 2 * kRowsAhead<E>);
+inline int64_t rows_of_softmax(int live, int64_t bytes) {
+  return min64(int64_t{live} * E::kBlockKeys / E::kWidth * kLine / bytes, 2 * kRowsAhead<E>);
 }
 
 // Where the rows of a key block stand, in the order in which they are read: what is a number of rows ahead is fetched,
@@ -98,13 +99,17 @@ inline void list_scales(const AttentionParams& p, int64_t batch, int64_t head, i
 // 0.92 in 128, where rows that are asked for give 0.86 to 0.88; in float32 0.89, 0.96 and 1.0 from 32 on, against 0.90.
 constexpr int64_t kAdjacentBytes = 65536;
 
-// Rows of so many columns that are read more than once before the next ones are: they stay in the first-level cache.
+// Rows of so many columns that are read more than once before the next ones are: they stay in the first-level cache,
+// and what was fetched ahead meanwhile is still on its way. In float32 eight of 512 bytes read 0.90 of what there is in
+// groups of seven, sixteen 0.87, 32 a tenth less. Where values are worked upon before they are multiplied, or a row's
+// columns are gone through in parts, sums are kept for more of them.
 constexpr int64_t kMostRowsAtOnce = 256;
 template <class E>
 constexpr int64_t rows_at_once(int64_t columns) {
-  constexpr int64_t kBytes = 8192;
-  return clamp64(round_down(kBytes / (columns * static_cast<int64_t>(sizeof(typename E::Stored))), 16), 16,
-                 kMostRowsAtOnce);
+  constexpr auto kSize = static_cast<int64_t>(sizeof(typename E::Stored));
+  const bool few = kSize == sizeof(typename E::Scalar) && columns <= 8 * E::kWidth;
+  const int64_t least = few ? 8 : 16;
+  return clamp64(round_down((few ? 4096 : 8192) / (columns * kSize), least), least, kMostRowsAtOnce);
 }
 
 // Whether rows [0, count) of a tile, of so many bytes, lie one behind the other, if those of a page do: a tile is in

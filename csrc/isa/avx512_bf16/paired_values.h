@@ -163,8 +163,9 @@ void add_paired_values(const Panel<E>& panel, const uint16_t* words, const float
       const auto columns = static_cast<int>(min64(kPieceColumns, value_dim - at - whole));
       for (int lane = 0; lane < panel.live;) {
         const int count = part_of(panel.live - lane, pieces == 4 ? kPairRows<4> : kPairRows<1>);
-        const int64_t fetched =
-            lane == 0 && !all && !(follow && pieces == 4) ? kRowsAhead<E> + rows_of_softmax<E>(panel.live) : 0;
+        const int64_t fetched = lane == 0 && !all && !(follow && pieces == 4)
+                                    ? kRowsAhead<E> + rows_of_softmax<E>(panel.live, value_dim * kSize)
+                                    : 0;
         add(count, {words + lane * E::kBlockKeys, scales + lane, values, tile, tile + keys, step,
                     panel.output + lane * output_stride + at, output_stride, at, columns, fetched});
         lane += count;
