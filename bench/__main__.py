@@ -24,7 +24,7 @@ from bench.measure import measure
 from bench.peers import PEERS
 from bench.results import Run, find
 from bench.suites import SUITES, Job, select
-from bench.workers import PeerError, Workers
+from bench.workers import PeerError, Workers, huge_pages
 
 
 def parser() -> argparse.ArgumentParser:
@@ -130,6 +130,7 @@ def run_suite(options: argparse.Namespace, jobs: list[Job], peers: list[str], co
             run.rows.append(row)
             progress.advance(task)
         run.versions |= workers.versions
+        run.machine["huge_pages"] = huge_pages()
     run.ceilings = ceilings.best
     return run
 

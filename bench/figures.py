@@ -71,7 +71,7 @@ def decode_table(runs: list[Run]) -> str:
         for label, row in cells.items()
     )
     vllm = next((run.versions["vllm"] for run in reversed(runs) if "vllm" in run.versions), "")
-    pages = ", tensors in huge pages" if runs[-1].machine.get("huge_pages") else ""
+    pages = ", huge pages asked for" if runs[-1].machine.get("huge_pages") else ""
     told = (
         f"Times{pages}, shares\n"
         "of the streaming read measured beside each sample, where reading is the limit,\n"

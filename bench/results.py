@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import platform
 import subprocess
 from dataclasses import dataclass, field
@@ -18,7 +17,6 @@ from bench import work
 from bench.ceilings import Limit
 from bench.samples import Contestant, Figures, Reading, Sample, figures
 from bench.suites import Job
-from bench.workers import HUGE_PAGES
 from fastattn import _core
 from tests.shapes import Case
 
@@ -161,9 +159,7 @@ def _row(content: dict[str, Any]) -> Row:
 
 
 def _machine() -> dict[str, Any]:
-    name, wanted = next(iter(HUGE_PAGES.items()))
     return {
-        "huge_pages": os.environ.get(name, wanted) == wanted,
         "cpu": _core.cpu_name(),
         "cpus": _core.available_cpus(),
         "features": [name for name, present in _core.cpu_features().items() if present],

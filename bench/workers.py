@@ -17,8 +17,8 @@ from bench.peers import PEERS
 ROOT = Path(__file__).resolve().parent.parent
 # `make bench-peers` builds it beside the environment of the project.
 PEER_PYTHON = Path(sys.prefix).with_name(Path(sys.prefix).name + "-peers") / "bin" / "python"
-# What torch takes for a wish that large tensors be in huge pages, as NumPy's arrays and `PagedKVCache` are.
-HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
+# Has torch ask for huge pages for large tensors, as NumPy's arrays and `PagedKVCache` do.
+_HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 _SECONDS = 300.0  # the longest answer: compilers, and models that are loaded
 
 
@@ -126,8 +126,13 @@ class Workers:
             worker.close()
 
 
+def huge_pages() -> bool:
+    """Whether workers ask for huge pages: unless the user's environment says otherwise."""
+    return (_HUGE_PAGES | dict(os.environ)).items() >= _HUGE_PAGES.items()
+
+
 def _environment(threads: int, isa: str) -> dict[str, str]:
-    """The user's, and what says how many threads and which tier, and that large tensors are in huge pages."""
+    """The user's, and what says how many threads and which tier, and asks for huge pages."""
     tier = {"FASTATTN_ISA": isa} if isa else {}
     own = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    return {**HUGE_PAGES, **os.environ, **own, **tier}
+    return {**_HUGE_PAGES, **os.environ, **own, **tier}

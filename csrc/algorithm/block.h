@@ -293,7 +293,7 @@ inline BlockExtent<E> score_rows(const ForwardTask<E>& task, TileContext<E>& con
   }
   // Adjacent rows have not been asked for; of others the first have, and without pairs the rest will be.
   const bool adjacent = view.values_adjacent;
-  if ((adjacent || E::Dot::kPairsValues) && &context.panel == task.panel(0)) {
+  if (task.p.out != nullptr && (adjacent || E::Dot::kPairsValues) && &context.panel == task.panel(0)) {
     const int64_t bytes = task.p.value_dim * static_cast<int64_t>(sizeof(typename E::Stored));
     const int64_t first = adjacent ? 0 : kRowsAhead<E>;
     const int64_t end = kRowsAhead<E> + rows_of_softmax<E>(context.panel.live, bytes);
