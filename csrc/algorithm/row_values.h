@@ -14,7 +14,8 @@ FASTATTN_NOINLINE void add_rows(const typename E::Scalar* probs, const char* con
   using V = typename E::V;
   using Stored = typename E::Stored;
   constexpr int64_t kBytes = int64_t{kVectors} * E::kWidth * sizeof(Stored);
-  constexpr int kTogether = kVectors == 8 ? 2 : kVectors;  // vectors of a row that are in registers at once
+  constexpr bool kInProduct = kRows > 6;  // broadcasts its probability: no registers are left for them
+  constexpr int kTogether = kVectors == 8 || kInProduct ? 2 : kVectors;  // vectors of a row that are in registers at once
   typename E::Reg sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -53,12 +54,16 @@ FASTATTN_NOINLINE void add_rows(const typename E::Scalar* probs, const char* con
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        if (kVectors < 8) {
+        if (kVectors < 8 && !kInProduct) {
           load_prob(r);
         }
 #pragma GCC unroll 4
         for (int i = 0; i < kTogether; ++i) {
-          sum[r][v + i] = V::fma(prob[r], x[i], sum[r][v + i]);
+          if constexpr (kInProduct) {
+            sum[r][v + i] = V::fma_from(probs[r * E::kBlockKeys + key], x[i], sum[r][v + i]);
+          } else {
+            sum[r][v + i] = V::fma(prob[r], x[i], sum[r][v + i]);
+          }
         }
       }
     }

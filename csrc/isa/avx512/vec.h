@@ -91,6 +91,12 @@ struct VecF32 : LaneSums<FloatLanes> {
   static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   static Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  // The product itself broadcasts `a`, which costs nothing. Compilers leave that to a register, and one that is filled
+  // from memory costs about as much as a product.
+  static FASTATTN_INLINE Reg fma_from(const float& a, Reg b, Reg c) {
+    __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(a));
+    return c;
+  }
   static Reg fms(Reg a, Reg b, Reg c) { return _mm512_fmsub_ps(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }  // b where either is NaN
   static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }  // the same

@@ -68,6 +68,10 @@ struct Bf16Pairs {
   static FASTATTN_INLINE Reg run(Reg pairs, __m512i probs, Reg sum) {
     return Bf16PairProduct::run(pairs, _mm512_castsi512_ps(probs), sum);
   }
+  static FASTATTN_INLINE Reg run(Reg pairs, ProbPair probs, Reg sum) {
+    __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(pairs), "m"(probs));
+    return sum;
+  }
   // Columns 0..3, 8..11 and so on, and the others, to the first sixteen and those after them.
   static FASTATTN_INLINE void order(Reg (&columns)[2]) {
     const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);

@@ -14,6 +14,9 @@ constexpr int kPieceColumns = 32;  // whose pairs are two vectors
 // The first `count` of 32 numbers.
 FASTATTN_INLINE __mmask32 first(int count) { return static_cast<__mmask32>((uint64_t{1} << count) - 1); }
 
+// A row's probabilities of two keys, as a product broadcasts them: see VecF32::fma_from.
+using ProbPair = const uint16_t (&)[2];
+
 // Where a product of rows of probabilities and columns of values stands.
 struct PairedBlock {
   const uint16_t* probs;  // [row][kBlockKeys]
@@ -50,6 +53,7 @@ FASTATTN_NOINLINE void add_pairs(const PairedBlock& block) {
     // Where there are registers, a row's lines one after another: then the CPU fetches what follows.
     constexpr bool kInOrder = kRows < 6;
     constexpr bool kKeep = kRows < 3;  // probabilities
+    constexpr bool kInProduct = kRows > 3;  // each broadcasts its own
     typename Pairs::Row first[kPieces];
     __m512i probs[kRows];
     const auto load_probs = [&](int r) FASTATTN_LAMBDA_INLINE {
@@ -77,12 +81,17 @@ FASTATTN_NOINLINE void add_pairs(const PairedBlock& block) {
       FASTATTN_KEEP_ORDER();
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        if (!kKeep) {
+        if (!kKeep && !kInProduct) {
           load_probs(r);
         }
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
-          sum[r][2 * piece + i] = Pairs::run(pairs[i], probs[r], sum[r][2 * piece + i]);
+          typename Pairs::Reg& to = sum[r][2 * piece + i];
+          if constexpr (kInProduct) {
+            to = Pairs::run(pairs[i], reinterpret_cast<ProbPair>(words[r * E::kBlockKeys + key]), to);
+          } else {
+            to = Pairs::run(pairs[i], probs[r], to);
+          }
         }
       }
     }
@@ -153,7 +162,7 @@ void add_paired_values(const Panel<E>& panel, const uint16_t* words, const float
     for (int64_t at = 0; at < value_dim;) {
       const int64_t left = (value_dim - at + kPieceColumns - 1) / kPieceColumns;
       // Interleaving is work too, better shared by many rows.
-      const bool shares = many || (Pairs::kWidens && panel.live > kPairRows<4> && panel.live <= kPairRows<1>);
+      const bool shares = many || (panel.live > (Pairs::kWidens ? kPairRows<4> : 4) && panel.live <= kPairRows<1>);
       const int pieces = left >= 4 && !shares ? 4 : left >= 2 ? 2 : 1;
       const bool all = follow && pieces * kPieceColumns == value_dim;
       const auto add = pieces == 4   ? all ? add_some_pairs<E, Pairs, 4, true> : add_some_pairs<E, Pairs, 4, false>

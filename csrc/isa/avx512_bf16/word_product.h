@@ -59,6 +59,10 @@ struct WordPairs {
     pairs[1] = _mm512_cvtepi8_epi16(_mm256_unpackhi_epi8(even, odd));
   }
   static FASTATTN_INLINE Reg run(Reg pairs, Reg probs, Reg sum) { return _mm512_dpwssd_epi32(sum, pairs, probs); }
+  static FASTATTN_INLINE Reg run(Reg pairs, ProbPair probs, Reg sum) {
+    __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(pairs), "m"(probs));
+    return sum;
+  }
   // Columns 0..7 and 16..23, and the others, to the first sixteen and those after them.
   static FASTATTN_INLINE void order(Reg (&columns)[2]) {
     const Reg first = _mm512_shuffle_i64x2(columns[0], columns[1], 0x44);
