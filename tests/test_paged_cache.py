@@ -61,6 +61,34 @@ def test_of_two_that_share_a_page_one_keeps_it():
     assert [cache.length(sequence) for sequence in (first, second, third)] == [7, 7, 7]
 
 
+@pytest.mark.parametrize("fails", ["copy", "integers"])
+def test_a_failing_extension_changes_nothing(fails: str, monkeypatch: pytest.MonkeyPatch):
+    """Where there is no memory to copy a shared page by, or for what a call is given."""
+    cache = cache_of(8, page_size=4)
+    first, other = filled(cache, 6), filled(cache, 5)
+    written = np.random.default_rng(1).standard_normal((2, 1, 6, 2, 8)).astype(np.float32)
+    cache.write([first], *written, layer=0)
+    second = cache.fork(first)
+    rows = cache.read(second, layer=0)
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._pool, fails, fail)
+        with pytest.raises(MemoryError):
+            cache.extend([other, second], [9, 1])
+    assert [cache.length(sequence) for sequence in (first, second, other)] == [6, 6, 5]
+    for found, expected in zip(cache.read(second, layer=0), rows, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    cache.extend([other, second], [9, 1])
+    for found, expected in zip(cache.read(second, layer=0), rows, strict=True):
+        np.testing.assert_array_equal(found[:6], expected)
+    cache.free(second)
+    cache.free(other)
+    assert cache.usage().used_pages == 2
+
+
 def test_a_fork_of_whole_pages_copies_none():
     cache = cache_of(3)
     first = filled(cache, 8)

@@ -71,9 +71,8 @@ class PagePool:
 
     def copy(self, old: list[int], new: list[int]) -> None:
         """Copy pages, in every layer."""
-        if old:
-            for pool in self.arrays.values():
-                pool[:, new] = pool[:, old]
+        for pool in self.arrays.values():
+            pool[:, new] = pool[:, old]
 
     def reorder(self, old: NDArray[np.int32]) -> None:
         """Let page ``old[i]`` become page ``i``; one layer at a time is held twice.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
@@ -65,7 +65,7 @@ class PageTable:
     """Pages by number, and who holds them. The free page of the lowest number is always taken first.
 
     A page is written by a sequence that holds it alone: `make_room` gives a sequence that is about to write
-    to a shared page a page of its own, and says what is to be copied.
+    to a shared page a page of its own, and has it copied.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -120,10 +120,11 @@ class PageTable:
         self._give_back(self._held(sequence).pages)
         del self._sequences[sequence]
 
-    def make_room(self, growth: Mapping[int, int]) -> list[tuple[int, int]]:
+    def make_room(self, growth: Mapping[int, int], copy: Callable[[list[int], list[int]], None]) -> None:
         """Let each sequence have pages for so many more tokens, and the one it writes to first to itself.
 
-        Returns (from, to) of the pages that are to be copied; raises `OutOfPagesError` before any change.
+        ``copy(old, new)`` copies what is in pages. It comes before any change, as `OutOfPagesError` does, so
+        that nothing has changed if it fails.
         """
         plan: list[tuple[_Held, bool, int]] = []
         left: Counter[int] = Counter()  # shared pages that sequences of this call leave to the others
@@ -138,15 +139,14 @@ class PageTable:
         if needed > len(self._free):
             raise OutOfPagesError(needed, len(self._free), len(self.references))
 
-        copies = []
-        for held, leaves, new in plan:
-            if leaves:
-                slot = held.length // self.page_size
-                shared, held.pages[slot] = held.pages[slot], self._take()
-                self.references[shared] -= 1
-                copies.append((shared, held.pages[slot]))
+        leaving = [(held, held.length // self.page_size) for held, leaves, _ in plan if leaves]
+        if leaving:
+            copy([held.pages[slot] for held, slot in leaving], heapq.nsmallest(len(leaving), self._free))
+        for held, slot in leaving:
+            self.references[held.pages[slot]] -= 1
+            held.pages[slot] = self._take()
+        for held, _, new in plan:
             held.pages.extend(self._take() for _ in range(new))
-        return copies
 
     def append(self, growth: Mapping[int, int]) -> None:
         """Count tokens that `make_room` made room for."""

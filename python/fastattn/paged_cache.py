@@ -196,9 +196,13 @@ class PagedKVCache:
         with self._lock:
             growth = self._growth(sequences, num_tokens)
             before = [self._table.length(sequence) for sequence in growth]
-            self._make_room(growth)
+            self._table.make_room(growth, self._pool.copy)
             self._table.append(growth)
-            return self._arguments(list(growth), before)
+            try:
+                return self._arguments(list(growth), before)
+            except BaseException:  # no memory for these, on whatever device
+                self._table.append({sequence: -count for sequence, count in growth.items()})
+                raise
 
     def reserve(self, sequences: Sequence[int], num_tokens: int | Sequence[int]) -> None:
         """Take the pages for so many more tokens, and count none: to `extend` by them cannot fail then.
@@ -216,7 +220,7 @@ class PagedKVCache:
             As of `extend`.
         """
         with self._lock:
-            self._make_room(self._growth(sequences, num_tokens))
+            self._table.make_room(self._growth(sequences, num_tokens), self._pool.copy)
 
     def fork(self, sequence: int, length: int | None = None) -> int:
         """Return a new sequence with the first tokens of another, whose pages both share.
@@ -422,10 +426,6 @@ class PagedKVCache:
     def _growth(self, sequences: Sequence[int], num_tokens: int | Sequence[int]) -> dict[int, int]:
         _check_different(sequences)
         return dict(zip(sequences, _one_each("num_tokens", num_tokens, len(sequences)), strict=True))
-
-    def _make_room(self, growth: Mapping[int, int]) -> None:
-        copies = self._table.make_room(growth)
-        self._pool.copy([old for old, _ in copies], [new for _, new in copies])
 
     def _arguments(self, sequences: Sequence[int], lengths: list[int]) -> BatchArguments:
         pages = [self._table.pages(s)[: -(-self._table.length(s) // self.page_size)] for s in sequences]

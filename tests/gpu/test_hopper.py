@@ -155,6 +155,21 @@ def test_memory_that_tma_cannot_address(
     assert reason in found
 
 
+def test_an_incoming_gradient_that_tma_cannot_address_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is contiguous, and begins at an odd number of elements."""
+    from fastattn.gpu.row_terms import RowTerms
+
+    call, seen = call_of(), []
+    rows = call.query.shape[:3]
+    terms = RowTerms(torch.zeros(rows), None, torch.zeros(rows))
+    monkeypatch.setattr("fastattn.gpu.row_terms.row_terms", lambda *_: terms)
+    monkeypatch.setattr(hopper, "_query_gradient", lambda _call, grad, *_: seen.append(grad))
+    grad = _unaligned(call.query)
+    hopper.backward(call, call.query, torch.zeros(rows), grad, None, Gradients(query=torch.empty_like(call.query)))
+    assert hopper._layout_reasons("grad_out", grad) and hopper._layout_reasons("grad_out", seen[0]) == []
+    torch.testing.assert_close(seen[0], grad, equal_nan=True)
+
+
 def test_the_stride_of_an_axis_of_one_may_be_anything() -> None:
     tensor = torch.empty(64, dtype=torch.bfloat16).as_strided((1, 1, 1, 64), (3, 5, 7, 1))
     assert hopper._layout_reasons("query", tensor) == []

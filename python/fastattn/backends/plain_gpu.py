@@ -74,7 +74,7 @@ def backward(
     given = (out, lse, grad_out) if grad_lse is None else (out, lse, grad_out, grad_lse)
     if plan is None or any(type(x) is not Tensor or x.layout is not torch.strided for x in given):
         return None
-    if grad_out.is_neg():
+    if any(x.is_neg() for x in given):
         return None
     of_query, of_key, of_value, *_ = wanted
     grads = [

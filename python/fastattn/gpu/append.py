@@ -255,7 +255,7 @@ def write(tile, cache, scales, pages, batch, head, rows, positions, added, capac
     columns = tl.arange(0, tile.shape[1])[None, :]
     at = cache.pointer + head.to(tl.int64) * cache.head + (outer * cache.batch + place * cache.row)[:, None]
     inside = there[:, None] & (columns < DIM)
-    tl.store(at + columns * cache.column, tile.to(cache.pointer.dtype.element_ty), mask=inside)
+    tl.store(at + columns.to(tl.int64) * cache.column, tile.to(cache.pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit

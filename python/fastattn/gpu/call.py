@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from fastattn.arrays import Strided
 from fastattn.problem import AttentionProblem
 
+LEAST, MOST = 2.0**-126, 2.0**127 * (2 - 2.0**-23)  # normal numbers of float32
 SPAN = 64  # positions whose segments are summed up by the least and the greatest id
 
 
@@ -117,8 +119,8 @@ def from_problem(problem: AttentionProblem) -> Call:
         problem.window_right,
         None if slopes is None else slopes.expand(problem.sequence_count, heads),
         moved("sinks", problem.sinks, torch.float32, device),
-        problem.softcap,
-        problem.scale,
+        _softcap(problem.softcap),
+        _scale(problem.scale),
         problem.dropout_p,
         0 if problem.dropout_seed is None else problem.dropout_seed,
         problem.dropout_offset,
@@ -131,6 +133,20 @@ def from_problem(problem: AttentionProblem) -> Call:
         None if problem.value_scale is None else tensor(problem.value_scale),
         ragged=_ragged(problem, device),
     )
+
+
+def _scale(scale: float) -> float:
+    """The nearest that float32 has, which is what kernels get: never infinite, and 0 where that is its."""
+    if LEAST <= abs(scale) <= MOST:
+        return scale
+    return 0.0 if abs(scale) < LEAST else math.copysign(MOST, scale)
+
+
+def _softcap(softcap: float) -> float:
+    """Likewise, but what is beyond float32 caps nothing that float32 holds, and what is below caps at next to 0."""
+    if not softcap or LEAST <= softcap <= MOST:
+        return softcap
+    return LEAST if softcap < LEAST else 0.0
 
 
 def _table(problem: AttentionProblem, device: torch.device) -> Tensor | None:
@@ -159,7 +175,7 @@ def _bounds(ids: Tensor) -> Tensor:
     missing = -length % SPAN
     if missing:
         ids = torch.cat([ids, ids[:, -1:].expand(batch, missing)], 1)
-    spans = ids.reshape(batch, -1, SPAN)
+    spans = ids.reshape(batch, ids.shape[1] // SPAN, SPAN)
     return torch.stack([spans.amin(2), spans.amax(2)], 2)
 
 

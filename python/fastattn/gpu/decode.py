@@ -18,12 +18,13 @@ from torch import Tensor
 from fastattn.gpu import configs, tuning
 from fastattn.gpu.call import Call
 from fastattn.gpu.config_tables import Tiles
-from fastattn.gpu.forward import attend_all, is_plain, normalised
+from fastattn.gpu.forward import attend_all, is_plain, normalised, with_sink
 from fastattn.gpu.rows import head_base, matrix, places
 from fastattn.gpu.tile import (
     INF,
     LN2,
     LOG2E,
+    beyond,
     key_count,
     key_ranges,
     query_count,
@@ -78,10 +79,11 @@ def decode(call: Call, out: Tensor, lse: Tensor | None, tiles: Tiles | None = No
         *levels,
         matrix(out),
         lse,
-        rules.sinks,
+        rules,
         batch * heads * seqlen_q,
         heads,
         seqlen_q,
+        seqlen_k,
         chunks,
         VALUE_DIM=value_dim,
         BLOCK_VALUE=value_block,
@@ -160,17 +162,18 @@ def within(place, low, high):
     return tl.minimum(tl.maximum(place, low), high)
 
 
-@triton.jit(do_not_specialize=["all_rows", "heads", "seqlen_q", "chunks"])
+@triton.jit(do_not_specialize=["all_rows", "heads", "seqlen_q", "seqlen_k", "chunks"])
 def merge_kernel(
     means,
     levels,
     totals,
     out,
     lse,
-    sinks,
+    rules,
     all_rows,
     heads,
     seqlen_q,
+    seqlen_k,
     chunks,
     VALUE_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
@@ -178,27 +181,28 @@ def merge_kernel(
 ):
     """Merge what one row has got from each chunk, in one order, and its sink."""
     row = tl.program_id(0)
-    batch_head = row // seqlen_q
+    batch, head, own_row = row // seqlen_q // heads, row // seqlen_q % heads, row % seqlen_q
     chunk, columns = tl.arange(0, BLOCK_CHUNKS), tl.arange(0, BLOCK_VALUE)
     at = chunk.to(tl.int64) * all_rows + row
     levels = tl.load(levels + at, mask=chunk < chunks, other=-INF)
     totals = tl.load(totals + at, mask=chunk < chunks, other=0.0)
     level = tl.max(levels, 0)
-    if sinks is not None:
-        sink = tl.load(sinks + batch_head % heads)
-        level = tl.maximum(level, sink)
     reference = tl.where(level == -INF, 0.0, level)
     share = tl.exp2((levels - reference) * LOG2E) * totals
     total = tl.sum(share, 0)
-    if sinks is not None:
-        total += tl.exp2((sink - reference) * LOG2E)
     mask = (chunk < chunks)[:, None] & (columns < VALUE_DIM)[None, :]
     mean = tl.load(means + at[:, None] * VALUE_DIM + columns[None, :], mask=mask, other=0.0)
+    acc = tl.sum(mean * share[:, None], 0)
+    if rules.slopes is not None:  # taken from every chunk's level alike
+        count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
+        level -= beyond(rules, batch, head, own_row, offset, count)
+    if rules.sinks is not None:
+        level, shrink, own = with_sink(level, tl.load(rules.sinks + head))
+        total, acc = total * shrink + own, acc * shrink
     some = total != 0
     total = tl.where(some, total, 1.0)
-    merged = tl.sum(mean * share[:, None], 0) / total
-    base = head_base(out, batch_head // heads, batch_head % heads)
-    at = places(base, out, row % seqlen_q, columns)
+    at = places(head_base(out, batch, head), out, own_row, columns)
+    merged = acc / total
     tl.store(at, merged.to(out.pointer.dtype.element_ty), mask=columns < VALUE_DIM)
     if lse is not None:
         tl.store(lse + row, tl.where(some, level + LN2 * tl.log2(total), -INF))

@@ -145,8 +145,11 @@ def forward_kernel(
         queries, seqlen_k, offset, count, HEAD_DIM, VALUE_DIM, BLOCK_DIM, BLOCK_VALUE, PLAIN, PRECISION,
         BLOCK_M, BLOCK_N, AHEAD,
     )  # fmt: skip
+    if rules.slopes is not None:
+        level -= beyond(rules, batch, head, rows, offset, count)
     if rules.sinks is not None:
-        level, total, acc = with_sink(level, total, acc, tl.load(rules.sinks + head))
+        level, shrink, own = with_sink(level, tl.load(rules.sinks + head))
+        total, acc = total * shrink + own, acc * shrink[:, None]
     acc, row_lse = normalised(level, total, acc)
     there = row_count(rules, queries, seqlen_q)
     base = query_base(out, rules, batch, head, seqlen_q)
@@ -165,12 +168,15 @@ def normalised(level, total, acc):
 
 
 @triton.jit
-def with_sink(level, total, acc, sink):
-    """Let a logit without a value, in natural units as `level` is, take its share of the rows."""
+def with_sink(level, sink):
+    """Let a logit without a value, in natural units as `level` is, take its share of the rows.
+
+    Returns the new level, what sums under the old one are multiplied by, and what the sink adds to the total.
+    """
     highest = tl.maximum(level, sink)
     reference = tl.where(highest == -INF, 0.0, highest)
     shrink = tl.exp2((level - reference) * LOG2E)
-    return highest, total * shrink + tl.exp2((sink - reference) * LOG2E), acc * shrink[:, None]
+    return highest, shrink, tl.exp2((sink - reference) * LOG2E)
 
 
 @triton.jit
@@ -204,7 +210,8 @@ def attend_all(
 ):
     """Attend to the ranges of `key_ranges`: highest score of each row (natural units), sum, weighted values.
 
-    The rows may be of several heads: `head` and `batch_head` are scalars, or (BLOCK_M, 1), one for each row.
+    Scores are without what is `beyond`. The rows may be of several heads: `head` and `batch_head` are scalars, or
+    (BLOCK_M, 1), one for each row.
     """
     level = tl.full([BLOCK_M], -INF, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -231,8 +238,6 @@ def attend_all(
         there = rows < queries
         level = tl.where(there, level, -INF)
         total, acc = tl.where(there, total, 0.0), tl.where(there[:, None], acc, 0.0)
-    if rules.slopes is not None:
-        level -= tl.reshape(beyond(rules, batch, head, rows[:, None], offset, count), [BLOCK_M])
     return level, total, acc
 
 

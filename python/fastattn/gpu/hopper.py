@@ -97,7 +97,7 @@ def backward(
     # Rows of TMA begin at multiples of 16 bytes.
     level, delta = (pad(x.flatten(0, 1), (0, -x.shape[2] % 4)) for x in (terms.level, terms.delta))
     if _layout_reasons("grad_out", grad_out):
-        grad_out = grad_out.contiguous()
+        grad_out = grad_out.clone(memory_format=torch.contiguous_format)  # which may have to move, too
     if wanted.key is not None or wanted.value is not None:
         _key_value_gradients(call, grad_out, level, delta, wanted.key, wanted.value)
     if wanted.query is not None:

@@ -107,7 +107,7 @@ def score_gradients(
     if rules.dropout_scale is not None:
         weight_grads *= factors
     grads = p * (weight_grads - delta)
-    if CHECKED:  # what is hidden gets 0, whatever comes in for its weight
+    if CHECKED or incoming.grad_weights is not None:  # a weight of 0 has none, whatever comes in for it
         grads = tl.where(p == 0, 0.0, grads)
     return grads
 

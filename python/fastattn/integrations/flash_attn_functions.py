@@ -51,8 +51,8 @@ def flash_attn_func(
     k : tensor, shape (B, Lk, Hkv, D)
     v : tensor, shape (B, Lk, Hkv, Dv)
     dropout_p : float
-        Draws a seed from torch's generator of the device: repeatable after ``torch.manual_seed``, but not the
-        probabilities that flash-attention drops.
+        Draws a seed from torch's generator of the device (with `return_attn_probs`, from that of the CPU):
+        repeatable after ``torch.manual_seed``, but not the probabilities that flash-attention drops.
     softmax_scale : float, optional
         Defaults to ``1 / sqrt(D)``.
     causal : bool

@@ -132,7 +132,10 @@ def _append_then_attend(
     attention_with_kvcache(q[:, :0], k_cache, v_cache, **(options | no_rows))  # checks, and does nothing
     if leftpad is not None and not torch.compiler.is_compiling():
         check_leftpad(q, k_cache, leftpad)
-    start = torch.as_tensor(k_cache.shape[1] if start is None else start, device=q.device).expand(len(q))
+    start = k_cache.shape[1] if start is None else start
+    if isinstance(start, int):  # filled, not copied: a CUDA graph would copy from memory of this call
+        start = torch.full((), start, device=q.device)
+    start = torch.as_tensor(start, device=q.device).expand(len(q))
     lengths = start + (0 if new_key is None else new_key.shape[1])
     turned = q
     if options["rotary_cos"] is not None and options["rotary_sin"] is not None:
@@ -144,7 +147,8 @@ def _append_then_attend(
         pages = {"cache_seqlens": lengths, "block_table": table}
         return attention_with_kvcache(turned, k_cache, v_cache, **pages, **rules, return_lse=return_lse)
     if table is not None:
-        k_cache, v_cache = k_cache[table[:, 0]], v_cache[table[:, 0]]
+        rows = table[:, 0].clamp(0, len(k_cache) - 1)  # checked above, but for what a device holds
+        k_cache, v_cache = k_cache[rows], v_cache[rows]
     places: dict[str, Any] = {
         "kv_starts": leftpad,
         "kv_lengths": lengths,
@@ -179,6 +183,7 @@ def _turned(q: Tensor, cos: Tensor, sin: Tensor, start: Tensor, step: int, inter
     positions = start[:, None] + step * torch.arange(q.shape[1], device=q.device)
     if positions.is_cpu and positions.numel() and int(positions.max()) >= len(cos):
         raise ValueError(f"rotary_cos has {len(cos)} rows, and the last query is at {int(positions.max())}")
+    positions = positions.clamp(0, len(cos) - 1)  # as kernels do with what a device holds
     dtype = torch.promote_types(q.dtype, torch.float32)
     cos, sin = (table[positions].to(dtype)[:, :, None] for table in (cos, sin))
     width = 2 * cos.shape[-1]

@@ -173,6 +173,39 @@ def test_out_is_written(place: str) -> None:
         fa.attention(query, key, torch.zeros_like(key), out=query, backend="triton")
 
 
+@pytest.mark.parametrize("hides", ["bias", "mask"])
+def test_an_infinite_gradient_of_weights_that_are_hidden(hides: str, place: str) -> None:
+    """As that of their entropy is: what is hidden gets 0, not NaN."""
+    hidden = torch.arange(96).expand(40, -1) >= 50
+    bias = torch.zeros(40, 96).masked_fill(hidden, -torch.inf)
+    rule = {"bias": bias} if hides == "bias" else {"mask": ~hidden}
+    query, key, value = (x.requires_grad_() for x in arrays(rows=40, keys=96))
+    _, weights = fa.attention(query, key, value, **rule, return_weights=True, backend="triton")
+    actual = torch.autograd.grad(torch.special.entr(weights).sum(), (query, key))
+    wide, seen, values = (x.detach().double() for x in (query, key[:, :, :50], value[:, :, :50]))
+    leaves = wide.requires_grad_(), seen.requires_grad_()
+    _, weights = fa.attention(*leaves, values, return_weights=True, backend="math")
+    of_query, of_seen = torch.autograd.grad(torch.special.entr(weights).sum(), leaves)
+    torch.testing.assert_close(actual[0].double(), of_query, rtol=0, atol=2e-5)
+    torch.testing.assert_close(actual[1][:, :, :50].double(), of_seen, rtol=0, atol=2e-5)
+    assert (actual[1][:, :, 50:] == 0).all()
+
+
+@pytest.mark.parametrize("offset", [2**31 - 1, -(2**31)])
+def test_gradients_at_offsets_that_fill_32_bits(offset: int, place: str) -> None:
+    call = call_of({"query_offset": offset, "window": (2**31 - 1, 2**31 - 1)})
+    assert_close(results_and_gradients(call, backend="triton"), oracle(call), TOLERANCE[torch.float32])
+
+
+def test_no_sequence_of_documents(place: str) -> None:
+    leaves = [x[:0].requires_grad_() for x in arrays()]
+    ids = torch.zeros(0, ROWS, dtype=torch.int64), torch.zeros(0, KEYS, dtype=torch.int64)
+    out = fa.attention(*leaves, segment_ids=ids, backend="triton")
+    grads = torch.autograd.grad(out.sum(), leaves)
+    assert [x.shape for x in grads] == [x.shape for x in leaves]
+    assert "triton" in str(fa.explain(*(x.detach() for x in leaves), segment_ids=ids, backend="triton"))
+
+
 @pytest.mark.parametrize("rows, keys", [(0, 7), (5, 0)])
 def test_nothing_to_attend_to(rows: int, keys: int, place: str) -> None:
     call = dict(zip(("query", "key", "value"), arrays(rows=rows, keys=keys), strict=True))

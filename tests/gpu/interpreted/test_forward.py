@@ -15,6 +15,7 @@ from torch import Tensor
 import bounds
 import shapes
 from fastattn.gpu.configs import INTERPRETED
+from fastattn.gpu.decode import decode
 from fastattn.gpu.forward import forward
 from fastattn.philox import kept
 from fences import Fence
@@ -71,7 +72,7 @@ class TestWindow:
     @pytest.mark.parametrize(
         "window", [(0, 0), (5, 0), (0, 5), (13, 29), (None, 3), (3, None), (70, 70)], ids=str
     )
-    @pytest.mark.parametrize("offset", [0, 45, -30, 2**60, -(2**60)])
+    @pytest.mark.parametrize("offset", [0, 45, -30, 2**60, -(2**60), 2**31 - 1, -(2**31)])
     def test_both_sides(self, window: Any, offset: int) -> None:
         check_case(Case("band", 70, 120, 16), "float32", window=window, query_offset=offset)
 
@@ -113,14 +114,20 @@ class TestBias:
         torch.testing.assert_close(out, mean, rtol=0, atol=2.0**-8 if "16" in dtype else 1e-6)
 
 
+@pytest.mark.parametrize("scaling", [{"scale": 1e-46}, {"softcap": 1e39}, {"softcap": 1e-46}], ids=str)
+def test_numbers_beyond_float32(scaling: dict[str, float]) -> None:
+    check_case(Case("beyond", 20, 64, 16, causal=True), "float32", **scaling)
+
+
 @dtypes
+@pytest.mark.parametrize(("run", "keys"), [(forward, 64), (decode, 600)])
 @pytest.mark.parametrize("offset", [10_000, 10_000_000, -10_000_000])
-def test_alibi_far_from_the_keys(offset: int, dtype: str) -> None:
+def test_alibi_far_from_the_keys(offset: int, run: Any, keys: int, dtype: str) -> None:
     """Only distances among the keys matter to the output, however far the query stands."""
-    query, key, value = Case("far", 20, 64, 16, query_heads=2).tensors(dtype, "torch")
+    query, key, value = Case("far", 20, keys, 16, query_heads=2).tensors(dtype, "torch")
     options = {"alibi_slopes": torch.tensor([0.5, 0.03]), "query_offset": offset}
     expected = bounds.expect(query, key, value, **options)
-    actual = attend(query, key, value, **options)
+    actual = attend(query, key, value, run=run, **options)
     out = actual.out.double().numpy()
     np.testing.assert_allclose(out, expected.out, rtol=0, atol=3e-2 if "16" in dtype else 3e-6)
     np.testing.assert_allclose(actual.lse.numpy(), expected.lse, rtol=1e-6)
