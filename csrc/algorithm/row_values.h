@@ -14,8 +14,8 @@ FASTATTN_NOINLINE void add_rows(const typename E::Scalar* probs, const char* con
   using V = typename E::V;
   using Stored = typename E::Stored;
   constexpr int64_t kBytes = int64_t{kVectors} * E::kWidth * sizeof(Stored);
-  constexpr bool kInProduct = kRows > 6;  // broadcasts its probability: no registers are left for them
-  constexpr int kTogether = kVectors == 8 || kInProduct ? 2 : kVectors;  // vectors of a row that are in registers at once
+  constexpr bool kInProduct = kRows > 6 && kVectors > 1;  // broadcasts its probability: registers are full
+  constexpr int kTogether = kVectors == 8 || kInProduct ? 2 : kVectors;  // of a row's, that are in registers at once
   typename E::Reg sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {

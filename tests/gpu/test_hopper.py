@@ -165,7 +165,9 @@ def test_an_incoming_gradient_that_tma_cannot_address_is_moved(monkeypatch: pyte
     monkeypatch.setattr("fastattn.gpu.row_terms.row_terms", lambda *_: terms)
     monkeypatch.setattr(hopper, "_query_gradient", lambda _call, grad, *_: seen.append(grad))
     grad = _unaligned(call.query)
-    hopper.backward(call, call.query, torch.zeros(rows), grad, None, Gradients(query=torch.empty_like(call.query)))
+    hopper.backward(
+        call, call.query, torch.zeros(rows), grad, None, Gradients(query=torch.empty_like(call.query))
+    )
     assert hopper._layout_reasons("grad_out", grad) and hopper._layout_reasons("grad_out", seen[0]) == []
     torch.testing.assert_close(seen[0], grad, equal_nan=True)
 

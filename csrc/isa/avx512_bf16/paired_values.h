@@ -52,7 +52,7 @@ FASTATTN_NOINLINE void add_pairs(const PairedBlock& block) {
     const auto* odd = kAdjacent ? even + (single ? 0 : kColumns) : reinterpret_cast<const Stored*>(values[second]) + at;
     // Where there are registers, a row's lines one after another: then the CPU fetches what follows.
     constexpr bool kInOrder = kRows < 6;
-    constexpr bool kKeep = kRows < 3;  // probabilities
+    constexpr bool kKeep = kRows < 3;       // probabilities
     constexpr bool kInProduct = kRows > 3;  // each broadcasts its own
     typename Pairs::Row first[kPieces];
     __m512i probs[kRows];

@@ -143,7 +143,7 @@ def _scale(scale: float) -> float:
 
 
 def _softcap(softcap: float) -> float:
-    """Likewise, but what is beyond float32 caps nothing that float32 holds, and what is below caps at next to 0."""
+    """Likewise; what is beyond float32 caps nothing that it holds, and what is below caps at next to 0."""
     if not softcap or LEAST <= softcap <= MOST:
         return softcap
     return LEAST if softcap < LEAST else 0.0

@@ -210,8 +210,8 @@ def attend_all(
 ):
     """Attend to the ranges of `key_ranges`: highest score of each row (natural units), sum, weighted values.
 
-    Scores are without what is `beyond`. The rows may be of several heads: `head` and `batch_head` are scalars, or
-    (BLOCK_M, 1), one for each row.
+    Scores are without what is `beyond`. The rows may be of several heads: `head` and `batch_head` are
+    scalars, or (BLOCK_M, 1), one for each row.
     """
     level = tl.full([BLOCK_M], -INF, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
