@@ -79,7 +79,8 @@ def decode(call: Call, out: Tensor, lse: Tensor | None, tiles: Tiles | None = No
         *levels,
         matrix(out),
         lse,
-        rules,
+        rules.sinks,
+        None if rules.slopes is None else rules,
         batch * heads * seqlen_q,
         heads,
         seqlen_q,
@@ -169,6 +170,7 @@ def merge_kernel(
     totals,
     out,
     lse,
+    sinks,
     rules,
     all_rows,
     heads,
@@ -193,11 +195,11 @@ def merge_kernel(
     mask = (chunk < chunks)[:, None] & (columns < VALUE_DIM)[None, :]
     mean = tl.load(means + at[:, None] * VALUE_DIM + columns[None, :], mask=mask, other=0.0)
     acc = tl.sum(mean * share[:, None], 0)
-    if rules.slopes is not None:  # taken from every chunk's level alike
+    if rules is not None:  # those of ALiBi: its far term was left out of every chunk's level alike
         count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
         level -= beyond(rules, batch, head, own_row, offset, count)
-    if rules.sinks is not None:
-        level, shrink, own = with_sink(level, tl.load(rules.sinks + head))
+    if sinks is not None:
+        level, shrink, own = with_sink(level, tl.load(sinks + head))
         total, acc = total * shrink + own, acc * shrink
     some = total != 0
     total = tl.where(some, total, 1.0)
