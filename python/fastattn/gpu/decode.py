@@ -89,6 +89,7 @@ def decode(call: Call, out: Tensor, lse: Tensor | None, tiles: Tiles | None = No
         VALUE_DIM=value_dim,
         BLOCK_VALUE=value_block,
         BLOCK_CHUNKS=triton.next_power_of_2(chunks),
+        ALIBI=rules.slopes is not None,
         num_warps=4 if chunks * value_block >= 2048 else 1,
     )
 
@@ -180,6 +181,7 @@ def merge_kernel(
     VALUE_DIM: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
+    ALIBI: tl.constexpr,
 ):
     """Merge what one row has got from each chunk, in one order, and its sink."""
     row = tl.program_id(0)
@@ -195,7 +197,7 @@ def merge_kernel(
     mask = (chunk < chunks)[:, None] & (columns < VALUE_DIM)[None, :]
     mean = tl.load(means + at[:, None] * VALUE_DIM + columns[None, :], mask=mask, other=0.0)
     acc = tl.sum(mean * share[:, None], 0)
-    if rules is not None:  # those of ALiBi: its far term was left out of every chunk's level alike
+    if ALIBI:  # whose far term was left out of every chunk's level alike; only here are there rules
         count, offset = key_count(rules, batch, seqlen_k), query_offset(rules, batch)
         level -= beyond(rules, batch, head, own_row, offset, count)
     if sinks is not None:
