@@ -23,8 +23,8 @@ GPU_FAULTS = (
         "gpu-whole-tile",
         "a tile counts as seen by all once it is seen by the row that sees most",
         "tile",
-        "inner_end = clamped(first, offset, right, -1, count - 1) + 1",
-        "inner_end = clamped(last, offset, right, -1, count - 1) + 1",
+        "inner_end = clamped(first, offset + 1, right, 0, count)",
+        "inner_end = clamped(last, offset + 1, right, 0, count)",
         "forward",
     ),
     _fault(

@@ -93,7 +93,7 @@ def decode(call: Call) -> Tiles:
     if not (gpu := kind_of_gpu(call.query)):
         return INTERPRETED._replace(rows=16)
     is_wide, is_slow = _columns(call) > 128, call.query.dtype == torch.float32 or is_rich(call)
-    if is_wide or (is_slow and gpu == "sm100"):  # where four warps are short of registers
+    if is_wide or (is_slow and gpu in ("sm100", "sm120")):  # where four warps are short of registers
         return DECODE_WIDE
     if is_slow:
         return DECODE_RICH

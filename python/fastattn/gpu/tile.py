@@ -191,9 +191,8 @@ def key_ranges(rules, batch, first, last, offset, count, BLOCK_M: tl.constexpr, 
 @triton.jit
 def query_ranges(rules, batch, first, last, offset, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Split the queries, `count` of them, that may attend to keys `first` to `last`; see `tile_ranges`."""
-    offset = first.to(tl.int64) * 0 - offset  # in 64 bits, where every one has a negative
     start, inner_start, inner_end, end = tile_ranges(
-        first, last, offset, count, rules.right, rules.left, rules.mask is not None, BLOCK_M
+        first, last, -offset, count, rules.right, rules.left, rules.mask is not None, BLOCK_M
     )
     if rules.segments is not None:
         segments = rules.segments
@@ -222,8 +221,8 @@ def tile_ranges(first, last, offset, count, left, right, MASKED: tl.constexpr, B
     end = count
     inner_end = count
     if right is not None:
-        end = clamped(last, offset, right, -1, count - 1) + 1
-        inner_end = clamped(first, offset, right, -1, count - 1) + 1
+        end = clamped(last, offset + 1, right, 0, count)
+        inner_end = clamped(first, offset + 1, right, 0, count)
     start = end * 0
     inner_start = end * 0
     if left is not None:
