@@ -105,8 +105,7 @@ def from_problem(problem: AttentionProblem) -> Call:
     heads, device = query.shape[1], query.device
     offset = problem.query_offset
     single = isinstance(offset, int)
-    if single and offset in (2**31 - 1, -(2**31)):
-        # A kernel would get 32 bits, which have no room for the next number, or the negative.
+    if single and abs(offset) >= 2**31 - 1:  # as a number a kernel might get 32 bits, and it adds to them
         single, offset = False, torch.full((problem.sequence_count,), offset, device=device)
     slopes = moved("alibi_slopes", problem.alibi_slopes, torch.float32, device)
     return Call(

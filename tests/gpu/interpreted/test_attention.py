@@ -191,7 +191,7 @@ def test_an_infinite_gradient_of_weights_that_are_hidden(hides: str, place: str)
     assert (actual[1][:, :, 50:] == 0).all()
 
 
-@pytest.mark.parametrize("offset", [2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("offset", [2**31 - 1, 1 - 2**31, -(2**31)])
 def test_gradients_at_offsets_that_fill_32_bits(offset: int, place: str) -> None:
     call = call_of({"query_offset": offset, "window": (2**31 - 1, 2**31 - 1)})
     assert_close(results_and_gradients(call, backend="triton"), oracle(call), TOLERANCE[torch.float32])
