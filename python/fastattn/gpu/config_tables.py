@@ -178,6 +178,7 @@ DECODE: dict[int, Tiles] = {
 }
 DECODE_SM120 = Tiles(64, 32, 4, 3)  # there, from 64 rows on: more columns leave no registers
 DECODE_RICH = Tiles(16, 32, 4, 1)  # also for float32
+DECODE_RICH_SM120 = Tiles(16, 64, 8, 1)  # where four warps are short of registers, as on sm100
 DECODE_WIDE = Tiles(16, 32, 8, 1)  # for head dimensions above 128
 DECODE_QUANTISED = Tiles(16, 64, 4, 2)  # codes are made numbers by more threads; not measured
 

@@ -11,6 +11,7 @@ from fastattn.gpu.config_tables import (
     DECODE_AHEAD,
     DECODE_QUANTISED,
     DECODE_RICH,
+    DECODE_RICH_SM120,
     DECODE_SM120,
     DECODE_WIDE,
     FORWARD_AHEAD,
@@ -93,10 +94,10 @@ def decode(call: Call) -> Tiles:
     if not (gpu := kind_of_gpu(call.query)):
         return INTERPRETED._replace(rows=16)
     is_wide, is_slow = _columns(call) > 128, call.query.dtype == torch.float32 or is_rich(call)
-    if is_wide or (is_slow and gpu in ("sm100", "sm120")):  # where four warps are short of registers
+    if is_wide or (is_slow and gpu == "sm100"):  # where four warps are short of registers
         return DECODE_WIDE
     if is_slow:
-        return DECODE_RICH
+        return DECODE_RICH_SM120 if gpu == "sm120" else DECODE_RICH
     if call.key_scale is not None:
         return DECODE_QUANTISED
     rows = padded(call.query.shape[2] * (call.query.shape[1] // call.key.shape[1]))
