@@ -93,7 +93,7 @@ struct VecF32 : LaneSums<FloatLanes> {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   // The product itself broadcasts `a`, which costs nothing. Compilers leave that to a register, and one that is filled
   // from memory costs about as much as a product.
-  static FASTATTN_INLINE Reg fma_from(const float& a, Reg b, Reg c) {
+  static Reg fma_from(const float& a, Reg b, Reg c) {
     __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(a));
     return c;
   }
