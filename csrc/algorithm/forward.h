@@ -26,6 +26,7 @@ struct ForwardCall {
   char* sums;                  // [wave][head_tasks][panels][sums_bytes], where chunks are tasks
   int32_t* arrived;            // [wave][head_tasks / task_chunks]: chunks that are done
   int64_t first_head;          // of the wave, counted over batch and key/value heads
+  int64_t heads;               // of the wave
   SharedChunks shared;         // where a task may have several sequences
   typename E::Scalar* scores;  // null, or [wave][rows of a key/value head][kept_stride], for few queries: they stay
 };
@@ -338,6 +339,21 @@ void run_task(void* opaque, int64_t index, int thread) {
   E::leave();
 }
 
+// Where chunks are tasks, threads that take turns go each through chunks that follow one another: what a chunk asks for
+// behind its last values are the keys of its thread's next one.
+template <class E>
+void run_turn(void* opaque, int64_t turn, int thread) {
+  const auto& call = *static_cast<const ForwardCall<E>*>(opaque);
+  const ForwardPlan<E>& plan = call.plan;
+  int64_t index = turn;
+  if (plan.task_chunks > 1) {
+    const int64_t tasks = call.heads * plan.head_tasks;
+    const int64_t part = turn % plan.threads;
+    index = part * (tasks / plan.threads) + min64(part, tasks % plan.threads) + turn / plan.threads;
+  }
+  run_task<E>(opaque, index, thread);
+}
+
 // Packs one block of one head of the wave.
 template <class E>
 void pack_task(void* opaque, int64_t index, int /*thread*/) {
@@ -384,7 +400,7 @@ inline void run_waves(const AttentionParams& p, const ForwardPlan<E>& plan, int6
   char* own = dense + dense_bytes;
   char* sums = own + own_bytes;
   char* counted = sums + sums_bytes;
-  ForwardCall<E> call{p, plan, workspace.data(), packed, dense, sums, reinterpret_cast<int32_t*>(counted),
+  ForwardCall<E> call{p, plan, workspace.data(), packed, dense, sums, reinterpret_cast<int32_t*>(counted), 0,
                       0, {},   nullptr};
   if (plan.members > 1) {
     call.shared = find_shared_chunks(p, plan.chunks, kChunkKeys<E>, counted + counters_bytes);
@@ -396,6 +412,7 @@ inline void run_waves(const AttentionParams& p, const ForwardPlan<E>& plan, int6
   for (int64_t head = 0; head < heads; head += plan.wave) {
     const int64_t wave = min64(plan.wave, heads - head);
     call.first_head = head;
+    call.heads = wave;
     memset(call.arrived, 0, static_cast<size_t>(counters_bytes));
     if (plan.head_bytes > 0) {
       const int64_t blocks = (plan.keys + E::kBlockKeys - 1) / E::kBlockKeys;
@@ -412,7 +429,7 @@ void run_forward(const AttentionParams& p) {
   }
   const ForwardPlan<E> plan = plan_forward<E>(p);
   run_waves<E>(p, plan, 0, [&](ForwardCall<E>& call, int64_t wave, char* /*own*/) {
-    parallel_for(wave * plan.head_tasks, plan.threads, run_task<E>, &call, p.num_threads);
+    parallel_for(wave * plan.head_tasks, plan.threads, run_turn<E>, &call, p.num_threads);
   });
 }
 

@@ -195,7 +195,7 @@ void run_insight_rows(const InsightParams& p) {
   run_waves<E>(forward, plan, kept_bytes + forward.num_threads * own_bytes,
                [&](ForwardCall<E>& call, int64_t wave, char* own) {
                  call.scores = reinterpret_cast<typename E::Scalar*>(own);
-                 parallel_for(wave * plan.head_tasks, plan.threads, run_task<E>, &call, forward.num_threads);
+                 parallel_for(wave * plan.head_tasks, plan.threads, run_turn<E>, &call, forward.num_threads);
                  RowsCall<E> looking{p, call, rules, own + kept_bytes, own_bytes, candidates_at};
                  parallel_for(wave * group, plan.threads, look_task<E>, &looking, forward.num_threads);
                });

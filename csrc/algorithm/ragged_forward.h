@@ -37,8 +37,8 @@ void place_ragged(RaggedForward& one, int64_t heads, char* scratch, int64_t thre
   char* sums = room + heads * plan->head_bytes;
   char* counters = sums + heads * plan->all_sums_bytes();
   memset(counters, 0, static_cast<size_t>(heads * counter_bytes(*plan)));
-  const ForwardCall<E> call{*one.p,    *plan, scratch, room, nullptr, sums, reinterpret_cast<int32_t*>(counters),
-                            one.taken, {},    nullptr};
+  const ForwardCall<E> call{*one.p,    *plan,     scratch, room,   nullptr, sums, reinterpret_cast<int32_t*>(counters),
+                            one.taken, one.heads, {},      nullptr};
   memcpy(one.call, &call, sizeof call);
 }
 

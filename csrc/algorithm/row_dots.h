@@ -5,7 +5,7 @@
 // (docs/decisions/0016)
 #pragma once
 
-#include "algorithm/row_table.h"
+#include "algorithm/overlapped_dots.h"
 
 namespace fastattn {
 namespace {
@@ -227,6 +227,12 @@ inline void dot_some_held(int count, int64_t vectors, bool adjacent, bool again,
   dot(args...);
 }
 
+// Whether sums are totalled while the next keys are multiplied: where keys are widened, or multiplied in pairs, totals
+// take as long as a third of the products and more.
+template <class E>
+constexpr bool kOverlaps = E::V::kSums == 16 && (E::Dot::kElements > E::kWidth ||
+                                                 (sizeof(typename E::Stored) == 2 && sizeof(typename E::Scalar) == 4));
+
 // raw[lane][key ...] for all rows of the panel and keys [begin, end) of the block, whole tiles of kKeys.
 // `adjacent`: see KeyValueView.
 template <class E>
@@ -242,7 +248,10 @@ inline void multiply_rows(typename E::Scalar* raw, const Panel<E>& panel, const 
     constexpr bool kPairs = Dot::kElements > E::kWidth;
     constexpr bool kWidens = !kPairs && kSize < static_cast<int64_t>(sizeof(typename E::Scalar));
     constexpr int kPasses = kWidens ? 1 : kPairs ? 2 : 3;
-    if (const int held = queries_held<E>(static_cast<int>(vectors)); panel.live <= kPasses * held) {
+    const int held = queries_held<E>(static_cast<int>(vectors));
+    const bool overlaps = kOverlaps<E> && panel.live >= kLeastOverlapped && (Dot::kWords || panel.live > held) &&
+                          can_overlap<E>(head_dim);
+    if (panel.live <= kPasses * held && !(overlaps && panel.live <= kMostOverlapped)) {
       const int64_t step = panel.live > held ? keys_of_passes(head_dim * kSize) : kMostRowsAtOnce;
       each_tile(round_down(begin, 16), round_up(end, 16), step, [&](int64_t key, int64_t count) {
         const bool follow = lie_adjacent(adjacent, keys + key, count, head_dim * kSize);
@@ -256,6 +265,20 @@ inline void multiply_rows(typename E::Scalar* raw, const Panel<E>& panel, const 
         }
       });
       return;
+    }
+    if constexpr (kOverlaps<E>) {
+      if (overlaps) {
+        const int64_t step = panel.live > kMostOverlapped ? kKeysOverlapped : kMostRowsAtOnce;
+        each_tile(round_down(begin, 16), round_up(end, 16), step, [&](int64_t key, int64_t count) {
+          for (int lane = 0; lane < panel.live;) {
+            const int some = part_of(panel.live - lane, kMostOverlapped);
+            dot_some_overlapped<E>(some, vectors, raw + lane * E::kBlockKeys + key, keys + key, count,
+                                   panel.query + lane * stride, head_dim, stride, lane == 0 ? kRowsAhead<E> : 0);
+            lane += some;
+          }
+        });
+        return;
+      }
     }
   }
   for (int64_t key = begin; key < end; key += E::kKeys) {

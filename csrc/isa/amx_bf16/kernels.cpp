@@ -11,7 +11,7 @@ namespace {
 using TilesBf16 = AmxEngine<AmxBf16Product>;
 using RowsBf16 = RowEngine<VecF32, Bfloat16, WideDot<VecF32, Bfloat16>, 1024, 6, 6>;
 template <class Stored>
-using ByteRows = RowEngine<VecF32, float, ByteDot<Stored>, 1024, 5, 5, Stored>;
+using ByteRows = RowEngine<VecF32, float, ByteDot<Stored>, 1024, ByteDot<Stored>::kWords ? 4 : 5, 5, Stored>;
 
 // Four sums, as the kernels keep; operands are zero, which the unit multiplies no faster.
 double peak_dot_bf16(int64_t rounds) {

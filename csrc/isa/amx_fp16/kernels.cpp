@@ -55,7 +55,7 @@ struct AmxFp16Product {
 using TilesF16 = AmxEngine<AmxFp16Product>;
 using RowsF16 = RowEngine<VecF32, Float16, WideDot<VecF32, Float16>, 1024, 6, 7>;
 template <class Stored>
-using ByteRows = RowEngine<VecF32, float, ByteDot<Stored>, 1024, 5, 5, Stored>;
+using ByteRows = RowEngine<VecF32, float, ByteDot<Stored>, 1024, ByteDot<Stored>::kWords ? 4 : 5, 5, Stored>;
 
 }  // namespace
 

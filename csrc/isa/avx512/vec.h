@@ -51,7 +51,6 @@ struct LaneSums {
                                  _mm512_castsi512_ps(_mm512_permutexvar_epi64(order, _mm512_castps_si512(sums)))));
   }
 
- private:
   // Steps of sums over lanes: a's lanes added to half as many, then b's.
   static Reg add_halves(Reg a, Reg b) {
     return Lanes::add(_mm512_shuffle_f32x4(a, b, 0x4e), _mm512_mask_blend_ps(0xff00, a, b));
@@ -62,6 +61,7 @@ struct LaneSums {
   static Reg add_pairs(Reg a, Reg b) {  // within each quarter
     return Lanes::add(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
   }
+  static Reg finish(Reg sums) { return Lanes::finish(sums); }
 };
 
 struct FloatLanes {

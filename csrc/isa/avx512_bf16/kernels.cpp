@@ -21,7 +21,7 @@ using InsightBf16 = Engine<VecF32, Bfloat16, ExactPairProduct, 8, 2, 8, 256, tru
 using GradientBf16 = Engine<VecF32, Bfloat16, Bf16PairProduct, 8, 2, 8, 128, true>;
 using RowsBf16 = RowEngine<VecF32, Bfloat16, PairDot, 1024, 6, 6>;
 template <class Stored>
-using ByteRows = RowEngine<VecF32, float, ByteDot<Stored>, 1024, 5, 5, Stored>;
+using ByteRows = RowEngine<VecF32, float, ByteDot<Stored>, 1024, ByteDot<Stored>::kWords ? 4 : 5, 5, Stored>;
 
 double peak_dot_bf16(int64_t rounds) {
   return run_peak<VecF32>(rounds, 4, [](__m512& sum, __m512 x) FASTATTN_LAMBDA_INLINE {

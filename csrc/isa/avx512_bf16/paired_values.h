@@ -2,6 +2,9 @@
 // Probabilities are rounded to 16 bits once, values of two keys are interleaved as they are read.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #include "algorithm/panel.h"
 #include "algorithm/row_dots.h"
 #include "isa/avx512/vec.h"
@@ -32,6 +35,12 @@ struct PairedBlock {
   int64_t fetched;  // rows of values before this began, which it brings back to kRowsAhead; 0: it asks for none
 };
 
+// f of every number of the sequence, each a type of its own.
+template <int... kNumbers, class F>
+FASTATTN_INLINE void each_constant(std::integer_sequence<int, kNumbers...> /*numbers*/, const F& f) {
+  (f(std::integral_constant<int, kNumbers>{}), ...);
+}
+
 // Adds kRows rows by kPieces pieces of columns to the output. Pairs says how two rows of values become pairs of keys,
 // and how those are multiplied and added.
 // kAdjacent: the columns are all there are, and rows lie one behind the other.
@@ -52,8 +61,9 @@ FASTATTN_NOINLINE void add_pairs(const PairedBlock& block) {
     const auto* odd = kAdjacent ? even + (single ? 0 : kColumns) : reinterpret_cast<const Stored*>(values[second]) + at;
     // Where there are registers, a row's lines one after another: then the CPU fetches what follows.
     constexpr bool kInOrder = kRows < 6;
-    constexpr bool kKeep = kRows < 3;       // probabilities
-    constexpr bool kInProduct = kRows > 3;  // each broadcasts its own
+    // Each broadcasts its own probability; the registers that this saves are those that widening takes.
+    constexpr bool kInProduct = kRows > (Pairs::kWidens ? 1 : 3);
+    constexpr bool kKeep = !kInProduct && kRows < 3;  // probabilities
     typename Pairs::Row first[kPieces];
     __m512i probs[kRows];
     const auto load_probs = [&](int r) FASTATTN_LAMBDA_INLINE {
@@ -119,8 +129,9 @@ FASTATTN_NOINLINE void add_pairs(const PairedBlock& block) {
       multiply(key, key, true);
       ++key;
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
+    // Numbers that are constants: of a loop so long gcc unrolls nothing, and the sums then stand in memory.
+    each_constant(std::make_integer_sequence<int, kRows>{}, [&](auto row) FASTATTN_LAMBDA_INLINE {
+      constexpr int r = decltype(row)::value;
       float* to = block.output + r * block.output_stride;
 #pragma GCC unroll 4
       for (int piece = 0; piece < kPieces; ++piece, to += kPieceColumns) {
@@ -131,7 +142,7 @@ FASTATTN_NOINLINE void add_pairs(const PairedBlock& block) {
           Pairs::add_to(to + E::kWidth, columns[1], block.scales[r]);
         }
       }
-    }
+    });
   }
 }
 
