@@ -151,10 +151,11 @@ FASTATTN_NOINLINE void dot_overlapped(typename E::Scalar* raw, const char* const
   totals.template run<0, totals.kSteps, true>(raw + count - 4);
 }
 
-// Queries at once: more sums than there are registers would wait for their totals.
+// Queries at once, whose sums and totals fit into 32 registers: those of eight spill. More are cut into parts, none of
+// which is less than the least.
 constexpr int kLeastOverlapped = 4;
-constexpr int kMostOverlapped = 7;  // more are cut into parts, none of which is less than the least
-// Keys that all queries see before the next ones, where these are more.
+constexpr int kMostOverlapped = 7;
+// Keys that all parts see before the next ones: 8 KiB in 16 bits, which stay in the first-level cache.
 constexpr int64_t kKeysOverlapped = 32;
 
 // Vectors of a row between whose products totals are taken; longer ones have twice as many, or a rest without.
