@@ -75,7 +75,8 @@ CpuFeatures detect() {
   f.avx2 = ymm && bit(base.ecx, 12) && bit(base.ecx, 29) && bit(ext.ebx, 5);
   f.avx512 = f.avx2 && zmm && bit(ext.ebx, 16) && bit(ext.ebx, 17) && bit(ext.ebx, 30) && bit(ext.ebx, 31);
   f.avx512_vnni = f.avx512 && bit(ext.ecx, 11);
-  f.avx512_bf16 = f.avx512_vnni && bit(ext1.eax, 5);  // no CPU has the one without the other; its tier uses both
+  // Its tier uses all three. Cooper Lake has no VBMI, and would be left to the tier below anyway: see fast_bf16_dot.
+  f.avx512_bf16 = f.avx512_vnni && bit(ext.ecx, 1) && bit(ext1.eax, 5);
   f.amx_bf16 =
       f.avx512_bf16 && (state & kTiles) == kTiles && bit(ext.edx, 22) && bit(ext.edx, 24) && system_has_tiles();
   f.amx_fp16 = f.amx_bf16 && bit(ext1.eax, 21);

@@ -7,7 +7,7 @@ namespace fastattn {
 struct CpuFeatures {
   bool avx2;         // with FMA and F16C, as the avx2 tier needs
   bool avx512;       // F, BW, DQ, VL
-  bool avx512_bf16;  // VDPBF16PS
+  bool avx512_bf16;  // VDPBF16PS, with VNNI and VBMI
   bool avx512_vnni;
   bool amx_bf16;       // tiles, which the system hands out to processes that ask: see request_tiles()
   bool amx_fp16;       // the same for float16

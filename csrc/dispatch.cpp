@@ -128,7 +128,9 @@ int selected_tier() {
 ForwardFn forward_kernel(const AttentionParams& params) {
   const bool plain = params.dtype == DType::float64 && params.kv_dtype != DType::float64;
   const KernelTable& table = plain ? tables().table[0] : kernels();
-  return table.forward[static_cast<int>(params.dtype)].run;
+  const auto dtype = static_cast<int>(params.dtype);
+  const bool few = params.kv_dtype != params.dtype && params.seqlen_q <= few_queries(params.dtype);
+  return few ? table.quantised[dtype] : table.forward[dtype].run;
 }
 
 const KernelTable& kernels() { return tables().table[selected_tier()]; }

@@ -32,6 +32,7 @@ struct ForwardEntry {
 
 struct KernelTable {
   ForwardEntry forward[kDTypes];  // indexed by DType
+  ForwardFn quantised[kDTypes];   // the same, of one call of few queries over a cache of 8-bit numbers
   BackwardFn backward[kDTypes];   // the same
   InsightFn insight[kDTypes];     // the same
   PeakFn peak_fma_f32;
@@ -42,6 +43,7 @@ struct KernelTable {
                    const char* few = "rows of keys read where they lie, for few queries") {
     forward[static_cast<int>(dtype)] = {run, isa, path, few};
   }
+  void set_quantised(DType dtype, ForwardFn run) { quantised[static_cast<int>(dtype)] = run; }
   void set_backward(DType dtype, BackwardFn run) { backward[static_cast<int>(dtype)] = run; }
   void set_insight(DType dtype, InsightFn run) { insight[static_cast<int>(dtype)] = run; }
 };

@@ -15,7 +15,7 @@ import torch
 
 from browser import Browser, chromium
 from fastattn import _flags, _threads, dispatch, set_num_threads
-from kernels import KERNELS, Kernel
+from kernels import CACHE_KERNELS, KERNELS, Kernel
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +48,13 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
 @pytest.fixture(params=KERNELS, ids=str)
 def kernel(request: pytest.FixtureRequest) -> Iterator[Kernel]:
     """Each kernel of the machine in turn, forced."""
+    with request.param.forced():
+        yield request.param
+
+
+@pytest.fixture(params=CACHE_KERNELS, ids=str)
+def cache_kernel(request: pytest.FixtureRequest) -> Iterator[Kernel]:
+    """The same of caches of 8-bit numbers."""
     with request.param.forced():
         yield request.param
 

@@ -13,6 +13,16 @@ from fastattn import _core
 from shapes import DTYPES
 
 
+@contextmanager
+def forced(isa: str) -> Iterator[None]:
+    """The tier in force."""
+    _core.select_isa(isa)
+    try:
+        yield
+    finally:
+        _core.select_isa(None)
+
+
 @dataclass(frozen=True)
 class Kernel:
     isa: str
@@ -31,11 +41,8 @@ class Kernel:
 
     @contextmanager
     def forced(self) -> Iterator[Kernel]:
-        _core.select_isa(self.isa)
-        try:
+        with forced(self.isa):
             yield self
-        finally:
-            _core.select_isa(None)
 
     def __str__(self) -> str:
         return f"{self.isa}-{self.dtype}"
@@ -44,18 +51,22 @@ class Kernel:
 def find_kernels() -> tuple[Kernel, ...]:
     """A tier that leaves a dtype to a weaker one has the weaker one's path, and is not listed again."""
     found: dict[tuple[str, str], Kernel] = {}
-    try:
-        for isa in _core.available_isas():
-            _core.select_isa(isa)
+    for isa in _core.available_isas():
+        with forced(isa):
             for dtype in DTYPES:
                 path = _core.describe_path(_core.DTYPE_CODES[dtype], 1, 64, 64)
                 found.setdefault((dtype, path), Kernel(isa, dtype, path))
-    finally:
-        _core.select_isa(None)
     return tuple(found.values())
 
 
 KERNELS = find_kernels()
+# Caches of 8-bit numbers are read by a way of its own on every tier.
+CACHE_KERNELS = tuple(
+    Kernel(isa, dtype, "")
+    for isa in _core.available_isas()
+    for dtype in DTYPES
+    if dtype != "float64" or isa == "scalar"
+)
 
 
 def bits(array: Any) -> np.ndarray:

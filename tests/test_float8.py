@@ -8,7 +8,9 @@ import pytest
 
 import fastattn as fa
 from caches import LARGEST, cost
+from fastattn import _core
 from fastattn.float8 import FLOAT8, decode, encode
+from kernels import forced
 
 CODES = np.arange(256, dtype=np.uint8)
 
@@ -98,3 +100,28 @@ def test_what_a_quantised_cache_costs(dtype: str, outliers: int, bound: float) -
     """The table of docs/quantised-caches.md, bounded; an error far below would be that of another format."""
     relative, _ = cost(dtype, 64, outliers)
     assert bound / 8 < relative < bound
+
+
+@pytest.mark.parametrize("dtype", LARGEST)
+@pytest.mark.parametrize("columns", [256, 87])
+@pytest.mark.parametrize("query_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("isa", _core.available_isas())
+def test_the_codes_that_a_call_reads(isa: str, query_dtype: str, columns: int, dtype: str) -> None:
+    """Each sequence has one key, whose score is one code, and whose values are all there are, by turns."""
+    kind = np.int8 if dtype == "int8" else getattr(ml_dtypes, dtype)
+    wide = getattr(ml_dtypes, query_dtype) if query_dtype == "bfloat16" else np.dtype(query_dtype)
+    sequences = np.arange(256)
+    keys = np.zeros((256, 1, 1, columns), np.uint8)
+    query = np.zeros((256, 1, 1, columns), wide)
+    keys[sequences, 0, 0, sequences % columns] = CODES
+    query[sequences, 0, 0, sequences % columns] = 1
+    values = np.resize(CODES, keys.shape)
+    ones = np.ones((256, 1, 1), np.float32)
+    options = {"key_scale": ones, "value_scale": ones, "scale": 1.0, "return_lse": True}
+    with forced(isa):
+        out, lse = fa.attention_with_kvcache(query, keys.view(kind), values.view(kind), **options)
+    scores, seen = (codes.view(kind).astype(np.float32) for codes in (CODES, values))
+    finite = np.isfinite(scores)
+    # Far less than from one code to the next: a logarithm was taken.
+    np.testing.assert_allclose(lse.ravel()[finite], scores[finite], rtol=1e-4, atol=2e-6)
+    np.testing.assert_allclose(out[finite].astype(np.float32), seen[finite], rtol=3e-7)

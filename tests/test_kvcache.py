@@ -61,11 +61,11 @@ class TestOracle:
 
     @pytest.mark.parametrize("cache_dtype", LARGEST)
     def test_quantised_caches(
-        self, kernel: Kernel, cache_dtype: str, page_size: int, appending: str, rng: np.random.Generator
+        self, cache_kernel: Kernel, cache_dtype: str, page_size: int, appending: str, rng: np.random.Generator
     ) -> None:
         library = "torch" if page_size % 2 else "numpy"
-        setting = Setting(kernel.dtype, cache_dtype, page_size, library=library, **APPENDING[appending])
-        check(setting, kernel, rng)
+        setting = Setting(cache_kernel.dtype, cache_dtype, page_size, library=library, **APPENDING[appending])
+        check(setting, cache_kernel, rng)
 
 
 @pytest.mark.parametrize("appending", ["append-halves", "no-append"])

@@ -42,7 +42,7 @@ EXCEPTIONS = (
     ),
     Allowed(
         ".*",
-        r"^dot_held<RowEngine<.*, ByteDot<Int8>, .*>, 3, 8, true, \w+>",
+        r"^dot_held<RowEngine<.*, WordDot, .*>, 3, 8, true, \w+>",
         2,
         "one sum of sixteen, beside 24 vectors of queries: once in 96 products",
     ),
@@ -51,12 +51,6 @@ EXCEPTIONS = (
         r"^add_rows<RowEngine<.*, 240, 1, 2, \w+>, [12], 1, true, false>",
         45,
         "AVX2 masks no load of less than 32 bits: the last columns are copied in the loop",
-    ),
-    Allowed(
-        "avx2",
-        r"^add_rows<RowEngine<.*, Float8E4M3>, 2, 4, false, \w+>",
-        10,
-        "constants that decode a number",
     ),
     Allowed(
         "avx2|avx512",

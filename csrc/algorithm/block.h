@@ -73,6 +73,7 @@ inline void list_block(const ForwardTask<E>& task, KeyValueView& view) {
   view.values_adjacent = adjacent(task.plan.layout.pack_value, p.value_strides, p.value_dim);
   view.key_rows = table.keys;
   view.value_rows = table.values;
+  view.stored = p.kv_dtype;
 }
 
 // Keys and values of the block, which starts at the view's start, as they lie or are packed.
@@ -262,8 +263,7 @@ inline BlockExtent<E> score_rows(const ForwardTask<E>& task, TileContext<E>& con
   int64_t seen = 0, first = 0;  // tiles one behind the other, which are multiplied together
   const auto multiply = [&] {
     if (seen > 0) {
-      multiply_rows<E>(context.probs, context.panel, view.key_rows, first, first + seen * E::kKeys, task.p.head_dim,
-                       view.keys_adjacent);
+      multiply_stored_rows<E>(context.probs, context.panel, view, first, first + seen * E::kKeys, task.p.head_dim);
     }
   };
   const Panel<E>& panel = context.panel;

@@ -18,6 +18,10 @@ struct Float8E4M3 {  // "fn": no infinities, NaN is 0x7f and 0xff
 struct Float8E5M2 {  // the upper half of a float16
   uint8_t bits;
 };
+// Codes of either of the last two: how rows of them are read until their type is looked at.
+struct Float8 {
+  uint8_t bits;
+};
 
 // The largest number each can hold: what a row's largest magnitude is scaled to.
 template <class T>
@@ -82,6 +86,63 @@ inline void from_float(float x, Float8E5M2* p) {
   const uint32_t is_small = mask_less(magnitude, 0x38800000U);
   const uint32_t code = (small & is_small) | (((rounded >> 21) - (112U << 2)) & ~is_small);
   p->bits = static_cast<uint8_t>(((bits >> 24) & 0x80U) | code);
+}
+
+// How the bits of a code stand in a bfloat16, which holds every such number exactly: the magnitude shifted, with so
+// much added to its exponent. Subnormals, below kFirst, are looked up, and past kLast are infinities and NaN.
+template <class Code>
+struct Float8Bits;
+template <>
+struct Float8Bits<Float8E4M3> {
+  static constexpr int kShift = 4;
+  static constexpr int kExponent = (127 - 7) << 7;
+  static constexpr int kFirst = 8;
+  static constexpr int kLast = 0x7e;
+};
+template <>
+struct Float8Bits<Float8E5M2> {
+  static constexpr int kShift = 5;
+  static constexpr int kExponent = (127 - 15) << 7;
+  static constexpr int kFirst = 4;
+  static constexpr int kLast = 0x7b;
+};
+
+template <class Code>
+inline Bfloat16 to_bfloat16(Code x) {
+  return {static_cast<uint16_t>(float_to_bits(to_float(x)) >> 16)};
+}
+
+// The codes that are no normal numbers, as bfloat16, by their lower five bits; and others between.
+template <class Code>
+struct Float8Specials {
+  alignas(64) Bfloat16 numbers[32];
+  Float8Specials() {
+    for (int i = 0; i < 32; ++i) {
+      numbers[i] = to_bfloat16(Code{static_cast<uint8_t>(i < 16 ? i : 0x60 + i)});
+    }
+  }
+};
+
+// The numbers of codes 0 to 127, as their lower and upper bytes. The other codes are the same with a sign.
+struct Float8Table {
+  alignas(64) uint8_t low[128];
+  alignas(64) uint8_t high[128];
+};
+
+template <class Code>
+inline Float8Table tabulate() {
+  Float8Table table;
+  for (int code = 0; code < 128; ++code) {
+    const Bfloat16 number = to_bfloat16(Code{static_cast<uint8_t>(code)});
+    table.low[code] = static_cast<uint8_t>(number.bits);
+    table.high[code] = static_cast<uint8_t>(number.bits >> 8);
+  }
+  return table;
+}
+
+inline const Float8Table& float8_table(bool e4m3) {
+  static const Float8Table tables[2] = {tabulate<Float8E5M2>(), tabulate<Float8E4M3>()};
+  return tables[e4m3 ? 1 : 0];
 }
 
 inline float to_scalar(Int8 x) { return to_float(x); }

@@ -21,6 +21,7 @@ struct KeyValueView {
   // Method::rows: where each row of the running block stands, see RowTable.
   const char* const* key_rows;
   const char* const* value_rows;
+  DType stored;  // of rows that are decoded
   // The rows that exist, or those of each large page, lie one behind the other. Otherwise the CPU does not know by
   // itself what comes next, and they are asked for.
   bool keys_adjacent;

@@ -69,7 +69,7 @@ FASTATTN_INLINE void load_two_keys(typename E::Reg (&x)[2], const char* const* k
     if (bytes % kLine == 0) {
       __builtin_prefetch(keys[k + ahead] + bytes, 0, 2);
     }
-    x[k] = E::Dot::load(reinterpret_cast<const typename E::Stored*>(keys[k] + bytes));
+    x[k] = E::Dot::load(reinterpret_cast<const typename E::Read*>(keys[k] + bytes));
   }
 }
 
@@ -96,7 +96,7 @@ FASTATTN_INLINE void multiply_and_total(typename E::Reg (&sum)[kQueries][2], typ
     constexpr int v = kProduct / kQueries;
     constexpr int q = kProduct % kQueries;
     if constexpr (q == 0) {
-      load_two_keys<E>(x, keys, ahead, int64_t{v} * E::Dot::kElements * sizeof(typename E::Stored));
+      load_two_keys<E>(x, keys, ahead, int64_t{v} * E::Dot::kElements * sizeof(typename E::Read));
     }
     multiply_two_keys<E>(sum[q], x, query + q * query_stride + v * E::kWidth);
     before.template run<kProduct * kSteps / kProducts, (kProduct + 1) * kSteps / kProducts, kStores>(raw);
@@ -132,7 +132,7 @@ FASTATTN_NOINLINE void dot_overlapped(typename E::Scalar* raw, const char* const
     multiply_and_total<E, kQueries, kVectors, decltype(stores)::value>(sum, x, two, ahead, query, query_stride, totals,
                                                                        to);
     for (int64_t v = kVectors; !kAll && v * E::Dot::kElements < head_dim; ++v) {
-      load_two_keys<E>(x, two, ahead, v * E::Dot::kElements * int64_t{sizeof(typename E::Stored)});
+      load_two_keys<E>(x, two, ahead, v * E::Dot::kElements * int64_t{sizeof(typename E::Read)});
 #pragma GCC unroll 8
       for (int q = 0; q < kQueries; ++q) {
         multiply_two_keys<E>(sum[q], x, query + q * query_stride + v * E::kWidth);

@@ -6,14 +6,11 @@
 namespace fastattn {
 namespace {
 
-// Few queries of any type over quantised keys and values, as float32: the queries and their results are few.
-template <class Source, template <class> class Rows>
-void run_quantised(const AttentionParams& p) {
-  void (*run)(const AttentionParams&) = p.kv_dtype == DType::int8            ? run_forward<Rows<Int8>>
-                                        : p.kv_dtype == DType::float8_e4m3fn ? run_forward<Rows<Float8E4M3>>
-                                                                             : run_forward<Rows<Float8E5M2>>;
-  if (p.dtype == DType::float32) {
-    run(p);
+// Few queries by the engine E; if that takes others than theirs, as float32: queries and their results are few.
+template <class Source, class E>
+void run_as(const AttentionParams& p) {
+  if constexpr (kSame<Source, typename E::Source>) {
+    run_forward<E>(p);
     return;
   }
   const int64_t rows = p.batch * p.query_heads * p.seqlen_q;
@@ -43,12 +40,18 @@ void run_quantised(const AttentionParams& p) {
       query[row * p.head_dim + d] = to_scalar(*at<Source>(p.query, index + d * p.query_strides[3]));
     }
   });
-  run(wide);
+  run_forward<E>(wide);
   each_row(p.out_strides, [&](int64_t row, int64_t index) {
     for (int64_t d = 0; d < p.value_dim; ++d) {
       from_scalar(out[row * p.value_dim + d], static_cast<Source*>(p.out) + index + d * p.out_strides[3]);
     }
   });
+}
+
+// Few queries over quantised keys and values, of one call, by the engines for what these are stored as.
+template <class Source, class Int8Rows, class Float8Rows>
+void quantised(const AttentionParams* call, int64_t /*count*/) {
+  (call->kv_dtype == DType::int8 ? run_as<Source, Int8Rows> : run_as<Source, Float8Rows>)(*call);
 }
 
 }  // namespace

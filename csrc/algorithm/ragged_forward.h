@@ -2,8 +2,8 @@
 // all run in one. Bits are those of each call alone.
 #pragma once
 
+#include "algorithm/forward.h"
 #include "algorithm/merged_loop.h"
-#include "algorithm/quantised.h"
 
 namespace fastattn {
 namespace {
@@ -133,16 +133,6 @@ void forward(const AttentionParams* calls, int64_t count) {
   }
   for (int64_t first = 0; first < count; first += kCallsAtOnce) {
     run_ragged_forward<Few, Many>(calls + first, min64(count - first, kCallsAtOnce));
-  }
-}
-
-// `Rows`: the engines of few queries by the type that quantised keys and values are stored in; those are of one call.
-template <class Few, class Many, template <class> class Rows>
-void forward(const AttentionParams* calls, int64_t count) {
-  if (count == 1 && takes_rows(calls[0]) && is_quantised(calls[0])) {
-    run_quantised<typename Few::Source, Rows>(calls[0]);
-  } else {
-    forward<Few, Many>(calls, count);
   }
 }
 

@@ -5,6 +5,7 @@
 // (docs/decisions/0016)
 #pragma once
 
+#include "algorithm/decoded_rows.h"
 #include "algorithm/overlapped_dots.h"
 
 namespace fastattn {
@@ -16,12 +17,10 @@ inline int part_of(int rows, int most) {
   return (rows + parts - 1) / parts;
 }
 
-// Queries that registers hold, of so many vectors each, beside the constants that decode 8-bit numbers; none of longer
-// ones.
+// Queries that registers hold, of so many vectors each; none of longer ones.
 template <class E>
 constexpr int queries_held(int vectors) {
-  constexpr bool kDecodes = sizeof(typename E::Stored) == 1 && !E::Dot::kWords;
-  return E::V::kSums < 16 || vectors > 8 ? 0 : vectors > 4 ? (kDecodes ? 1 : 3) : 4;
+  return E::V::kSums < 16 || vectors > 8 ? 0 : vectors > 4 ? 3 : 4;
 }
 
 // Keys that all of a panel's queries see before the next ones, where that takes more than one pass: 4 KiB or less, so
@@ -43,7 +42,7 @@ FASTATTN_NOINLINE void dot_held(typename E::Scalar* raw, const char* const* keys
                                 int64_t ahead) {
   using V = typename E::V;
   using Dot = typename E::Dot;
-  using Stored = typename E::Stored;
+  using Read = typename E::Read;
   using Reg = typename E::Reg;
   constexpr int kSums = V::kSums;
   constexpr int kKeys = kSums / (kQueries > 2 ? 4 : kQueries);
@@ -57,7 +56,7 @@ FASTATTN_NOINLINE void dot_held(typename E::Scalar* raw, const char* const* keys
   }
   // Rows are known before their turn: loads that wait for an address are passed by others.
   const char* next[4] = {keys[0], keys[1], keys[2], keys[3]};
-  constexpr int64_t kRowBytes = int64_t{kVectors} * Dot::kElements * sizeof(Stored);
+  constexpr int64_t kRowBytes = int64_t{kVectors} * Dot::kElements * sizeof(Read);
   const char* adjacent = keys[0];
   for (int64_t key = 0; key < count; key += kKeys) {
     Reg sums[kSums];
@@ -77,9 +76,9 @@ FASTATTN_NOINLINE void dot_held(typename E::Scalar* raw, const char* const* keys
         }
       }
       if (!kAdjacent && ahead > 0) {
-        prefetch_row(keys[key + k + ahead], head_dim * static_cast<int64_t>(sizeof(Stored)));
+        prefetch_row(keys[key + k + ahead], head_dim * static_cast<int64_t>(sizeof(Read)));
       }
-      const auto* row = reinterpret_cast<const Stored*>(kAdjacent ? adjacent + k * kRowBytes : rows[k % 4]);
+      const auto* row = reinterpret_cast<const Read*>(kAdjacent ? adjacent + k * kRowBytes : rows[k % 4]);
       Reg sum[kQueries];
 #pragma GCC unroll 4
       for (int q = 0; q < kQueries; ++q) {
@@ -90,7 +89,7 @@ FASTATTN_NOINLINE void dot_held(typename E::Scalar* raw, const char* const* keys
         const int64_t d = v * Dot::kElements;
         FASTATTN_KEEP_ORDER();
         if constexpr (kAgain) {
-          __builtin_prefetch(adjacent + (k + kKeysAgain) * kRowBytes + d * int64_t{sizeof(Stored)}, 0, 1);
+          __builtin_prefetch(adjacent + (k + kKeysAgain) * kRowBytes + d * int64_t{sizeof(Read)}, 0, 1);
         }
         const Reg x = kAdjacent || v < kVectors - 2
                           ? Dot::load(row + d)
@@ -124,16 +123,16 @@ FASTATTN_INLINE void dot_rows(typename E::Scalar* raw, const char* const* keys, 
                               int64_t head_dim, int64_t query_stride) {
   using V = typename E::V;
   using Dot = typename E::Dot;
-  using Stored = typename E::Stored;
+  using Read = typename E::Read;
   typename E::Reg sum[kQueries * kKeyRows];
 #pragma GCC unroll 32
   for (int i = 0; i < kQueries * kKeyRows; ++i) {
     sum[i] = V::zero();
   }
-  const Stored* rows[kKeyRows];
+  const Read* rows[kKeyRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kKeyRows; ++r) {
-    rows[r] = reinterpret_cast<const Stored*>(keys[r]);
+    rows[r] = reinterpret_cast<const Read*>(keys[r]);
   }
   int64_t d = 0;
   const auto multiply = [&](const auto& load) FASTATTN_LAMBDA_INLINE {
@@ -145,8 +144,8 @@ FASTATTN_INLINE void dot_rows(typename E::Scalar* raw, const char* const* keys, 
         sum[r] = Dot::run(x[r], V::load(query), sum[r]);
       }
       // One line for each that is read: in bursts they wait for each other, and so do the loads behind them.
-      if (kFetch && d * int64_t{sizeof(Stored)} % kLine == 0) {
-        __builtin_prefetch(keys[r + kRowsAhead<E>] + d * int64_t{sizeof(Stored)}, 0, 2);
+      if (kFetch && d * int64_t{sizeof(Read)} % kLine == 0) {
+        __builtin_prefetch(keys[r + kRowsAhead<E>] + d * int64_t{sizeof(Read)}, 0, 2);
       }
     }
 #pragma GCC unroll 8
@@ -159,11 +158,11 @@ FASTATTN_INLINE void dot_rows(typename E::Scalar* raw, const char* const* keys, 
     }
   };
   for (; d + Dot::kElements <= head_dim; d += Dot::kElements, query += E::kWidth) {
-    multiply([&](const Stored* row) FASTATTN_LAMBDA_INLINE { return Dot::load(row + d); });
+    multiply([&](const Read* row) FASTATTN_LAMBDA_INLINE { return Dot::load(row + d); });
   }
   if (d < head_dim) {
     const int rest = static_cast<int>(head_dim - d);
-    multiply([&](const Stored* row) FASTATTN_LAMBDA_INLINE { return Dot::load_partial(row + d, rest); });
+    multiply([&](const Read* row) FASTATTN_LAMBDA_INLINE { return Dot::load_partial(row + d, rest); });
   }
   constexpr int kTogether = kQueries * kKeyRows <= 8 ? 8 : V::kSums;
   constexpr int kPer = kTogether / kKeyRows;  // queries whose sums are totalled together
@@ -227,12 +226,11 @@ inline void dot_some_held(int count, int64_t vectors, bool adjacent, bool again,
   dot(args...);
 }
 
-// Whether sums are totalled while the next keys are multiplied: where 16-bit keys are widened, or keys are multiplied
-// in pairs, totals take as long as a third of the products and more. Decoding 8-bit numbers leaves no registers for
-// them.
+// Whether sums are totalled while the next keys are multiplied: where keys are widened, or multiplied in pairs, totals
+// take as long as a third of the products and more.
 template <class E>
-constexpr bool kOverlaps = E::V::kSums == 16 && (E::Dot::kElements > E::kWidth ||
-                                                 (sizeof(typename E::Stored) == 2 && sizeof(typename E::Scalar) == 4));
+constexpr bool kOverlaps =
+    E::V::kSums == 16 && (E::Dot::kElements > E::kWidth || sizeof(typename E::Read) < sizeof(typename E::Scalar));
 
 // raw[lane][key ...] for all rows of the panel and keys [begin, end) of the block, whole tiles of kKeys.
 // `adjacent`: see KeyValueView.
@@ -240,7 +238,7 @@ template <class E>
 inline void multiply_rows(typename E::Scalar* raw, const Panel<E>& panel, const char* const* keys, int64_t begin,
                           int64_t end, int64_t head_dim, bool adjacent) {
   using Dot = typename E::Dot;
-  constexpr auto kSize = static_cast<int64_t>(sizeof(typename E::Stored));
+  constexpr auto kSize = static_cast<int64_t>(sizeof(typename E::Read));
   static_assert(E::kKeys == 8);
   const int64_t stride = query_lanes<E>(head_dim);
   if constexpr (E::V::kSums == 16) {
@@ -263,7 +261,8 @@ inline void multiply_rows(typename E::Scalar* raw, const Panel<E>& panel, const 
           const int some = part_of(panel.live - lane, held);
           const bool again = kPairs && pass == 1 && key + kKeysAgain < end;
           dot_some_held<E>(some, vectors, fixed, again, raw + lane * E::kBlockKeys + key, keys + key, count,
-                           panel.query + lane * stride, head_dim, stride, !follow && lane == 0 ? kRowsAhead<E> : 0);
+                           panel.query + lane * stride, head_dim, stride,
+                           !follow && lane == 0 && !E::kDecodes ? kRowsAhead<E> : 0);
           lane += some;
         }
       });
@@ -276,7 +275,8 @@ inline void multiply_rows(typename E::Scalar* raw, const Panel<E>& panel, const 
           for (int lane = 0; lane < panel.live;) {
             const int some = part_of(panel.live - lane, kMostOverlapped);
             dot_some_overlapped<E>(some, vectors, raw + lane * E::kBlockKeys + key, keys + key, count,
-                                   panel.query + lane * stride, head_dim, stride, lane == 0 ? kRowsAhead<E> : 0);
+                                   panel.query + lane * stride, head_dim, stride,
+                                   lane == 0 && !E::kDecodes ? kRowsAhead<E> : 0);
             lane += some;
           }
         });
@@ -287,10 +287,25 @@ inline void multiply_rows(typename E::Scalar* raw, const Panel<E>& panel, const 
   for (int64_t key = begin; key < end; key += E::kKeys) {
     for (int lane = 0; lane < panel.live;) {
       const int count = part_of(panel.live - lane, E::kQueryRows);
-      const auto dot = lane == 0 ? dot_queries<E, true> : dot_queries<E, false>;
+      const auto dot = lane == 0 && !E::kDecodes ? dot_queries<E, true> : dot_queries<E, false>;
       dot(count, raw + lane * E::kBlockKeys + key, keys + key, panel.query + lane * stride, head_dim, stride);
       lane += count;
     }
+  }
+}
+
+// The same of rows as they are stored.
+template <class E>
+inline void multiply_stored_rows(typename E::Scalar* raw, const Panel<E>& panel, const KeyValueView& view,
+                                 int64_t begin, int64_t end, int64_t head_dim) {
+  if constexpr (E::kDecodes) {
+    DecodedRows<E> decoded(view.stored, head_dim);
+    each_tile(round_down(begin, 16), round_up(end, 16), decoded.most(), [&](int64_t key, int64_t count) {
+      const char* const* rows = decoded.decode(view.key_rows + key, count);
+      multiply_rows<E>(raw + key, panel, rows, 0, count, head_dim, true);
+    });
+  } else {
+    multiply_rows<E>(raw, panel, view.key_rows, begin, end, head_dim, view.keys_adjacent);
   }
 }
 

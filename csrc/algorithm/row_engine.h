@@ -14,8 +14,10 @@ struct WideDot {
   using Sums = V;                              // how lanes are added in the end
   using Prob = typename V::Scalar;             // what probabilities are multiplied as
   static constexpr int kElements = V::kWidth;  // of a row, in a vector
+  using Read = Stored;                         // what is loaded
   static constexpr bool kScaleQuery = true;
   static constexpr bool kWords = false;        // queries and probabilities become integers
+  static constexpr bool kLooksUp = false;      // 8-bit numbers up in tables, with look_up()
   static constexpr bool kPairsValues = false;  // probabilities are multiplied by two keys' values at once
   static FASTATTN_INLINE Reg load(const Stored* row) { return V::load(row); }
   static FASTATTN_INLINE Reg load_partial(const Stored* row, int count) { return V::load_partial(row, count); }
@@ -46,7 +48,8 @@ struct RowEngine {
   using Reg = typename V::Reg;
   using Scalar = typename V::Scalar;
   using Source = Source_;
-  using Stored = Stored_;  // element type of keys and values; another one is quantised
+  using Stored = Stored_;            // element type of keys and values; another one is quantised
+  using Read = typename Dot_::Read;  // that of the rows that products load; where it is another one, rows are decoded
   using Dot = Dot_;
   using Product = RowProduct<V, Dot::kScaleQuery>;
   using Element = Stored;
@@ -72,6 +75,7 @@ struct RowEngine {
   static constexpr bool kConvert = false;
   static constexpr bool kPacksValue = false;
   static constexpr bool kObserves = false;
+  static constexpr bool kDecodes = !kSame<Stored, Read>;
   static constexpr bool kQuantised = !kSame<Source, Stored>;
   static constexpr int kWideRows = kValueRows > 3 && !kQuantised ? 3 : 0;  // of values, with twice as many columns
 

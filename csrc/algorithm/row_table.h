@@ -104,11 +104,12 @@ constexpr int64_t kAdjacentBytes = 65536;
 // groups of seven, sixteen 0.87, 32 a tenth less. Where values are worked upon before they are multiplied, or a row's
 // columns are gone through in parts, sums are kept for more of them.
 constexpr int64_t kMostRowsAtOnce = 256;
+constexpr int64_t kLeastRowsAtOnce = 16;
 template <class E>
 constexpr int64_t rows_at_once(int64_t columns) {
-  constexpr auto kSize = static_cast<int64_t>(sizeof(typename E::Stored));
+  constexpr auto kSize = static_cast<int64_t>(sizeof(typename E::Read));
   const bool few = kSize == sizeof(typename E::Scalar) && columns <= 8 * E::kWidth;
-  const int64_t least = few ? 8 : 16;
+  const int64_t least = few ? 8 : kLeastRowsAtOnce;
   return clamp64(round_down((few ? 4096 : 8192) / (columns * kSize), least), least, kMostRowsAtOnce);
 }
 

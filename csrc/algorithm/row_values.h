@@ -12,8 +12,8 @@ template <class E, int kRows, int kVectors, bool kPartial, bool kAdjacent>
 FASTATTN_NOINLINE void add_rows(const typename E::Scalar* probs, const char* const* values, int64_t at, int64_t keys,
                                 typename E::Scalar* output, int64_t output_stride, int columns, bool fetch) {
   using V = typename E::V;
-  using Stored = typename E::Stored;
-  constexpr int64_t kBytes = int64_t{kVectors} * E::kWidth * sizeof(Stored);
+  using Read = typename E::Read;
+  constexpr int64_t kBytes = int64_t{kVectors} * E::kWidth * sizeof(Read);
   constexpr bool kInProduct = kRows > 6 && kVectors > 1;  // broadcasts its probability: registers are full
   constexpr int kTogether = kVectors == 8 || kInProduct ? 2 : kVectors;  // of a row's, that are in registers at once
   typename E::Reg sum[kRows][kVectors];
@@ -26,7 +26,7 @@ FASTATTN_NOINLINE void add_rows(const typename E::Scalar* probs, const char* con
   }
   const char* adjacent = values[0];
   for (int64_t key = 0; key < keys; ++key, adjacent += kBytes) {
-    const auto* row = reinterpret_cast<const Stored*>(kAdjacent ? adjacent : values[key]) + (kAdjacent ? 0 : at);
+    const auto* row = reinterpret_cast<const Read*>(kAdjacent ? adjacent : values[key]) + (kAdjacent ? 0 : at);
     typename E::Reg prob[kRows];
     const auto load_prob = [&](int r) FASTATTN_LAMBDA_INLINE {
       prob[r] = V::set1(probs[r * E::kBlockKeys + key]);
@@ -37,7 +37,7 @@ FASTATTN_NOINLINE void add_rows(const typename E::Scalar* probs, const char* con
       load_prob(r);
     }
     if (!kAdjacent && fetch) {
-      prefetch_row(values[key + kRowsAhead<E>] + at * static_cast<int64_t>(sizeof(Stored)), kBytes);
+      prefetch_row(values[key + kRowsAhead<E>] + at * static_cast<int64_t>(sizeof(Read)), kBytes);
     }
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; v += kTogether) {
@@ -72,7 +72,7 @@ FASTATTN_NOINLINE void add_rows(const typename E::Scalar* probs, const char* con
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v + 1 < kVectors; v += 2) {
-      V::template order_two<Stored>(sum[r][v], sum[r][v + 1]);
+      V::template order_two<Read>(sum[r][v], sum[r][v + 1]);
     }
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
@@ -103,7 +103,7 @@ inline void add_columns(const Panel<E>& panel, const typename E::Scalar* probs, 
   for (int lane = 0; lane < panel.live;) {
     const int count = part_of(panel.live - lane, kSharing<E, kVectors>);
     // Lines of eight vectors follow one another, which the CPU fetches better unasked.
-    const bool fetch = lane == 0 && kVectors < 8;
+    const bool fetch = lane == 0 && kVectors < 8 && !E::kDecodes;
     add_some_rows<E, kVectors, kPartial, kAdjacent>(count, probs + lane * E::kBlockKeys, values, at, keys,
                                                     panel.output + lane * output_stride + at, output_stride, columns,
                                                     fetch);
@@ -126,10 +126,10 @@ inline void add_value_rows(const Panel<E>& panel, const typename E::Scalar* prob
     };
     int64_t at = 0;
     const bool fixed =
-        lie_adjacent(adjacent, values + tile, keys, value_dim * static_cast<int64_t>(sizeof(typename E::Stored)));
+        lie_adjacent(adjacent, values + tile, keys, value_dim * static_cast<int64_t>(sizeof(typename E::Read)));
     // Where widening is work it is better shared by more rows.
     const bool wide =
-        E::kWideRows > 0 && (sizeof(typename E::Stored) == sizeof(typename E::Scalar) || panel.live <= E::kWideRows);
+        E::kWideRows > 0 && (sizeof(typename E::Read) == sizeof(typename E::Scalar) || panel.live <= E::kWideRows);
     for (; wide && at + 2 * kColumns <= value_dim; at += 2 * kColumns) {
       add(fixed && value_dim == 2 * kColumns ? add_columns<E, 8, false, true> : add_columns<E, 8, false>, at,
           E::kWidth);
@@ -142,6 +142,21 @@ inline void add_value_rows(const Panel<E>& panel, const typename E::Scalar* prob
       add(rest == E::kWidth ? add_columns<E, 1, false> : add_columns<E, 1, true>, at, rest);
     }
   });
+}
+
+// The same of rows as they are stored.
+template <class E>
+inline void add_stored_rows(const Panel<E>& panel, const typename E::Scalar* probs, const KeyValueView& view,
+                            int64_t begin, int64_t end, int64_t value_dim, int64_t output_stride) {
+  if constexpr (E::kDecodes) {
+    DecodedRows<E> decoded(view.stored, value_dim);
+    each_tile(begin, end, decoded.most(), [&](int64_t key, int64_t count) {
+      const char* const* rows = decoded.decode(view.value_rows + key, count);
+      add_value_rows<E>(panel, probs + key, rows, 0, count, value_dim, output_stride, true);
+    });
+  } else {
+    add_value_rows<E>(panel, probs, view.value_rows, begin, end, value_dim, output_stride, view.values_adjacent);
+  }
 }
 
 }  // namespace

@@ -99,7 +99,7 @@ inline void accumulate_values(Panel<E>& panel, const typename E::Scalar* probs, 
   if constexpr (E::kMethod == Method::tiles) {
     E::accumulate_tiles(panel.output, probs, view.value, begin, end, output_stride, panel.live);
   } else if constexpr (E::kMethod == Method::rows) {
-    add_value_rows<E>(panel, probs, view.value_rows, begin, end, value_dim, output_stride, view.values_adjacent);
+    add_stored_rows<E>(panel, probs, view, begin, end, value_dim, output_stride);
   } else {
     accumulate_strips<E>(panel, probs, view, begin, end, value_dim, output_stride, padded);
   }
@@ -144,6 +144,7 @@ FASTATTN_NOINLINE void accumulate_guarded(Panel<E>& panel, typename E::Scalar* p
   if constexpr (E::kMethod == Method::rows) {
     list_copied_rows(clean, layout.value_row_bytes, end, E::kBlockKeys + 3 * kRowsAhead<E>, rows);
     cleaned.value_rows = rows;
+    cleaned.stored = p.kv_dtype;
   }
   accumulate_values<E>(panel, probs, cleaned, begin, end, p.value_dim, output_stride, true);
   const StoredRows values = StoredRows::values(p);

@@ -122,6 +122,10 @@ void register_scalar(KernelTable& table) {
   table.set_forward(DType::float64, forward<double>, kIsa, kPath, kPath);
   table.set_forward(DType::bfloat16, forward<Bfloat16>, kIsa, kPath, kPath);
   table.set_forward(DType::float16, forward<Float16>, kIsa, kPath, kPath);
+  table.set_quantised(DType::float32, forward<float>);
+  table.set_quantised(DType::float64, forward<double>);
+  table.set_quantised(DType::bfloat16, forward<Bfloat16>);
+  table.set_quantised(DType::float16, forward<Float16>);
   table.set_backward(DType::float32, backward<float>);
   table.set_backward(DType::float64, backward<double>);
   table.set_backward(DType::bfloat16, backward<Bfloat16>);

@@ -1,17 +1,16 @@
-// The AMX tier: bfloat16 on Intel's matrix unit. It overrides bfloat16 alone.
+// The AMX tier: bfloat16 on Intel's matrix unit. It overrides bfloat16 alone, and
+// caches of 8-bit numbers.
 #include "algorithm/ragged_forward.h"
 #include "algorithm/row_engine.h"
 #include "dispatch.h"
 #include "isa/amx_bf16/engine.h"
-#include "isa/avx512_bf16/word_product.h"
+#include "isa/avx512_bf16/byte_rows.h"
 
 namespace fastattn {
 namespace {
 
 using TilesBf16 = AmxEngine<AmxBf16Product>;
 using RowsBf16 = RowEngine<VecF32, Bfloat16, WideDot<VecF32, Bfloat16>, 1024, 6, 6>;
-template <class Stored>
-using ByteRows = RowEngine<VecF32, float, ByteDot<Stored>, 1024, ByteDot<Stored>::kWords ? 4 : 5, 5, Stored>;
 
 // Four sums, as the kernels keep; operands are zero, which the unit multiplies no faster.
 double peak_dot_bf16(int64_t rounds) {
@@ -35,8 +34,9 @@ double peak_dot_bf16(int64_t rounds) {
 }  // namespace
 
 void register_amx_bf16(KernelTable& table) {
-  table.set_forward(DType::bfloat16, forward<RowsBf16, TilesBf16, ByteRows>, "amx_bf16",
+  table.set_forward(DType::bfloat16, forward<RowsBf16, TilesBf16>, "amx_bf16",
                     "bfloat16 tiles, TDPBF16PS, 32x32 scores");
+  set_byte_rows(table);
   table.peak_dot_bf16 = peak_dot_bf16;
 }
 

@@ -3,7 +3,6 @@
 #include "algorithm/row_engine.h"
 #include "dispatch.h"
 #include "isa/amx_bf16/engine.h"
-#include "isa/avx512_bf16/word_product.h"
 
 namespace fastattn {
 namespace {
@@ -54,13 +53,11 @@ struct AmxFp16Product {
 
 using TilesF16 = AmxEngine<AmxFp16Product>;
 using RowsF16 = RowEngine<VecF32, Float16, WideDot<VecF32, Float16>, 1024, 6, 7>;
-template <class Stored>
-using ByteRows = RowEngine<VecF32, float, ByteDot<Stored>, 1024, ByteDot<Stored>::kWords ? 4 : 5, 5, Stored>;
 
 }  // namespace
 
 void register_amx_fp16(KernelTable& table) {
-  table.set_forward(DType::float16, forward<RowsF16, TilesF16, ByteRows>, "amx_fp16",
+  table.set_forward(DType::float16, forward<RowsF16, TilesF16>, "amx_fp16",
                     "float16 tiles, TDPFP16PS, 32x32 scores, split probabilities");
 }
 

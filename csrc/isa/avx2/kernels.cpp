@@ -1,6 +1,7 @@
 // The AVX2 tier (with FMA and F16C). 16-bit types are widened to float32 as they are packed.
 #include "algorithm/insight_rows.h"
 #include "algorithm/peak_loops.h"
+#include "algorithm/quantised.h"
 #include "algorithm/ragged_backward.h"
 #include "algorithm/ragged_forward.h"
 #include "algorithm/row_engine.h"
@@ -16,8 +17,8 @@ template <class Source>
 using EngineF32 = Engine<VecF32, Source, FmaProduct<VecF32>, 6, 2, 4, 240, false>;
 template <class Source>
 using RowsF32 = RowEngine<VecF32, Source, WideDot<VecF32, Source>, 240, 1, 2>;
-template <class Stored>
-using ByteRows = RowEngine<VecF32, float, WideDot<VecF32, Stored>, 240, 1, 2, Stored>;
+using Int8Rows = RowEngine<VecF32, float, WideDot<VecF32, Int8>, 240, 1, 2, Int8>;
+using Float8Rows = RowEngine<VecF32, float, WideDot<VecF32, Bfloat16>, 240, 1, 2, Float8>;
 using EngineF64 = Engine<VecF64, double, FmaProduct<VecF64>, 6, 2, 4, 240, false>;
 // The backward keeps P and dS of a block for eight panels in cache: shorter blocks.
 template <class V, class Source>
@@ -40,13 +41,15 @@ double peak_fma_f64(int64_t rounds) {
 
 void register_avx2(KernelTable& table) {
   constexpr const char* kIsa = "avx2";
-  table.set_forward(DType::float32, forward<RowsF32<float>, EngineF32<float>, ByteRows>, kIsa,
-                    "float32 FMA, 6x16 tiles");
+  table.set_forward(DType::float32, forward<RowsF32<float>, EngineF32<float>>, kIsa, "float32 FMA, 6x16 tiles");
   table.set_forward(DType::float64, forward<RowsF64, EngineF64>, kIsa, "float64 FMA, 6x8 tiles");
-  table.set_forward(DType::bfloat16, forward<RowsF32<Bfloat16>, EngineF32<Bfloat16>, ByteRows>, kIsa,
+  table.set_forward(DType::bfloat16, forward<RowsF32<Bfloat16>, EngineF32<Bfloat16>>, kIsa,
                     "widened to float32, FMA, 6x16 tiles");
-  table.set_forward(DType::float16, forward<RowsF32<Float16>, EngineF32<Float16>, ByteRows>, kIsa,
+  table.set_forward(DType::float16, forward<RowsF32<Float16>, EngineF32<Float16>>, kIsa,
                     "widened to float32, FMA, 6x16 tiles");
+  table.set_quantised(DType::float32, quantised<float, Int8Rows, Float8Rows>);
+  table.set_quantised(DType::bfloat16, quantised<Bfloat16, Int8Rows, Float8Rows>);
+  table.set_quantised(DType::float16, quantised<Float16, Int8Rows, Float8Rows>);
   table.set_backward(DType::float32, backward<GradientEngine<VecF32, float>>);
   table.set_backward(DType::float64, backward<GradientEngine<VecF64, double>>);
   table.set_backward(DType::bfloat16, backward<GradientEngine<VecF32, Bfloat16>>);

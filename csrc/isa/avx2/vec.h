@@ -97,6 +97,28 @@ struct VecF32 {
   static Reg load_partial(const Float8E4M3* p, int n) { return widen_bytes(load_bytes(p, n), p); }
   static Reg load_partial(const Float8E5M2* p, int n) { return widen_bytes(load_bytes(p, n), p); }
 
+  // 16 numbers of 8 bits.
+  template <class Code>
+  static void decode(const Code* p, const Float8Specials<Code>& specials, Bfloat16* out) {
+    using Bits = Float8Bits<Code>;
+    const __m256i code = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i magnitude = _mm256_and_si256(code, _mm256_set1_epi16(0x7f));
+    const __m256i normal =
+        _mm256_add_epi16(_mm256_slli_epi16(magnitude, Bits::kShift), _mm256_set1_epi16(Bits::kExponent));
+    const __m256i last = _mm256_cmpgt_epi16(magnitude, _mm256_set1_epi16(Bits::kLast));
+    const __m256i large = _mm256_or_si256(normal, _mm256_and_si256(last, _mm256_set1_epi16(0x7f80)));
+    // The bytes 2 * code and 2 * code + 1 of a table.
+    const __m256i bytes =
+        _mm256_add_epi16(_mm256_mullo_epi16(magnitude, _mm256_set1_epi16(0x202)), _mm256_set1_epi16(0x100));
+    const __m256i table =
+        _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(specials.numbers)));
+    const __m256i small = _mm256_shuffle_epi8(table, bytes);
+    const __m256i first = _mm256_cmpgt_epi16(_mm256_set1_epi16(Bits::kFirst), magnitude);
+    const __m256i number = _mm256_blendv_epi8(large, small, first);
+    const __m256i sign = _mm256_and_si256(code, _mm256_set1_epi16(static_cast<int16_t>(0x8000)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_or_si256(number, sign));
+  }
+
   // Stores lanes [part * n, part * n + n) of x, n = 4 or 8.
   template <int n>
   static void store_part(float* p, Reg x, int part) {

@@ -1,6 +1,7 @@
 // The AVX-512 tier. 16-bit types are widened to float32 as they are packed.
 #include "algorithm/insight_rows.h"
 #include "algorithm/peak_loops.h"
+#include "algorithm/quantised.h"
 #include "algorithm/ragged_backward.h"
 #include "algorithm/ragged_forward.h"
 #include "algorithm/row_engine.h"
@@ -17,8 +18,8 @@ using EngineF32 = Engine<VecF32, Source, FmaProduct<VecF32>, 8, 2, 8, 256, true>
 // Where values are widened seven rows share one; in float32, where they are not, three and four read less.
 template <class Source>
 using RowsF32 = RowEngine<VecF32, Source, WideDot<VecF32, Source>, 1024, 6, sizeof(Source) == 2 ? 7 : 6>;
-template <class Stored>
-using ByteRows = RowEngine<VecF32, float, WideDot<VecF32, Stored>, 1024, 5, 5, Stored>;
+using Int8Rows = RowEngine<VecF32, float, WideDot<VecF32, Int8>, 1024, 6, 7, Int8>;
+using Float8Rows = RowEngine<VecF32, float, WideDot<VecF32, Bfloat16>, 1024, 6, 7, Float8>;
 using EngineF64 = Engine<VecF64, double, FmaProduct<VecF64>, 8, 2, 8, 256, true>;
 // The backward keeps P and dS of a block for eight panels in cache: shorter blocks.
 template <class V, class Source>
@@ -41,13 +42,15 @@ double peak_fma_f64(int64_t rounds) {
 
 void register_avx512(KernelTable& table) {
   constexpr const char* kIsa = "avx512";
-  table.set_forward(DType::float32, forward<RowsF32<float>, EngineF32<float>, ByteRows>, kIsa,
-                    "float32 FMA, 8x32 tiles");
+  table.set_forward(DType::float32, forward<RowsF32<float>, EngineF32<float>>, kIsa, "float32 FMA, 8x32 tiles");
   table.set_forward(DType::float64, forward<RowsF64, EngineF64>, kIsa, "float64 FMA, 8x16 tiles");
-  table.set_forward(DType::bfloat16, forward<RowsF32<Bfloat16>, EngineF32<Bfloat16>, ByteRows>, kIsa,
+  table.set_forward(DType::bfloat16, forward<RowsF32<Bfloat16>, EngineF32<Bfloat16>>, kIsa,
                     "widened to float32, FMA, 8x32 tiles");
-  table.set_forward(DType::float16, forward<RowsF32<Float16>, EngineF32<Float16>, ByteRows>, kIsa,
+  table.set_forward(DType::float16, forward<RowsF32<Float16>, EngineF32<Float16>>, kIsa,
                     "widened to float32, FMA, 8x32 tiles");
+  table.set_quantised(DType::float32, quantised<float, Int8Rows, Float8Rows>);
+  table.set_quantised(DType::bfloat16, quantised<Bfloat16, Int8Rows, Float8Rows>);
+  table.set_quantised(DType::float16, quantised<Float16, Int8Rows, Float8Rows>);
   table.set_backward(DType::float32, backward<GradientEngine<VecF32, float>>);
   table.set_backward(DType::float64, backward<GradientEngine<VecF64, double>>);
   table.set_backward(DType::bfloat16, backward<GradientEngine<VecF32, Bfloat16>>);

@@ -174,6 +174,22 @@ struct VecF32 : LaneSums<FloatLanes> {
   static Reg load_partial(const Float8E4M3* p, int n) { return load_partial_bytes(p, n); }
   static Reg load_partial(const Float8E5M2* p, int n) { return load_partial_bytes(p, n); }
 
+  // 32 numbers of 8 bits.
+  template <class Code>
+  static void decode(const Code* p, const Float8Specials<Code>& specials, Bfloat16* out) {
+    using Bits = Float8Bits<Code>;
+    const __m512i code = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i magnitude = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
+    const __m512i normal =
+        _mm512_add_epi16(_mm512_slli_epi16(magnitude, Bits::kShift), _mm512_set1_epi16(Bits::kExponent));
+    // Smaller ones wrap around.
+    const __mmask32 special = _mm512_cmpgt_epu16_mask(_mm512_sub_epi16(magnitude, _mm512_set1_epi16(Bits::kFirst)),
+                                                      _mm512_set1_epi16(Bits::kLast - Bits::kFirst));
+    const __m512i number = _mm512_mask_permutexvar_epi16(normal, special, code, _mm512_load_si512(specials.numbers));
+    const __m512i sign = _mm512_set1_epi16(static_cast<int16_t>(0x8000));
+    _mm512_storeu_si512(out, _mm512_or_si512(_mm512_andnot_si512(sign, number), _mm512_and_si512(code, sign)));
+  }
+
   // 32-bit lanes that pair 16-bit numbers of two rows: even in the low half, odd in the high half.
   template <class Half>
   static Reg interleave(const Half* even, const Half* odd, int n) {

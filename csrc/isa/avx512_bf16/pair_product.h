@@ -91,6 +91,7 @@ struct PairDot {
   using V = VecF32;
   using Sums = V;
   using Prob = Bfloat16;
+  using Read = Bfloat16;
   static constexpr int kElements = 2 * V::kWidth;
   static constexpr bool kScaleQuery = false;
   static constexpr bool kWords = false;

@@ -46,7 +46,7 @@ FASTATTN_INLINE void each_constant(std::integer_sequence<int, kNumbers...> /*num
 // kAdjacent: the columns are all there are, and rows lie one behind the other.
 template <class E, class Pairs, int kRows, int kPieces, bool kAdjacent>
 FASTATTN_NOINLINE void add_pairs(const PairedBlock& block) {
-  using Stored = typename E::Stored;
+  using Read = typename E::Read;
   using Operands = typename Pairs::Reg[2];
   const __mmask32 last = first(block.columns);
   typename Pairs::Reg sum[kRows][2 * kPieces];
@@ -57,8 +57,8 @@ FASTATTN_NOINLINE void add_pairs(const PairedBlock& block) {
   const char* adjacent = block.values[block.begin];
   // A key without a second: the row is its own, to be passed over.
   const auto multiply = [&](int64_t key, int64_t second, bool single) FASTATTN_LAMBDA_INLINE {
-    const auto* even = reinterpret_cast<const Stored*>(kAdjacent ? adjacent : values[key]) + (kAdjacent ? 0 : at);
-    const auto* odd = kAdjacent ? even + (single ? 0 : kColumns) : reinterpret_cast<const Stored*>(values[second]) + at;
+    const auto* even = reinterpret_cast<const Read*>(kAdjacent ? adjacent : values[key]) + (kAdjacent ? 0 : at);
+    const auto* odd = kAdjacent ? even + (single ? 0 : kColumns) : reinterpret_cast<const Read*>(values[second]) + at;
     // Where there are registers, a row's lines one after another: then the CPU fetches what follows.
     constexpr bool kInOrder = kRows < 6;
     // Each broadcasts its own probability; the registers that this saves are those that widening takes.
@@ -115,10 +115,10 @@ FASTATTN_NOINLINE void add_pairs(const PairedBlock& block) {
       }
     }
     const int64_t end = min64(block.end, (key / block.tile + 1) * block.tile);
-    for (; key + 1 < end; key += 2, adjacent += 2 * kColumns * sizeof(Stored)) {
+    for (; key + 1 < end; key += 2, adjacent += 2 * kColumns * sizeof(Read)) {
       if (!kAdjacent && block.fetched > 0) {
-        constexpr int64_t kBytes = kColumns * sizeof(Stored);
-        const int64_t from = at * static_cast<int64_t>(sizeof(Stored));
+        constexpr int64_t kBytes = kColumns * sizeof(Read);
+        const int64_t from = at * static_cast<int64_t>(sizeof(Read));
         const int64_t ahead = key + block.fetched - key * (block.fetched - kRowsAhead<E>) / E::kBlockKeys;
         prefetch_row(values[ahead] + from, kBytes);
         prefetch_row(values[ahead + 1] + from, kBytes);
@@ -164,7 +164,7 @@ void add_some_pairs(int count, const PairedBlock& block) {
 template <class E, class Pairs>
 void add_paired_values(const Panel<E>& panel, const uint16_t* words, const float* scales, const char* const* values,
                        int64_t begin, int64_t end, int64_t value_dim, int64_t output_stride, bool adjacent) {
-  constexpr auto kSize = static_cast<int64_t>(sizeof(typename E::Stored));
+  constexpr auto kSize = static_cast<int64_t>(sizeof(typename E::Read));
   // Many rows wait for arithmetic, which goes on from one tile into the next.
   const bool many = panel.live > 2 * kPairRows<4>;
   const int64_t step = rows_at_once<E>(value_dim);
@@ -183,7 +183,7 @@ void add_paired_values(const Panel<E>& panel, const uint16_t* words, const float
       const auto columns = static_cast<int>(min64(kPieceColumns, value_dim - at - whole));
       for (int lane = 0; lane < panel.live;) {
         const int count = part_of(panel.live - lane, pieces == 4 ? kPairRows<4> : kPairRows<1>);
-        const int64_t fetched = lane == 0 && !all && !(follow && pieces == 4)
+        const int64_t fetched = lane == 0 && !all && !(follow && pieces == 4) && !E::kDecodes
                                     ? kRowsAhead<E> + rows_of_softmax<E>(panel.live, value_dim * kSize)
                                     : 0;
         add(count, {words + lane * E::kBlockKeys, scales + lane, values, tile, tile + keys, step,

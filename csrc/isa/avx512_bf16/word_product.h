@@ -86,6 +86,7 @@ struct WordDot {
   using V = VecF32;
   using Sums = LaneSums<WordLanes>;
   using Prob = float;  // hardly less exact
+  using Read = Int8;
   static constexpr int kElements = 32;
   static constexpr bool kScaleQuery = false;
   static constexpr bool kWords = true;
@@ -144,12 +145,6 @@ struct WordDot {
  private:
   static FASTATTN_INLINE __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_cvtepi8_epi16(x)); }
 };
-
-// How quantised keys are multiplied by a CPU that has VPDPWSSD.
-template <class Stored>
-struct ByteDot : WideDot<VecF32, Stored> {};
-template <>
-struct ByteDot<Int8> : WordDot {};
 
 }  // namespace
 }  // namespace fastattn
