@@ -368,6 +368,35 @@ class TestGraph:
         with pytest.raises(RuntimeError, match=r"cannot be differentiated itself: .* backend='math'"):
             torch.autograd.grad(grad.sum(), self.key)
 
+    @pytest.mark.parametrize("name", ["query", "bias", "sinks", "alibi_slopes", "grad_out", "grad_lse"])
+    def test_so_does_that_of_whatever_gradients_depend_on(self, name: str) -> None:
+        """A second derivative that is passed over would be a wrong one: a penalty that is not there."""
+        leaves = {"query": self.query.detach(), "bias": torch.randn(9, 11), "sinks": torch.randn(2)}
+        leaves |= {
+            "alibi_slopes": torch.rand(2),
+            "grad_out": torch.randn(1, 2, 9, 8),
+            "grad_lse": torch.randn(1, 2, 9),
+        }
+        leaves[name].requires_grad_()
+        first = name if not name.startswith("grad") else "bias"
+        leaves[first].requires_grad_()
+        options = {other: leaves[other] for other in ("bias", "sinks", "alibi_slopes")}
+        key = self.key.detach()
+        results = fa.attention(leaves["query"], key, key, **options, return_lse=True)
+        weights = leaves["grad_out"], leaves["grad_lse"]
+        (grad,) = torch.autograd.grad(results, leaves[first], weights, create_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be differentiated itself"):
+            torch.autograd.grad(grad.sum(), leaves[name], allow_unused=True)
+
+    @pytest.mark.parametrize("name", ["grad_out", "key"])
+    def test_so_does_that_of_a_plain_call(self, name: str) -> None:
+        query, key = (tensor.detach().requires_grad_() for tensor in (self.query, self.key))
+        leaves = {"grad_out": torch.randn(1, 2, 9, 8, requires_grad=True), "key": key}
+        out = fa.attention(query, key, key)
+        (grad,) = torch.autograd.grad(out, query, leaves["grad_out"], create_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be differentiated itself"):
+            torch.autograd.grad(grad.sum(), leaves[name], allow_unused=True)
+
     def test_the_oracle_has_no_backward(self) -> None:
         with pytest.raises(NotImplementedError, match="backend 'reference' computes no gradients"):
             fa.attention(self.query, self.key, self.key, backend="reference")

@@ -64,6 +64,16 @@ def test_a_row_that_sees_its_sink_alone(kernel: Kernel, target: str, poison: flo
     assert_same_bits(spoiled, clean)
 
 
+@pytest.mark.parametrize("sink", [-2e30, 9.887090601047849e29])
+def test_a_sink_that_lse_does_not_hold(kernel: Kernel, sink: float) -> None:
+    """Rounded to its type, a row's log-sum-exp may be less than the sink that is all of it."""
+    sinks = torch.tensor([sink], dtype=torch.float64, requires_grad=True)
+    call = leaves(Case("sink", 3, 3, 8), kernel.dtype)
+    out = fa.attention(**call, sinks=sinks, kv_lengths=[0] if sink < 0 else None)
+    (grad,) = torch.autograd.grad(out.sum(), sinks)
+    assert grad == 0
+
+
 def test_nan_that_comes_in_for_hidden_weights(kernel: Kernel) -> None:
     call = leaves(
         Case("hidden", 40, 50, 24, query_heads=4, kv_heads=2, causal=True, arrays=("sinks",)), kernel.dtype

@@ -188,6 +188,10 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
         {"query_lengths": [5, 6]},
         "query_lengths must be from 0 to query's length 5, got 6 at index 1",
     ),
+    "segments-large": (
+        {"segment_ids": (np.full((2, 5), 2**64 - 1, np.uint64), np.zeros((2, 7), int))},
+        r"segment_ids\[0\] must be int64, got 18446744073709551615",
+    ),
     "segments-three": (
         {"segment_ids": ([], [], [])},
         r"segment_ids must be a pair \(query_ids, key_ids\), got 3 elements",

@@ -56,6 +56,13 @@ def test_alibi_far_from_the_keys(kernel: Kernel, offset: int, seqlen_q: int) -> 
 
 
 @pytest.mark.parametrize("seqlen_q", [3, 20])
+def test_a_slope_past_the_range_leaves_the_nearest_key(kernel: Kernel, seqlen_q: int) -> None:
+    query, key, value = (normal(1, 1, 24, 16, dtype=kernel.dtype, seed=seed) for seed in range(3))
+    out = fa.attention(query[:, :, :seqlen_q], key, value, alibi_slopes=[1e39])
+    np.testing.assert_array_equal(out, value[:, :, -seqlen_q:])
+
+
+@pytest.mark.parametrize("seqlen_q", [3, 20])
 def test_a_softcap_past_the_range_caps_nothing(kernel: Kernel, seqlen_q: int) -> None:
     query, key, value = (normal(1, 1, 24, 16, dtype=kernel.dtype, seed=seed) for seed in range(3))
     query = query[:, :, :seqlen_q]

@@ -275,6 +275,23 @@ def test_hidden_from_every_row(way: str, softcap: float, poison: float) -> None:
     assert not clean[4][:, :, unseen].any() and not clean[5][:, :, unseen].any()
 
 
+def test_what_comes_in_for_a_row_that_attends_to_nothing() -> None:
+    leaves = [tensor.requires_grad_() for tensor in CASE.tensors("float64", "torch")]
+    sinks = torch.zeros(6, requires_grad=True)
+    out = attention(*leaves, sinks=sinks, query_lengths=[2, 3])
+    incoming = torch.ones_like(out)
+    clean = torch.autograd.grad(out, (*leaves, sinks), incoming, retain_graph=True)
+    incoming[:, :, 3:] = np.nan
+    for one, other in zip(torch.autograd.grad(out, (*leaves, sinks), incoming), clean, strict=True):
+        assert one.isfinite().all() and one.equal(other)
+
+
+def test_sinks_and_softcaps_past_the_range() -> None:
+    query, key, value = CASE.tensors("float32", "torch")
+    assert not attention(query, key, value, sinks=[1e39] * 6).any()
+    assert attention(query, key, value, softcap=1e39).equal(attention(query, key, value))
+
+
 @pytest.mark.parametrize("target", ["key", "value"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_hidden_from_some_rows(target: str, poison: float) -> None:

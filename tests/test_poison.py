@@ -74,6 +74,23 @@ def hide(case: Case, way: str, rng: np.random.Generator) -> tuple[dict[str, Any]
     return options, hidden | past | before
 
 
+@pytest.mark.parametrize("seqlen_q", [1, 4, 13, 63, 64])
+def test_rows_without_keys_have_weights_of_zero(seqlen_q: int, rng: np.random.Generator) -> None:
+    """Whatever an earlier call has left in memory that is used again: here NaN."""
+    for head_dim in (8, 64, 128):
+        query, key, value = (
+            rng.standard_normal((1, 2, length, head_dim)) for length in (seqlen_q, 1300, 1300)
+        )
+        mask = np.ones((seqlen_q, 1), bool)
+        mask[-1] = False
+        for dtype in "float32", "bfloat16":
+            tensors = [convert(tensor, dtype) for tensor in (query, key, value)]
+            fa.attention(*tensors[:2], convert(np.full_like(value, np.nan), dtype), return_weights=True)
+            out, lse, weights = fa.attention(*tensors, mask=mask, return_lse=True, return_weights=True)
+            for result, empty in (out, 0), (lse, -np.inf), (weights, 0):
+                assert (result[:, :, -1] == empty).all()
+
+
 def poisoned(tensor: np.ndarray, where: np.ndarray, poison: float) -> np.ndarray:
     """A copy of key or value (B, H, Lk, D) with poison at `where` (B, Lk); in half of the columns only."""
     copy = tensor.copy()

@@ -143,8 +143,8 @@ void finish_head(void* opaque, int64_t index, int /*thread*/) {
     const auto* delta = head.scalars(plan.delta_at) + i * E::kLanes;
     for (int lane = 0; lane < panel.live; ++lane) {
       const double share = sinks == nullptr ? 0 : sink_share<E>(head, panel, i, lane);
-      if (share != 0) {  // of the normaliser, for which no value answers
-        sinks[panel.head[lane]] -= share * static_cast<double>(delta[lane]);
+      if (share != 0) {  // of the normaliser, for which no value answers; that may be rounded to less than the sink is
+        sinks[panel.head[lane]] -= (share < 1 ? share : 1) * static_cast<double>(delta[lane]);
       }
     }
   }

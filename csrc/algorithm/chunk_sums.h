@@ -24,7 +24,10 @@ struct ChunkSums {
   static ChunkSums of(Panel<E>& panel) { return {panel.shift, panel.sum, panel.output}; }
 
   // Nothing of any lane; what `output` holds is not looked at then.
-  void clear() const { memset(sum, 0, E::kLanes * sizeof *sum); }
+  void clear() const {
+    memset(shift, 0, E::kLanes * sizeof *shift);
+    memset(sum, 0, E::kLanes * sizeof *sum);
+  }
 };
 
 // into += from, for the first `lanes` lanes: both under the higher of the two shifts. A chunk of which a row saw

@@ -294,7 +294,6 @@ inline bool gather_chunks(const ForwardCall<E>& call, const ForwardTask<E>& task
     const ChunkSums<E> whole = ChunkSums<E>::of(panel);
     const int64_t rows = E::kMethod == Method::tiles ? E::kLanes : panel.live;
     memset(panel.output, 0, sizeof(typename E::Scalar) * static_cast<size_t>(rows * stride));
-    memset(panel.shift, 0, sizeof panel.shift);
     whole.clear();
     for (int64_t chunk = 0; chunk < plan.task_chunks; ++chunk) {
       add_chunk<E>(whole, sums(chunk, i), panel.live, stride, plan.rules.to_log2());

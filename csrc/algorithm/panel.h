@@ -121,7 +121,9 @@ FASTATTN_NOINLINE void place_extras(Panel<E>& panel, const AttentionParams& p, i
     }
     if (p.alibi_slopes != nullptr) {
       const double slope = p.alibi_slopes[b * p.alibi_strides[0] + head * p.alibi_strides[1]];
-      panel.slope[lane] = static_cast<Scalar>(slope);
+      constexpr double kLargest = sizeof(Scalar) == sizeof(double) ? __DBL_MAX__ : __FLT_MAX__;
+      // An infinite one would hide the key at its own position, whose distance is 0.
+      panel.slope[lane] = static_cast<Scalar>(slope < -kLargest ? -kLargest : slope < kLargest ? slope : kLargest);
       panel.beyond[lane] = -slope * panel.overshoot(lane);
     }
     if (p.scattered_segments) {

@@ -1,6 +1,8 @@
 // The scalar backward: obvious loops in double precision. Query rows first, twice over their keys, then keys.
 #pragma once
 
+#include <algorithm>
+
 #include "parallel.h"
 #include "scalar/rows.h"
 #include "workspace.h"
@@ -71,12 +73,15 @@ Pair make_pair(ScalarBackward& call, const Row& r, int64_t key) {
   return pair;
 }
 
+// Of a sink, which a log-sum-exp that was rounded to its type may lie far below: large then, but a number.
+inline double sink_probability(double sink, double lse) { return std::exp(std::min(sink - lse, 700.0)); }
+
 template <class T>
 void find_state(ScalarBackward& call, const Row& r) {
   const BackwardParams& b = call.b;
   const AttentionParams& p = b.forward;
   const double lse = row_number(p.dtype, p.lse, p.lse_strides, r);
-  double total = p.sinks == nullptr ? 0 : std::exp(p.sinks[r.head] - lse);
+  double total = p.sinks == nullptr ? 0 : sink_probability(p.sinks[r.head], lse);
   bool sees = false;
   for (int64_t key = 0; key < p.seqlen_k; ++key) {
     if (visible<T>(p, r, key)) {
@@ -130,7 +135,7 @@ void run_query_head(void* context, int64_t index, int /*thread*/) {
     }
     const double lse = row_number(p.dtype, p.lse, p.lse_strides, r);
     if (p.sinks != nullptr && lse != -kInfinity) {
-      sink -= std::exp(p.sinks[r.head] - lse) / call.state(r).total * call.state(r).delta;
+      sink -= sink_probability(p.sinks[r.head], lse) / call.state(r).total * call.state(r).delta;
     }
   }
   if (b.grad_slopes != nullptr) {

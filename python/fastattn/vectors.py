@@ -34,7 +34,10 @@ def segment_ids(
     check_segment_pair(given)
     ids = []
     for at, rows in enumerate((seqlen_q, seqlen_k)):
-        values, kept = vector(f"segment_ids[{at}]", library, given[at], INTEGERS, [(batch, rows)])
+        name = f"segment_ids[{at}]"
+        values, kept = vector(name, library, given[at], INTEGERS, [(batch, rows)])
+        if values.dtype == np.uint64 and values.size and values.max() > np.iinfo(np.int64).max:
+            raise ValueError(f"{name} must be int64, got {values.max()}")
         ids.append(values.astype(np.int64, order="C") if kept is None else kept)
     return ids[0], ids[1]
 

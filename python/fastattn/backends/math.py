@@ -105,11 +105,16 @@ def _attend_each(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
 
 def attend(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
     """Compute out (B, Hq, Lq, Dv), lse (B, Hq, Lq) and weights (B, Hq, Lq, Lk), not yet rounded."""
+    import torch
+
     scores, value = score(problem)
     lse, weights = normalise(scores, sinks(problem))
     if problem.dropout_p > 0:
         weights = weights * _dropout(problem)
-    return weighted_sum(weights, scores != -INF, value), lse, weights
+    attending = scores != -INF
+    out = weighted_sum(weights, attending, value)
+    # What comes in for a row that attends to nothing reaches no gradient, not even NaN.
+    return torch.where(attending.any(3)[..., None], out, 0), lse, weights
 
 
 def score(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
@@ -125,7 +130,7 @@ def score(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
 
     scores = problem.scale * products(query, key, visible)
     scores = torch.where(visible, scores, 0)
-    if problem.softcap > 0:
+    if 0 < problem.softcap < torch.finfo(scores.dtype).max:  # one past the dtype's range caps nothing
         scores = problem.softcap * torch.tanh(scores / problem.softcap)
     return torch.where(visible, scores + _added(problem, visible), -INF), value
 
@@ -235,7 +240,8 @@ def sinks(problem: AttentionProblem) -> Tensor:
     import torch
 
     given = problem.sinks_given if problem.sinks is not None else [-INF] * problem.query.shape[1]
-    return torch.as_tensor(given, dtype=_compute_dtype(problem), device=problem.query.array.device)
+    logits = torch.as_tensor(given, dtype=_compute_dtype(problem), device=problem.query.array.device)
+    return logits.clamp(max=torch.finfo(logits.dtype).max)
 
 
 def _dropout(problem: AttentionProblem) -> Tensor:

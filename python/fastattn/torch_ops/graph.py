@@ -49,7 +49,7 @@ class _Plain(Function):
         if grads is None:  # something unusual: the long way answers, or says what is wrong
             grads = _plain_backward(tensors, grad_out, grad_lse, ctx.needs_input_grad, call)
         if torch.is_grad_enabled():  # create_graph=True
-            grads = final(tensors[:3], grads)
+            grads = final((*tensors[:3], grad_out, grad_lse), grads)
         return *grads, None, None
 
 
@@ -167,7 +167,8 @@ class _Attention(Function):
             ]
         grads += tables
         if torch.is_grad_enabled():  # create_graph=True
-            grads = final((query, key, value), grads)
+            given = (query, key, value, bias, *ctx.vectors, grad_out, grad_lse, grad_weights)
+            grads = final(given, grads)
         return None, *grads[:3], None, *grads[3:]
 
 
@@ -186,19 +187,18 @@ def with_weights(
     return -mean if grad_lse is None else grad_lse - mean
 
 
-def final(tensors: tuple[Tensor, ...], grads: Any) -> Any:
-    """Let gradients depend on `tensors`, in a node that refuses to be differentiated."""
+def final(given: tuple[Any, ...], grads: Any) -> Any:
+    """Let gradients depend on all that they were computed of, in a node that refuses to be differentiated."""
     apply: Any = _Final.apply
-    return apply(*tensors, *grads)
+    return apply(len(given), *given, *grads)
 
 
 class _Final(Function):
     """Hands gradients on, and refuses to be differentiated."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, *grads: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, count: int, *given_and_grads: Any) -> tuple[Tensor | None, ...]:
+        grads = given_and_grads[count:]
         return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
 
     @staticmethod
