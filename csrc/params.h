@@ -20,6 +20,17 @@ enum class DType : int32_t {
   float8_e5m2 = 8,
 };
 
+// Bytes of a number.
+constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::float64                               ? 8
+         : dtype == DType::float32                             ? 4
+         : dtype == DType::bfloat16 || dtype == DType::float16 ? 2
+                                                               : 1;
+}
+
+// The type of log-sum-exps, and of weights that are summed.
+constexpr DType lse_dtype(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
+
 // A window bound that never cuts.
 constexpr int64_t kUnbounded = int64_t{1} << 62;
 

@@ -27,6 +27,8 @@ class Fault:
 
 PANEL = "csrc/algorithm/panel.h"
 SCORES = "csrc/algorithm/score_tile.h"
+SHIFT = "csrc/algorithm/shift.h"
+TILES = "csrc/algorithm/tile_context.h"
 ROWS = "csrc/algorithm/row_softmax.h"
 VALUES = "csrc/algorithm/value_tile.h"
 FINISH = "csrc/algorithm/finish.h"
@@ -227,7 +229,7 @@ FAULTS = (
     Fault(
         "sum-not-rescaled",
         "the sum keeps its scale when the maximum rises",
-        SCORES,
+        SHIFT,
         "panel.sum[lane] *= scales[lane];",
         "",
         "exactness",
@@ -235,7 +237,7 @@ FAULTS = (
     Fault(
         "output-not-rescaled",
         "the output keeps its scale when the maximum rises",
-        SCORES,
+        SHIFT,
         "output[d] *= scale;",
         "output[d] *= 1;",
         "exactness",
@@ -243,7 +245,7 @@ FAULTS = (
     Fault(
         "block-not-rescaled",
         "the probabilities of the running block keep theirs",
-        SCORES,
+        SHIFT,
         "V::store(prob, E::Product::scale_probabilities(V::load(prob), scale))",
         "V::store(prob, V::load(prob))",
         "exactness",
@@ -251,7 +253,7 @@ FAULTS = (
     Fault(
         "maximum-not-followed",
         "the maximum is followed only once it has risen by 4096, to base 2, not by 8",
-        SCORES,
+        SHIFT,
         "panel.limit[lane] = level + rise",
         "panel.limit[lane] = level + 512 * rise",
         "exactness",
@@ -259,7 +261,7 @@ FAULTS = (
     Fault(
         "neighbours-move-together",
         "a row whose maximum rose at all follows it when a neighbour does",
-        SCORES,
+        SHIFT,
         "V::less(V::load(panel.limit + at), V::load(peak + at))",
         "V::less(V::sub(V::load(panel.limit + at), V::set1(rise)), V::load(peak + at))",
         "poison",
@@ -283,7 +285,7 @@ FAULTS = (
     Fault(
         "lse-base",
         "the maximum enters lse to base 2",
-        SCORES,
+        TILES,
         "natural ? 1.0 : kLn2",
         "natural ? 1.0 : 1.0",
         "exactness",
@@ -541,7 +543,7 @@ FAULTS = (
         "groups-by-threads",
         "keys fall into as many groups as there are threads",
         BACKWARD_PLAN,
-        "clamp64(p.seqlen_k / kGroupKeys, 1, kMaxKeyGroups)",
+        "clamp64(p.seqlen_k / kKeysOfGroup, 1, kMaxKeyGroups)",
         "clamp64(p.num_threads, 1, kMaxKeyGroups)",
         "backward",
     ),

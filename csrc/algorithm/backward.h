@@ -24,11 +24,6 @@ inline void store_grads(const typename E::Scalar* rows, int64_t row_stride, int6
   }
 }
 
-// Key blocks of a group, dealt there and back so that all groups get as many rows to see under the causal rule.
-inline int64_t dealt_block(int64_t round, int64_t group, int64_t groups) {
-  return round * groups + (round % 2 == 0 ? group : groups - 1 - group);
-}
-
 // One group of key blocks of one head.
 template <class E>
 void run_key_group(void* opaque, int64_t index, int thread) {
@@ -51,30 +46,18 @@ void run_key_group(void* opaque, int64_t index, int thread) {
     head.slopes(group)[h] = 0;
   }
   for (int64_t round = 0; round * plan.key_groups < plan.blocks; ++round) {
-    const int64_t dealt = dealt_block(round, group, plan.key_groups);
-    if (dealt >= plan.blocks) {
+    const int64_t block = dealt(round, group, plan.key_groups) * E::kBlockKeys;
+    if (block >= plan.blocks * E::kBlockKeys) {
       continue;
     }
-    const int64_t block = dealt * E::kBlockKeys;
     const int64_t block_end = min64(block + E::kBlockKeys, p.seqlen_k);
     const int64_t rows = round_up(block_end - block, E::kKeys);
     memset(grad_key, 0, sizeof(Scalar) * static_cast<size_t>(rows * plan.head_dim));
     memset(grad_value, 0, sizeof(Scalar) * static_cast<size_t>(rows * plan.value_dim));
     for (int64_t span = 0; span < plan.spans; ++span) {
       for (int64_t first = 0; first < plan.span_panels; first += plan.panels) {
-        GradientBlock<E> g{head,
-                           scratch,
-                           group,
-                           span,
-                           span * plan.span_panels + first,
-                           static_cast<int>(min64(plan.panels, plan.span_panels - first)),
-                           block,
-                           block_end,
-                           false,
-                           {},
-                           {},
-                           {},
-                           {}};
+        GradientBlock<E> g = gradient_block<E>(head, scratch, group, span * plan.span_panels + first,
+                                               min64(plan.panels, plan.span_panels - first), block);
         run_gradient_block<E>(g, grad_key, grad_value);
       }
     }

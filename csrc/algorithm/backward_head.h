@@ -160,11 +160,7 @@ inline double dot(const typename E::Source* a, int64_t a_stride, const typename 
     for (; d + E::kWidth <= count; d += E::kWidth) {
       sum = V::fma(V::load(a + d), V::load(b + d), sum);
     }
-    typename E::Scalar lanes[E::kWidth];
-    V::store(lanes, sum);
-    for (const auto lane : lanes) {
-      total += static_cast<double>(lane);
-    }
+    total = lane_sum<E>(sum);
   }
   for (; d < count; ++d) {
     total += static_cast<double>(to_scalar(a[d * a_stride])) * static_cast<double>(to_scalar(b[d * b_stride]));

@@ -13,7 +13,7 @@ constexpr int kGradientPanels = 8;
 
 // Keys from which a head's key blocks fall into two groups, and on in proportion: groups can run at once, each with a
 // dQ of its own to be added up. At 512 keys that addition is a hundredth of the work.
-constexpr int64_t kGroupKeys = 512;
+constexpr int64_t kKeysOfGroup = 512;
 constexpr int64_t kMaxKeyGroups = 8;
 
 // Queries by keys of a key/value head up to which one thread goes through the head from end to end, so that what it
@@ -154,7 +154,7 @@ inline BackwardPlan<E> plan_backward(const BackwardParams& b, bool clean) {
   plan.head_panels = plan.spans * plan.span_panels;
   plan.panels = static_cast<int>(min64(kGradientPanels, plan.span_panels));
   plan.blocks = (p.seqlen_k + E::kBlockKeys - 1) / E::kBlockKeys;
-  plan.key_groups = clamp64(p.seqlen_k / kGroupKeys, 1, kMaxKeyGroups);
+  plan.key_groups = clamp64(p.seqlen_k / kKeysOfGroup, 1, kMaxKeyGroups);
   plan.head_dim = round_up(p.head_dim, E::kWidth);
   plan.value_dim = round_up(p.value_dim, E::kWidth);
   plan.key_lanes = E::kDepth == 1 ? plan.head_dim : plan.rules.steps;

@@ -82,19 +82,8 @@ void run_bias_tile(void* opaque, int64_t index, int thread) {
       for (int64_t part = some_rows ? row_part : 0; part < (some_rows ? row_part + 1 : plan.span_panels); ++part) {
         for (int64_t at = some_keys ? key_part : 0; at < (some_keys ? key_part + 1 : plan.blocks); ++at) {
           const int64_t block = at * E::kBlockKeys;
-          GradientBlock<E> g{head,
-                             call.threads + thread * plan.thread_bytes,
-                             0,
-                             span,
-                             span * plan.span_panels + part,
-                             1,
-                             block,
-                             min64(block + E::kBlockKeys, p.seqlen_k),
-                             true,
-                             {},
-                             {},
-                             {},
-                             {}};
+          GradientBlock<E> g = gradient_block<E>(head, call.threads + thread * plan.thread_bytes, 0,
+                                                 span * plan.span_panels + part, 1, block, true);
           if (!enter_gradient_block<E>(g)) {
             continue;
           }

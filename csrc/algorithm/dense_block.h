@@ -4,7 +4,7 @@
 #pragma once
 
 #include "algorithm/panel.h"
-#include "algorithm/score_tile.h"
+#include "algorithm/tile_context.h"
 
 namespace fastattn {
 namespace {

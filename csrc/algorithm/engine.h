@@ -155,5 +155,33 @@ FASTATTN_INLINE const T* at(const void* base, int64_t index) {
   return static_cast<const T*>(base) + index;
 }
 
+template <class E>
+inline typename E::Scalar largest_lane(typename E::Reg x) {
+  typename E::Scalar lanes[E::kWidth];
+  E::V::store(lanes, x);
+  typename E::Scalar largest = lanes[0];
+  for (const auto lane : lanes) {
+    largest = lane > largest ? lane : largest;
+  }
+  return largest;
+}
+
+template <class E>
+inline double lane_sum(typename E::Reg x) {
+  typename E::Scalar lanes[E::kWidth];
+  E::V::store(lanes, x);
+  double sum = 0;
+  for (const auto lane : lanes) {
+    sum += static_cast<double>(lane);
+  }
+  return sum;
+}
+
+// What a group gets in a round of things that are dealt there and back, so that the causal rule leaves all groups with
+// as much to do.
+inline int64_t dealt(int64_t round, int64_t group, int64_t groups) {
+  return round * groups + (round % 2 == 0 ? group : groups - 1 - group);
+}
+
 }  // namespace
 }  // namespace fastattn

@@ -39,13 +39,12 @@ FASTATTN_NOINLINE void sum_probabilities(const BackwardHead<E>& head, char* scra
   const BackwardPlan<E>& plan = head.plan();
   auto* probs = reinterpret_cast<typename E::Scalar*>(scratch + plan.probs_at);
   for (int64_t block = 0; block < head.p().seqlen_k; block += E::kBlockKeys) {
-    const int64_t end = min64(block + E::kBlockKeys, head.p().seqlen_k);
-    GradientBlock<E> g{head, scratch, 0, i / plan.span_panels, i, 1, block, end, false, {}, {}, {}, {}};
+    GradientBlock<E> g = gradient_block<E>(head, scratch, 0, i, 1, block);
     if (!enter_gradient_block<E>(g)) {
       continue;
     }
     GradientContext<E> context = gradient_context<E>(g, 0);
-    for (int64_t key = 0; key < end - block; key += E::kKeys) {
+    for (int64_t key = 0; key < g.block_end - block; key += E::kKeys) {
       const Sight sight = tile_sight<E>(context.scores, block, block + key);
       if (sight == Sight::none) {
         continue;

@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "algorithm/panel.h"
-#include "algorithm/score_tile.h"
+#include "algorithm/tile_context.h"
 #include "algorithm/value_tile.h"
 
 namespace fastattn {

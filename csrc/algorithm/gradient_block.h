@@ -19,10 +19,10 @@ struct GradientBlock {
   int64_t block;      // its first key
   int64_t block_end;  // past its last
   bool of_scores;     // dS of the scores as the softmax sees them, for the bias; else of the products before softcap
-  DenseBlock<E> dense[kGradientPanels];
-  int64_t from[kGradientPanels];  // keys of the block between the first and the last tile that a panel sees
-  int64_t to[kGradientPanels];
-  uint32_t seen[E::kBlockKeys / E::kKeys];  // a bit for each panel that sees a tile
+  DenseBlock<E> dense[kGradientPanels]{};
+  int64_t from[kGradientPanels]{};  // keys of the block between the first and the last tile that a panel sees
+  int64_t to[kGradientPanels]{};
+  uint32_t seen[E::kBlockKeys / E::kKeys]{};  // a bit for each panel that sees a tile
 
   Panel<E>& panel(int i) const { return reinterpret_cast<Panel<E>*>(scratch + head.plan().local_at)[i]; }
   // Coefficients of the tile at `block_key`; those of a panel lie side by side.
@@ -46,6 +46,17 @@ struct GradientBlock {
     return lane_sees<E>(panel(i), dense[i].visible, block, lane, block_key);
   }
 };
+
+// The key block that starts at `block`, seen by `panels` panels of one span.
+template <class E>
+inline GradientBlock<E> gradient_block(const BackwardHead<E>& head, char* scratch, int64_t group, int64_t first_panel,
+                                       int64_t panels, int64_t block, bool of_scores = false) {
+  return {head,        scratch,
+          group,       first_panel / head.plan().span_panels,
+          first_panel, static_cast<int>(panels),
+          block,       min64(block + E::kBlockKeys, head.p().seqlen_k),
+          of_scores};
+}
 
 // Brings the panels' dense arguments for the block; false if no row sees any of its keys.
 template <class E>

@@ -349,8 +349,7 @@ void insight_task(void* opaque, int64_t index, int thread) {
   const int64_t round_rows = int64_t{plan.forward.panels} * E::kLanes;
   const typename E::V::FlushDenormals flush;
   for (int64_t sweep = 0;; ++sweep) {
-    // There and back, so that the causal rule leaves all groups with as much to do.
-    const int64_t round = sweep * plan.groups + (sweep % 2 == 0 ? group : plan.groups - 1 - group);
+    const int64_t round = dealt(sweep, group, plan.groups);
     if (round >= plan.rounds) {
       return;
     }

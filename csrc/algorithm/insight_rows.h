@@ -31,28 +31,6 @@ inline bool takes_rows(const InsightParams& p) {
              kKeptScores / max64(kept_stride(forward), 1) / static_cast<int64_t>(sizeof(typename E::Scalar));
 }
 
-template <class E>
-inline typename E::Scalar largest_lane(typename E::Reg x) {
-  typename E::Scalar lanes[E::kWidth];
-  E::V::store(lanes, x);
-  typename E::Scalar largest = lanes[0];
-  for (const auto lane : lanes) {
-    largest = lane > largest ? lane : largest;
-  }
-  return largest;
-}
-
-template <class E>
-inline double lane_sum(typename E::Reg x) {
-  typename E::Scalar lanes[E::kWidth];
-  E::V::store(lanes, x);
-  double sum = 0;
-  for (const auto lane : lanes) {
-    sum += static_cast<double>(lane);
-  }
-  return sum;
-}
-
 // Notes the scores of a lane's row, of keys [first, last), and makes them probabilities under their maximum. The
 // others, up to whole registers, become 0.
 template <class E>

@@ -106,7 +106,7 @@ inline Interval sequence_interval(const AttentionParams& p, int64_t batch) {
 template <class E>
 FASTATTN_NOINLINE void place_extras(Panel<E>& panel, const AttentionParams& p, int64_t b) {
   using Scalar = typename E::Scalar;
-  const int64_t bias_size = p.bias_dtype == DType::float64 ? 8 : p.bias_dtype == DType::float32 ? 4 : 2;
+  const int64_t bias_size = size_of(p.bias_dtype);
   for (int lane = 0; lane < panel.placed; ++lane) {
     const int64_t head = panel.head[lane];
     const int64_t row = panel.row[lane];

@@ -2,7 +2,7 @@
 // block's maximum is known before its first exponential. Scores become probabilities in place, [lane][kBlockKeys].
 #pragma once
 
-#include "algorithm/score_tile.h"
+#include "algorithm/shift.h"
 
 namespace fastattn {
 namespace {
@@ -84,13 +84,7 @@ FASTATTN_NOINLINE void scan_rows(TileContext<E>& context, int64_t begin, int64_t
       }
       peak = V::max(x, peak);  // a NaN is passed over
     }
-    Scalar lanes[E::kWidth];
-    V::store(lanes, peak);
-    Scalar highest = lanes[0];
-    for (const Scalar x : lanes) {
-      highest = x > highest ? x : highest;
-    }
-    context.peaks[lane] = highest;
+    context.peaks[lane] = largest_lane<E>(peak);
   }
 }
 

@@ -224,19 +224,7 @@ struct Span {
 };
 
 int64_t item_size(int code) {
-  switch (code) {
-    case static_cast<int>(DType::float64):
-    case kCodeInt64:
-      return 8;
-    case static_cast<int>(DType::float32):
-    case kCodeInt32:
-      return 4;
-    case static_cast<int>(DType::bfloat16):
-    case static_cast<int>(DType::float16):
-      return 2;
-    default:
-      return 1;
-  }
+  return code == kCodeInt64 ? 8 : code == kCodeInt32 ? 4 : size_of(static_cast<DType>(code));
 }
 
 Span span_of(const TensorView& view) {
@@ -372,24 +360,12 @@ py::object attention_cached(const CachedArguments& a, int num_threads) {
   AttentionParams& p = c.params;
   p.num_threads = c.update.num_threads = num_threads;
   const Workspace scratch(turned_bytes(c) + 1);
-  py::object result;
-  if (torch) {
-    result = c.own.sizes[3] == out.sizes[3]
-                 ? empty_torch_like(a.query, c.own, out)
-                 : empty_torch(a.query, {out.sizes[0], out.sizes[1], out.sizes[2], out.sizes[3]}, out);
-  } else {
-    result = empty_numpy(a.query, out);
-  }
-  if (a.bshd) {
-    swap_heads_and_rows(out);
-  }
-  check_view("out", out);
-  set_out(out, p);
+  py::object result = empty_result(a.query, c.own, out);
+  set_result(out, a.bshd, p);
   if (a.return_lse) {
     TensorView lse;
     py::object log_sums = empty_lse(a.query, p, lse);
-    p.lse = lse.data;
-    std::copy_n(lse.strides, 3, p.lse_strides);
+    set_lse(lse, p);
     result = py::make_tuple(std::move(result), std::move(log_sums));
   }
   return keeping(std::move(result), [&] { compute(c, scratch.data()); });

@@ -13,12 +13,7 @@ bool is_there(const TensorView& view) { return view.rank != 0; }
 bool is_quantised(DType dtype) { return dtype >= DType::int8 && dtype <= DType::float8_e5m2; }
 
 const int64_t* read_positions(const char* name, const TensorView& view, int64_t batch) {
-  expect_code(name, view, kCodeInt64);
-  expect_sizes(name, view, {batch});
-  if (batch > 1 && view.strides[0] != 1) {
-    fail(name, "must be contiguous");
-  }
-  return static_cast<const int64_t*>(view.data);
+  return static_cast<const int64_t*>(numbers_of(name, view, kCodeInt64, batch));
 }
 
 void expect_positions(const char* name, const int64_t* start, int64_t batch, int64_t rows, int64_t limit) {
@@ -53,27 +48,8 @@ CacheRows set_rows(const char* name, const TensorView& rows, const TensorView& c
   return r;
 }
 
-template <class T>
-void copy_pages(const TensorView& table, const CacheUpdateParams& p, int64_t num_pages, Pages& pages) {
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const T* row = static_cast<const T*>(table.data) + b * table.strides[0];
-    for (int64_t i = 0; i < p.new_rows; ++i) {
-      const int64_t slot = (p.start[b] + i) % p.capacity / p.page_size;
-      const int64_t page = row[slot * table.strides[1]];
-      if (page < 0 || page >= num_pages) {
-        fail("block_table", "sequence " + std::to_string(b) + ", slot " + std::to_string(slot) + " names page " +
-                                std::to_string(page) + ", expected 0.." + std::to_string(num_pages - 1));
-      }
-      pages[static_cast<size_t>(b * p.block_table_stride + slot)] = page;
-    }
-  }
-}
-
 void set_pages(const TensorView& table, const TensorView& cache, CacheUpdateParams& p, Pages& pages) {
-  if (table.code != kCodeInt32 && table.code != kCodeInt64) {
-    fail("block_table", "dtype code " + std::to_string(table.code) + ", expected int32 or int64");
-  }
-  expect_sizes("block_table", table, {p.batch, table.sizes[1]});
+  expect_table(table, p.batch);
   p.page_size = cache.sizes[2];
   if (p.page_size < 1 || (p.capacity - 1) / p.page_size >= table.sizes[1]) {
     fail("capacity", "is more than the pages of a sequence hold");
@@ -84,10 +60,11 @@ void set_pages(const TensorView& table, const TensorView& cache, CacheUpdatePara
     p.block_table_stride = std::max(p.block_table_stride, last / p.page_size + 1);
   }
   pages.assign(static_cast<size_t>(p.batch * p.block_table_stride), 0);
-  if (table.code == kCodeInt32) {
-    copy_pages<int32_t>(table, p, cache.sizes[0], pages);
-  } else {
-    copy_pages<int64_t>(table, p, cache.sizes[0], pages);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    for (int64_t i = 0; i < p.new_rows; ++i) {
+      const int64_t slot = (p.start[b] + i) % p.capacity / p.page_size;
+      pages[static_cast<size_t>(b * p.block_table_stride + slot)] = page_at(table, b, slot, cache.sizes[0]);
+    }
   }
   p.block_table = pages.data();
 }

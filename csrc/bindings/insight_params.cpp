@@ -30,7 +30,7 @@ InsightParams make_insight_params(const InsightArguments& tensors, Derived& deri
   if (!derived.query_starts.empty() || p.block_table != nullptr || p.key_scales != nullptr) {
     fail("query", "expected a call of one sequence a batch, without caches");
   }
-  const int code = static_cast<int>(p.dtype == DType::float64 ? DType::float64 : DType::float32);
+  const int code = static_cast<int>(lse_dtype(p.dtype));
   insight.top_k = read_tuple("keys", tensors.keys, 4).sizes[3];
   if (insight.top_k < 1) {
     fail("keys", "expected room for a key at least");

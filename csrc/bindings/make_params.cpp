@@ -66,8 +66,7 @@ void read_outputs(const TensorArguments& tensors, AttentionParams& p) {
   }
   if (!tensors.lse.is_none()) {
     const TensorView lse = read_tuple("lse", tensors.lse, 3);
-    const DType expected = p.dtype == DType::float64 ? DType::float64 : DType::float32;
-    expect_code("lse", lse, static_cast<int>(expected));
+    expect_code("lse", lse, static_cast<int>(lse_dtype(p.dtype)));
     expect_sizes("lse", lse, {p.batch, p.query_heads, p.seqlen_q});
     p.lse = lse.data;
     copy_strides(lse, p.lse_strides);
@@ -104,13 +103,7 @@ void read_dense(const TensorArguments& tensors, AttentionParams& p) {
 // Small tables that every tier reads as plain arrays.
 template <class T>
 const T* read_table(const char* name, const py::object& from, int code, int64_t size) {
-  const TensorView table = read_tuple(name, from, 1);
-  expect_code(name, table, code);
-  expect_sizes(name, table, {size});
-  if (size > 1 && table.strides[0] != 1) {
-    fail(name, "must be contiguous");
-  }
-  return static_cast<const T*>(table.data);
+  return static_cast<const T*>(numbers_of(name, read_tuple(name, from, 1), code, size));
 }
 
 const int64_t* read_batch_table(const char* name, const py::object& from, int64_t batch) {
@@ -197,23 +190,6 @@ int64_t used_pages(const AttentionParams& p, int64_t batch) {
   return (p.kv_lengths[batch] + p.page_size - 1) / p.page_size;
 }
 
-// Copies the page numbers of a sequence as far as its length goes; what stands beyond is nobody's.
-template <class T>
-void read_pages(const TensorView& table, const AttentionParams& p, int64_t num_pages, Pages& pages) {
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t used = used_pages(p, b);
-    const T* row = static_cast<const T*>(table.data) + b * table.strides[0];
-    for (int64_t slot = 0; slot < used; ++slot) {
-      const int64_t page = row[slot * table.strides[1]];
-      if (page < 0 || page >= num_pages) {
-        fail("block_table", "sequence " + std::to_string(b) + ", slot " + std::to_string(slot) + " names page " +
-                                std::to_string(page) + ", expected 0.." + std::to_string(num_pages - 1));
-      }
-      pages[static_cast<size_t>(b * p.block_table_stride + slot)] = page;
-    }
-  }
-}
-
 }  // namespace
 
 void check_view(const char* name, const TensorView& view) {
@@ -242,6 +218,15 @@ void check_view(const char* name, const TensorView& view) {
   if (!empty && view.data == nullptr) {
     fail(name, "has elements but no address");
   }
+}
+
+const void* numbers_of(const char* name, const TensorView& view, int code, int64_t size) {
+  expect_code(name, view, code);
+  expect_sizes(name, view, {size});
+  if (size > 1 && view.strides[0] != 1) {
+    fail(name, "must be contiguous");
+  }
+  return view.data;
 }
 
 void set_inputs(const TensorView& query, const TensorView& key, const TensorView& value, AttentionParams& p) {
@@ -286,12 +271,32 @@ void set_out(const TensorView& out, AttentionParams& p) {
   copy_strides(out, p.out_strides);
 }
 
-void set_paged_inputs(const TensorView& query, TensorView key, TensorView value, const TensorView& table,
-                      const int64_t* kv_lengths, AttentionParams& p, Pages& pages) {
-  if (table.code != kCodeInt32 && table.code != kCodeInt64) {
+bool holds_integers(const TensorView& view) { return view.code == kCodeInt32 || view.code == kCodeInt64; }
+
+int64_t integer_at(const TensorView& view, int64_t index) {
+  return view.code == kCodeInt32 ? static_cast<const int32_t*>(view.data)[index]
+                                 : static_cast<const int64_t*>(view.data)[index];
+}
+
+void expect_table(const TensorView& table, int64_t batch) {
+  if (!holds_integers(table)) {
     fail("block_table", "dtype code " + std::to_string(table.code) + ", expected int32 or int64");
   }
-  expect_sizes("block_table", table, {query.sizes[0], table.sizes[1]});
+  expect_sizes("block_table", table, {batch, table.sizes[1]});
+}
+
+int64_t page_at(const TensorView& table, int64_t sequence, int64_t slot, int64_t num_pages) {
+  const int64_t page = integer_at(table, sequence * table.strides[0] + slot * table.strides[1]);
+  if (page < 0 || page >= num_pages) {
+    fail("block_table", "sequence " + std::to_string(sequence) + ", slot " + std::to_string(slot) + " names page " +
+                            std::to_string(page) + ", expected 0.." + std::to_string(num_pages - 1));
+  }
+  return page;
+}
+
+void set_paged_inputs(const TensorView& query, TensorView key, TensorView value, const TensorView& table,
+                      const int64_t* kv_lengths, AttentionParams& p, Pages& pages) {
+  expect_table(table, query.sizes[0]);
   expect_sizes("value", value, {key.sizes[0], key.sizes[1], key.sizes[2], value.sizes[3]});
   p.page_size = key.sizes[2];
   int64_t keys = 0;
@@ -316,10 +321,11 @@ void set_paged_inputs(const TensorView& query, TensorView key, TensorView value,
     p.block_table_stride = std::max(p.block_table_stride, used_pages(p, b));
   }
   pages.assign(static_cast<size_t>(p.batch * p.block_table_stride), 0);
-  if (table.code == kCodeInt32) {
-    read_pages<int32_t>(table, p, num_pages, pages);
-  } else {
-    read_pages<int64_t>(table, p, num_pages, pages);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    // What stands beyond the length is nobody's.
+    for (int64_t slot = 0; slot < used_pages(p, b); ++slot) {
+      pages[static_cast<size_t>(b * p.block_table_stride + slot)] = page_at(table, b, slot, num_pages);
+    }
   }
   p.block_table = pages.data();
 }
@@ -373,7 +379,7 @@ BackwardParams make_backward_params(const GradientArguments& tensors, Derived& d
     fail("query", "the backward needs a head");
   }
   const int own = static_cast<int>(p.dtype);
-  const int wide = static_cast<int>(p.dtype == DType::float64 ? DType::float64 : DType::float32);
+  const int wide = static_cast<int>(lse_dtype(p.dtype));
   const auto read = [](const char* name, const py::object& from, int code, std::initializer_list<int64_t> sizes,
                        auto& pointer, auto& strides) {
     if (from.is_none()) {

@@ -54,6 +54,15 @@ constexpr int64_t kMaxElements = int64_t{1} << 59;
 TensorView read_tuple(const char* name, const pybind11::object& from, int rank);
 void expect_sizes(const char* name, const TensorView& view, std::initializer_list<int64_t> sizes);
 void expect_code(const char* name, const TensorView& view, int code);
+// The numbers of a vector of that type and size, one behind the other.
+const void* numbers_of(const char* name, const TensorView& view, int code, int64_t size);
+bool holds_integers(const TensorView& view);
+// Of a view that holds integers.
+int64_t integer_at(const TensorView& view, int64_t index);
+// Throws unless it is a table of page numbers, (batch, slots).
+void expect_table(const TensorView& table, int64_t batch);
+// The page that a sequence's slot names; throws where there is none.
+int64_t page_at(const TensorView& table, int64_t sequence, int64_t slot, int64_t num_pages);
 // Throws where the view cannot be addressed.
 void check_view(const char* name, const TensorView& view);
 // Sets dtype, sizes, and the three tensors; throws std::invalid_argument where they do not fit each other.

@@ -62,13 +62,6 @@ bool read_numpy(py::handle object, int rank, TensorView& view) {
   return true;
 }
 
-bool holds_integers(const TensorView& view) { return view.code == kCodeInt32 || view.code == kCodeInt64; }
-
-int64_t integer_at(const TensorView& view, int64_t index) {
-  return view.code == kCodeInt32 ? static_cast<const int32_t*>(view.data)[index]
-                                 : static_cast<const int64_t*>(view.data)[index];
-}
-
 bool read_lengths(py::handle from, ReadFn read, int64_t batch, int64_t limit, std::vector<int64_t>& lengths) {
   TensorView view;
   if (!read(from, 1, view) || !holds_integers(view) || view.sizes[0] != batch) {
@@ -102,7 +95,12 @@ bool shape_result(const TensorView& query, int64_t value_dim, TensorView& out) {
   return true;
 }
 
-py::object empty_numpy(py::handle query, TensorView& out) {
+py::object empty_result(py::handle query, const TensorView& own, TensorView& out) {
+  if (!is_numpy(query)) {
+    return own.sizes[3] == out.sizes[3]
+               ? empty_torch_like(query, own, out)
+               : empty_torch(query, {out.sizes[0], out.sizes[1], out.sizes[2], out.sizes[3]}, out);
+  }
   const auto like = py::reinterpret_borrow<py::array>(query);
   py::array array(like.dtype(), {out.sizes[0], out.sizes[1], out.sizes[2], out.sizes[3]});
   out.data = array.mutable_data();
@@ -118,12 +116,23 @@ bool read_scale(py::handle scale, int64_t head_dim, double& value) {
   return std::isfinite(value);
 }
 
-DType lse_dtype(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
-
 py::object empty_lse(py::handle query, const AttentionParams& p, TensorView& lse) {
   const std::initializer_list<int64_t> sizes = {p.batch, p.query_heads, p.seqlen_q};
   const DType dtype = lse_dtype(p.dtype);
   return dtype == p.dtype ? empty_torch(query, sizes, lse) : empty_torch(query, dtype, sizes, lse);
+}
+
+void set_result(TensorView out, bool bshd, AttentionParams& p) {
+  if (bshd) {
+    swap_heads_and_rows(out);
+  }
+  check_view("out", out);
+  set_out(out, p);
+}
+
+void set_lse(const TensorView& lse, AttentionParams& p) {
+  p.lse = lse.data;
+  std::copy_n(lse.strides, 3, p.lse_strides);
 }
 
 }  // namespace fastattn

@@ -12,14 +12,10 @@ namespace fastattn {
 bool is_numpy(pybind11::handle array);
 // Whether `array` is a plain array with `rank` axes, of a type that NumPy itself has, in the machine's byte order.
 bool read_numpy(pybind11::handle array, int rank, TensorView& view);
-pybind11::object empty_numpy(pybind11::handle query, TensorView& out);
 
 // read_numpy, or one of torch's.
 using ReadFn = bool (*)(pybind11::handle, int, TensorView&);
 
-bool holds_integers(const TensorView& view);
-// Of a view that holds integers.
-int64_t integer_at(const TensorView& view, int64_t index);
 // Whether `from` is a vector of `batch` integers from 0 to `limit`, which are added to `lengths`.
 bool read_lengths(pybind11::handle from, ReadFn read, int64_t batch, int64_t limit, std::vector<int64_t>& lengths);
 
@@ -34,7 +30,11 @@ bool shape_result(const TensorView& query, int64_t value_dim, TensorView& out);
 // Whether `scale` is None, which stands for 1 / sqrt(D), or a finite float.
 bool read_scale(pybind11::handle scale, int64_t head_dim, double& value);
 
-DType lse_dtype(DType dtype);
+// Memory of the query's library for a result that has been shaped; `own`: the query with its own axes.
+pybind11::object empty_result(pybind11::handle query, const TensorView& own, TensorView& out);
 pybind11::object empty_lse(pybind11::handle query, const AttentionParams& p, TensorView& lse);
+// Where the kernel writes both. `bshd`: the order of the result's axes.
+void set_result(TensorView out, bool bshd, AttentionParams& p);
+void set_lse(const TensorView& lse, AttentionParams& p);
 
 }  // namespace fastattn

@@ -81,19 +81,6 @@ bool read_array(py::handle array, int rank, TensorView& view) {
   return read_numpy(array, rank, view) && view.code < kDTypes;
 }
 
-void set_plain_out(TensorView out, bool bshd, AttentionParams& p) {
-  if (bshd) {
-    swap_heads_and_rows(out);
-  }
-  check_view("out", out);
-  set_out(out, p);
-}
-
-void set_lse(const TensorView& lse, AttentionParams& p) {
-  p.lse = lse.data;
-  std::copy_n(lse.strides, 3, p.lse_strides);
-}
-
 // Memory for one gradient, with the sizes of `like`; the kernel's view of it has the axes (B, H, L, D).
 py::object empty_gradient(py::handle like, TensorView view, bool bshd, void*& data, int64_t (&strides)[4]) {
   if (bshd) {
@@ -162,8 +149,8 @@ py::object attention_plain_numpy(py::handle query, py::handle key, py::handle va
       !read_kv_lengths(kv_lengths, read_numpy, c) || !shape_result(c.own, c.value.sizes[3], out)) {
     return py::none();
   }
-  py::object result = empty_numpy(query, out);
-  set_plain_out(out, bshd, c.params);
+  py::object result = empty_result(query, c.own, out);
+  set_result(out, bshd, c.params);
   const ForwardFn run = forward_kernel(c.params);
   return keeping(std::move(result), [&] { run(&c.params, 1); });
 }
@@ -177,10 +164,8 @@ py::object attention_plain_torch(py::handle query, py::handle key, py::handle va
     return py::none();
   }
   AttentionParams& p = c.params;
-  py::object result = c.own.sizes[3] == out.sizes[3]
-                          ? empty_torch_like(query, c.own, out)
-                          : empty_torch(query, {out.sizes[0], out.sizes[1], out.sizes[2], out.sizes[3]}, out);
-  set_plain_out(out, bshd, p);
+  py::object result = empty_result(query, c.own, out);
+  set_result(out, bshd, p);
   if (return_lse) {
     TensorView lse;
     py::object log_sums = empty_lse(query, p, lse);

@@ -8,8 +8,6 @@ namespace {
 // Rows that share a task's keys, about: beyond them a longer sequence has more tasks, not longer ones.
 constexpr int64_t kTaskRows = 128;
 
-int64_t itemsize(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
-
 template <class T>
 void advance(T*& tensor, int64_t elements, int64_t size) {
   if (tensor != nullptr) {
@@ -25,12 +23,12 @@ int64_t task_work(const BackwardParams& b) { return task_work(b.forward); }
 
 AttentionParams one_sequence(const AttentionParams& whole, const Starts& queries, const Starts& keys, size_t s) {
   AttentionParams p = whole;
-  const int64_t size = itemsize(p.dtype);
+  const int64_t size = size_of(p.dtype);
   p.seqlen_q = queries[s + 1] - queries[s];
   p.seqlen_k = keys[s + 1] - keys[s];
   advance(p.query, queries[s] * p.query_strides[2], size);
   advance(p.out, queries[s] * p.out_strides[2], size);
-  advance(p.lse, queries[s] * p.lse_strides[2], p.dtype == DType::float64 ? 8 : 4);
+  advance(p.lse, queries[s] * p.lse_strides[2], size_of(lse_dtype(p.dtype)));
   advance(p.key, keys[s] * p.key_strides[2], size);
   advance(p.value, keys[s] * p.value_strides[2], size);
   const auto index = static_cast<int64_t>(s);
@@ -44,9 +42,9 @@ BackwardParams one_sequence(const BackwardParams& whole, const Starts& queries, 
   BackwardParams b = whole;
   b.forward = one_sequence(whole.forward, queries, keys, s);
   const AttentionParams& p = b.forward;
-  const int64_t size = itemsize(p.dtype);
+  const int64_t size = size_of(p.dtype);
   advance(b.grad_out, queries[s] * b.grad_out_strides[2], size);
-  advance(b.grad_lse, queries[s] * b.grad_lse_strides[2], p.dtype == DType::float64 ? 8 : 4);
+  advance(b.grad_lse, queries[s] * b.grad_lse_strides[2], size_of(lse_dtype(p.dtype)));
   advance(b.grad_query, queries[s] * b.grad_query_strides[2], size);
   advance(b.grad_key, keys[s] * b.grad_key_strides[2], size);
   advance(b.grad_value, keys[s] * b.grad_value_strides[2], size);
