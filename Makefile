@@ -29,7 +29,7 @@ help:
 	@echo "make test-asan      the numeric tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make test-faults    plant known faults one by one, and see each of them noticed"
 	@echo "make gpu-check      on a machine with a GPU: is it right there, and how fast; OUT=folder"
-	@echo "make bench          the prefill table, beside PyTorch"
+	@echo "make bench          the prefill table, beside PyTorch and what bench-peers brought"
 	@echo "make bench-report   everything in bench/results/ as one page, build/bench-report.html"
 	@echo "make bench-peers    an environment of its own for the other libraries that benchmarks are held against"
 	@echo "make lint           ruff, mypy, clang-format, clang-tidy"

@@ -147,8 +147,9 @@ def test_import_does_not_bring_torch() -> None:
 
 
 # C++: dispatch.h is the table that tiers fill; dispatch.cpp chooses among them. The arrow from dispatch.cpp
-# to the tiers is a call of their register functions, not an include. How 16-bit and 8-bit numbers are stored,
-# algorithm/half.h and bytes.h, is all that the scalar oracle shares with the kernels it is an oracle of.
+# to the tiers is a call of their register functions, not an include. How 16-bit and 8-bit numbers are stored
+# (algorithm/half.h, bytes.h), dropout's random numbers and the choice of the largest scores (top_keys.h) are
+# all that the scalar oracle shares with the kernels it is an oracle of, beside memory and threads.
 CPP_ARROWS: dict[str, set[str]] = {
     "params": set(),
     "cpu_features": set(),
@@ -235,7 +236,7 @@ ALLOCATION = re.compile(
 
 @pytest.mark.parametrize("path", [p for p in cpp_files() if cpp_room(p) in KERNEL_ROOMS], ids=cpp_id)
 def test_kernels_lease_their_scratch(path: Path) -> None:
-    """Only workspace.* allocates; the kernels use no container that would."""
+    """From workspace.*; the kernels allocate nothing else, and use no container that would."""
     assert not ALLOCATION.findall(without_comments(path))
 
 

@@ -21,6 +21,7 @@ import fastattn
 from fastattn import _config, _core, reference
 from fastattn.cli import app, main
 from fastattn.cli.explain import cost
+from fastattn.cli.info import _TIERS
 
 PACKAGE = Path(fastattn.__file__).parent
 
@@ -59,6 +60,12 @@ def test_info():
     assert "chosen" in rows[_core.selected_isa()]
     for tier in set(_core.compiled_isas()) - set(_core.available_isas()):
         assert "absent" in rows[tier]
+
+
+def test_info_knows_every_tier():
+    """Those that this build lacks, too."""
+    dispatch = (Path(__file__).parent.parent / "csrc/dispatch.cpp").read_text()
+    assert list(_TIERS) == re.findall(r'^ {4}\{"(\w+)", register_', dispatch, re.MULTILINE)
 
 
 def test_info_for_scripts(monkeypatch):

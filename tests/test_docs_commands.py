@@ -34,7 +34,6 @@ RESULT = re.compile(r"([a-z]+)-\d{8}-\d{6}")
 MOMENTS = ("fastattn --help", "fastattn info", "fastattn explain", "python examples/numpy_attention.py")
 LONGER = ("fastattn compare --part", "fastattn view --text The", "python examples/word_links.py")
 PROGRAMS = "build/cpp/tests/cpp/"
-VARIABLES = {*_config.VARIABLES, "TRITON_INTERPRET"}
 # Blocks without a language: what checks them.
 PLAIN = {
     "ARCHITECTURE.md": "test_architecture.py",
@@ -101,7 +100,7 @@ def bench(words: Words, run: bool) -> None:
     assert kinds <= {*SUITES, "variants", "generation"}
     if what in ("plot", "report"):  # which take results alone
         assert all(map(RESULT.fullmatch, given))
-    elif what in ("compare", "figures", "variants"):
+    elif what in ("compare", "figures", "variants", "insight"):
         program(words, run)
     else:
         options = parser().parse_args([what, *given])
@@ -190,7 +189,7 @@ def check(words: Words, run: bool) -> None:
     words, piped = part(words, "|")
     words, _ = part(part(words, ">")[0], "<")
     while "=" in words[0]:
-        assert words.pop(0).split("=")[0] in VARIABLES
+        assert words.pop(0).split("=")[0] in _config.VARIABLES
     fitting = [name for name in RULES if words[: len(name.split())] == name.split()]
     assert fitting, f"no rule for: {shlex.join(words)}"
     printed = RULES[max(fitting, key=len)](words, run)
