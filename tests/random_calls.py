@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +17,12 @@ from shapes import LIBRARIES, convert
 
 Rng = np.random.Generator
 Call = dict[str, Any]  # the arguments of `attention`
+
+
+def chosen_seed(usual: int) -> int:
+    """FASTATTN_TEST_SEED; `usual` if it is unset, and a drawn one if it is "random"."""
+    seed = os.environ.get("FASTATTN_TEST_SEED", str(usual))
+    return secrets.randbits(32) if seed == "random" else int(seed)
 
 
 def pick(rng: Rng, *choices: Any) -> Any:

@@ -6,8 +6,6 @@ that repeats its call.
 
 from __future__ import annotations
 
-import os
-import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from fuzz import fuzz
+from random_calls import chosen_seed
 
-SEED = os.environ.get("FASTATTN_TEST_SEED", "20")
-SEED = str(secrets.randbits(32)) if SEED == "random" else SEED
+SEED = chosen_seed(20)
 
 kinds = pytest.mark.parametrize("kind", ["legal", "illegal"])
 
@@ -25,14 +23,14 @@ kinds = pytest.mark.parametrize("kind", ["legal", "illegal"])
 @kinds
 def test_some_calls(kind: str) -> None:
     print(f"seed {SEED}")
-    failures = fuzz(kind, range(300), int(SEED))
+    failures = fuzz(kind, range(300), SEED)
     assert not failures, "\n".join(failures)
 
 
 def run(*arguments: str) -> None:
     """In a process of its own, which may end without a word to the others."""
     script = Path(__file__).with_name("fuzz.py")
-    command = [sys.executable, str(script), *arguments, "--seed", SEED]
+    command = [sys.executable, str(script), *arguments, "--seed", str(SEED)]
     done = subprocess.run(command, capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-8000:]}{done.stderr[-8000:]}"
