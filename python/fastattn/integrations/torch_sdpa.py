@@ -168,9 +168,8 @@ def _attend(
     query, key, value = call[:3]
     arguments = _rules(call, is_causal, scale)
     by_rows = not query.is_contiguous() and query.transpose(1, 2).is_contiguous()
-    if (
-        by_rows
-    ):  # the result lies in memory as query does, as torch's: callers rely on it, and view(B, L, H * D)
+    # The result lies in memory as query does, as torch's: callers rely on it, and view(B, L, H * D).
+    if by_rows:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         arguments["layout"] = "bshd"
     if dropout_p:

@@ -232,9 +232,8 @@ def _fastpath(previous: Callable[[], bool]) -> Callable[[], bool]:
     @functools.wraps(previous)
     def get_fastpath_enabled() -> bool:
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            if (
-                torch.compiler.is_compiling()
-            ):  # which knows torch's function by its name, and now meets this one
+            # A compiler knows torch's function by its name, and now meets this one.
+            if torch.compiler.is_compiling():
                 return torch.backends.mha._is_fastpath_enabled and not _is_patched()
             return previous() and not (_is_patched() or observers.watching())
         return True
