@@ -66,7 +66,7 @@ PYTHON_ARROWS: dict[str, set[str]] = {
     "merge": {"problem", "arrays"},
     "page_table": set(),
     "page_pool": {"problem", "arrays", "float8"},
-    "paged_cache": {"page_pool", "page_table", "problem", "arrays"},
+    "paged_cache": {"page_pool", "page_table", "problem", "vectors", "arrays"},
     "explanation": {"dispatch", "problem", "arrays"},
     "insights": {"torch_ops", "dispatch", "backends", "outputs", "problem", "vectors", "arrays"},
     "_config": {"_core", "_threads", "backends", "dispatch"},

@@ -14,7 +14,7 @@ from fastattn.backends.base import InsightBackend
 from fastattn.dispatch import AUTOMATIC, candidates, choose, composing
 from fastattn.outputs import InsightOutputs, prepare_insight
 from fastattn.problem import AttentionProblem, Causal, Layout, Window, check_dropout_p
-from fastattn.vectors import is_integer
+from fastattn.vectors import check_integer, is_integer
 
 
 class Insight(NamedTuple):
@@ -144,7 +144,15 @@ def insight(
         "dropout_offset": dropout_offset,
         "layout": layout,
     }
-    arguments = query, key, value, options, check_top_k(top_k), check_distances(distances), backend
+    arguments = (
+        query,
+        key,
+        value,
+        options,
+        check_integer("top_k", top_k, least=1),
+        check_distances(distances),
+        backend,
+    )
     if is_inlined():  # a compiler of torch, which cannot look into the kernels
         from fastattn.torch_ops import uncompiled
 
@@ -182,15 +190,6 @@ def _look(
 
 def _returned(outputs: InsightOutputs) -> Insight:
     return Insight(*(None if view is None else view.array for view in outputs))
-
-
-def check_top_k(top_k: Any) -> int:
-    """Return it as an int; raise unless it is an integer from 1 up."""
-    if not is_integer(top_k):
-        raise TypeError(f"top_k must be an integer, got {type_name(top_k)}")
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    return int(top_k)
 
 
 def check_distances(distances: Any) -> NDArray[np.int64] | None:

@@ -13,6 +13,7 @@ from fastattn.arrays import Array, type_name
 from fastattn.page_pool import PagePool
 from fastattn.page_table import OutOfPagesError, PageTable, SharedPrefix
 from fastattn.problem import Layout, check_layout
+from fastattn.vectors import check_integer
 
 __all__ = ["BatchArguments", "CacheUsage", "OutOfPagesError", "PagedKVCache", "SharedPrefix"]
 
@@ -398,7 +399,7 @@ class PagedKVCache:
         ValueError
             If there are that many already.
         """
-        check_integer("num_pages", num_pages)
+        check_integer("num_pages", num_pages, least=0)
         with self._lock:
             if num_pages <= len(self._table.references):
                 raise ValueError(f"num_pages must be above {len(self._table.references)}, got {num_pages}")
@@ -464,7 +465,7 @@ class PagedKVCache:
         held = self._table.length(sequence)
         if length is None:
             return held
-        check_integer("length", length)
+        check_integer("length", length, least=0)
         if length > held:
             raise ValueError(f"length must be at most the {held} tokens of sequence {sequence}, got {length}")
         return length
@@ -473,7 +474,7 @@ class PagedKVCache:
         return [{**arrays, "layout": self.layout} for arrays in self._pool.layers()]
 
     def _check_layer(self, layer: int) -> None:
-        check_integer("layer", layer)
+        check_integer("layer", layer, least=0)
         if layer >= self.layers:
             raise ValueError(f"layer must be below {self.layers}, got {layer}")
 
@@ -496,13 +497,5 @@ def _one_each(name: str, given: Any, count: int) -> Sequence[int]:
     if len(numbers) != count:
         raise ValueError(f"{name} must be one number, or {count}, got {len(numbers)}")
     for number in numbers:
-        check_integer(name, number)
+        check_integer(name, number, least=0)
     return numbers
-
-
-def check_integer(name: str, value: Any, least: int = 0) -> None:
-    """Raise unless it is an integer from `least` up."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {type_name(value)}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")

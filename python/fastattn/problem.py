@@ -11,7 +11,7 @@ import numpy as np
 
 from fastattn import vectors
 from fastattn.arrays import FLOATS, NUMPY, Array, ArrayLibrary, Strided, is_tensor, library_of, type_name
-from fastattn.vectors import Shape, Vector, is_integer
+from fastattn.vectors import Shape, Vector, check_integer, is_integer
 
 Causal: TypeAlias = bool | Literal["bottom_right", "top_left"]
 Layout: TypeAlias = Literal["bhsd", "bshd"]
@@ -60,9 +60,8 @@ class AttentionProblem(NamedTuple):
     first_sequence: int = 0  # dropout counts sequences from here
     block_table: Strided | None = None  # (B, slots), integers: which page holds the keys of a slot
     page_size: int = 0  # with a block table key and value are (pages, Hkv, page_size, D or Dv)
-    key_scale: Strided | None = (
-        None  # float32, key's shape but for D: key and value are 8-bit numbers, times this
-    )
+    # float32, key's shape but for D: key and value are 8-bit numbers, times this
+    key_scale: Strided | None = None
     value_scale: Strided | None = None
 
     @classmethod
@@ -412,11 +411,10 @@ def check_dropout_p(p: Any) -> float:
 
 def check_word(name: str, value: Any, bits: int) -> int:
     """Return it as an int; raise unless it is an integer of so many bits."""
-    if not is_integer(value):
-        raise TypeError(f"{name} must be an integer, got {type_name(value)}")
-    if not 0 <= value < 2**bits:
+    number = check_integer(name, value)
+    if not 0 <= number < 2**bits:
         raise ValueError(f"{name} must be from 0 to 2**{bits} - 1, got {value}")
-    return int(value)
+    return number
 
 
 def check_real(name: str, value: Any) -> float:

@@ -145,6 +145,15 @@ def _listed(name: str, values: Any) -> NDArray[Any]:
     return array if array.size else array.astype(np.int64)
 
 
+def check_integer(name: str, value: Any, least: int | None = None) -> int:
+    """Return it as an int; raise unless it is an integer, from `least` up."""
+    if not is_integer(value):
+        raise TypeError(f"{name} must be an integer, got {type_name(value)}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
+
+
 def is_integer(value: Any) -> bool:
     """Whether it is an integer of Python or NumPy, and no bool."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -17,7 +17,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from fastattn.integrations.torch_sdpa import as_autocast_would
 from fastattn.kvcache import attention_with_kvcache
-from fastattn.paged_cache import CacheUsage, OutOfPagesError, PagedKVCache, check_integer
+from fastattn.paged_cache import CacheUsage, OutOfPagesError, PagedKVCache
+from fastattn.vectors import check_integer
 
 __all__ = ["PagedCache", "PagedStates"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastattn.arrays import type_name
 from fastattn.problem import Layout, check_causal, check_dropout_p, check_real, check_softcap, check_word
-from fastattn.vectors import check_segment_pair
+from fastattn.vectors import check_segment_pair, is_integer
 
 _UINT64 = 2**64
 
@@ -169,7 +169,7 @@ def _pair(first: Tensor | None, second: Tensor | None) -> tuple[Tensor, Tensor] 
 
 def is_whole(value: Any) -> bool:
     """Whether it is an integer, or the symbol of one."""
-    return isinstance(value, (int, np.integer, torch.SymInt)) and not isinstance(value, bool)
+    return is_integer(value) or isinstance(value, torch.SymInt)
 
 
 def _plain_integer(value: Any) -> Any:

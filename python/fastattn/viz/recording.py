@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 
 from fastattn.insights import Insight
 from fastattn.problem import AttentionProblem
-from fastattn.strided import type_name
-from fastattn.vectors import is_integer
+from fastattn.vectors import check_integer
 from fastattn.viz._captured import captured
 
 if TYPE_CHECKING:
@@ -157,8 +156,8 @@ def record(
     >>> [(layer.name, layer.weights.shape) for layer in recording.layers]
     [('self_attn', (1, 2, 5, 5))]
     """
-    _check_count("dense_up_to", dense_up_to, 0)
-    _check_count("top_k", top_k, 1)
+    check_integer("dense_up_to", dense_up_to, least=0)
+    check_integer("top_k", top_k, least=1)
     if isinstance(tokens, str):
         raise TypeError("tokens: expected a sequence of strings, one a token, got one string")
     _check_model(model)
@@ -196,13 +195,6 @@ def _attending(names: dict[int, str]) -> str | None:
             return name
         frame = frame.f_back
     return None
-
-
-def _check_count(name: str, given: Any, least: int) -> None:
-    if not is_integer(given):
-        raise TypeError(f"{name} must be an integer, got {type_name(given)}")
-    if given < least:
-        raise ValueError(f"{name} must be at least {least}, got {given}")
 
 
 def _check_model(model: Any) -> None:
