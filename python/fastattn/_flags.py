@@ -13,3 +13,9 @@ def flag(name: str, default: bool = False) -> bool:
     if value not in ("", "0", "1"):
         raise ValueError(f"{name} must be 0 or 1, got {value!r}")
     return value == "1" if value else default
+
+
+@cache
+def interprets() -> bool:
+    """Whether Triton's functions run in Python, which Triton decides by this variable when it is imported."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")

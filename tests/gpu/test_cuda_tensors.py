@@ -37,7 +37,7 @@ def asked_anew() -> Iterator[None]:
     """What the machine and the environment have is asked once in a process."""
 
     def forget() -> None:
-        for answer in (triton._missing_package, triton._missing_capability, triton._interprets):
+        for answer in (triton._missing_package, triton._missing_capability, triton.interprets):
             answer.cache_clear()
 
     forget()
@@ -123,7 +123,7 @@ class TestRefusals:
             NotImplementedError, match="triton: NumPy arrays are not on a GPU: pass CUDA tensors"
         ):
             fa.attention(query.numpy(), key.numpy(), value.numpy(), backend="triton")
-        if not triton._interprets():
+        if not triton.interprets():
             with pytest.raises(
                 NotImplementedError, match="triton: the tensors are on the CPU: pass CUDA tensors"
             ):

@@ -54,7 +54,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
         return self.device_caches[device][0].setdefault(key, Kernel(self.__name__, launches))
 
     places.on_device(monkeypatch)
-    monkeypatch.setattr(backend, "_interprets", lambda: True)
+    monkeypatch.setattr(backend, "interprets", lambda: True)
     monkeypatch.setattr(configs, "kind_of_gpu", lambda tensor: "sm90")
     monkeypatch.setattr(plain_gpu, "_plans", {})
     monkeypatch.setattr(driver, "_active", NoDevice(GPUTarget("cuda", 90, 32)))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import TYPE_CHECKING
 
+from fastattn._flags import interprets
 from fastattn.arrays import NUMPY
 from fastattn.cache_problem import CacheUpdate
 from fastattn.outputs import Gradients, Outputs
@@ -29,7 +29,7 @@ class TritonBackend:
         if problem.library is NUMPY:
             return ["NumPy arrays are not on a GPU: pass CUDA tensors"]
         device = problem.query.array.device
-        if device.type == "cpu" and not _interprets():
+        if device.type == "cpu" and not interprets():
             return ["the tensors are on the CPU: pass CUDA tensors"]
         reasons = missing(device)
         if problem.dtype == "float64":
@@ -91,12 +91,6 @@ def device_name(device: torch.device) -> str:
 
     major, minor = torch.cuda.get_device_capability(device)
     return f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
-
-
-@cache
-def _interprets() -> bool:
-    """Whether Triton's functions run in Python, which Triton decides by this variable when it is imported."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 @cache

@@ -6,7 +6,6 @@ Needs torch; Triton is imported when a call asks for it.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastattn._flags import flag
+from fastattn._flags import flag, interprets
 from fastattn.gpu import hopper_check
 from fastattn.gpu.call import Call, Gradients
 from fastattn.gpu.config_tables import is_since_39
@@ -257,7 +256,7 @@ def _device_reasons(device: torch.device) -> tuple[str, ...]:
         return ("FASTATTN_HOPPER is 0",)
     if device.type != "cuda" or torch.version.hip is not None:
         return (f"the tensors are not on an NVIDIA GPU but on {device}",)
-    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+    if interprets():
         return ("TRITON_INTERPRET is set, and Gluon has no interpreter",)
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
