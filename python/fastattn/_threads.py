@@ -59,11 +59,6 @@ def get_num_threads() -> int:
     return num_threads_and_source()[0]
 
 
-def resolve_num_threads() -> int:
-    """`get_num_threads`, for the backends."""
-    return num_threads_and_source()[0]
-
-
 def num_threads_and_source() -> tuple[int, str]:
     """How many threads, and where the number came from."""
     if _chosen is not None:

@@ -39,7 +39,6 @@ class PagePool:
         if self.dtype not in (*FLOATS, *QUANTISED):
             raise TypeError(f"dtype must be one of {', '.join((*FLOATS, *QUANTISED))}, got {self.dtype}")
         self.quantised = self.dtype in QUANTISED
-        self.page_size = shape[2]
         self._heads_first = layout == "bhsd"
         layers, pages, rows, heads = shape
         axes = (layers, pages, heads, rows) if self._heads_first else shape

@@ -44,7 +44,7 @@ class _Stop(BaseException):
     """Ends the threads of a machine that has failed."""
 
 
-class Agent:
+class Party:
     """A warp, or a group of warps that act as one: a thread that runs when the machine says so."""
 
     def __init__(self, machine: Machine, program: int, work: Callable[[], None]):
@@ -52,7 +52,7 @@ class Agent:
         self.ready: Callable[[], bool] = lambda: True
         self.products: list[tuple[Product, list[Buffer]]] = []  # in flight, oldest first, and what each reads
         self.stores = 0  # copies to global memory that still read shared memory
-        self.unfenced: set[Buffer] = set()  # written by this agent's threads since its last fence
+        self.unfenced: set[Buffer] = set()  # written by this party's threads since its last fence
         self.turn, self.done = threading.Semaphore(0), False
         self.weight = 10 ** machine.random.uniform(-1.5, 0)  # how often it is picked: some are slow
         self.thread = threading.Thread(target=self._run, args=(work,), daemon=True)
@@ -87,49 +87,49 @@ class Machine:
     def __init__(self, seed: int):
         self.random = random.Random(seed)
         self.scheduler = threading.Semaphore(0)
-        self.agents: list[Agent] = []
+        self.parties: list[Party] = []
         self.copies: list[Callable[[], None]] = []
         self.failure: BaseException | None = None
-        self.current: Agent | None = None
+        self.current: Party | None = None
         self.programs = 0
         self.copy_weight = 10 ** self.random.uniform(-1.5, 0.5)
 
     def start(self, program: int, work: Callable[[], None]) -> None:
-        self.agents.append(Agent(self, program, work))
+        self.parties.append(Party(self, program, work))
 
     def run(self) -> None:
-        """Run all agents to their ends."""
-        while self.agents and not self.failure:
-            waiting = [agent for agent in self.agents if agent.ready()]
+        """Run all parties to their ends."""
+        while self.parties and not self.failure:
+            waiting = [party for party in self.parties if party.ready()]
             choices: list[Any] = waiting + ([None] if self.copies else [])
             if not choices:
-                self.failure = Fault(f"deadlock: {len(self.agents)} agents wait for each other")
+                self.failure = Fault(f"deadlock: {len(self.parties)} parties wait for each other")
                 break
             weights = [self.copy_weight if choice is None else choice.weight for choice in choices]
-            agent = self.random.choices(choices, weights)[0]
+            party = self.random.choices(choices, weights)[0]
             try:
-                if agent is None:
+                if party is None:
                     self.copies.pop(self.random.randrange(len(self.copies)))()
                 else:
-                    self._resume(agent)
+                    self._resume(party)
             except Fault as fault:
                 self.failure = fault
-            self.agents = [a for a in self.agents if not a.done]
+            self.parties = [party for party in self.parties if not party.done]
         self._stop()
         if self.failure:
             raise self.failure
         expect(not self.copies, "a copy was in flight when all programs had ended")
 
-    def _resume(self, agent: Agent) -> None:
-        self.current = agent
-        agent.turn.release()
+    def _resume(self, party: Party) -> None:
+        self.current = party
+        party.turn.release()
         self.scheduler.acquire()
 
     def _stop(self) -> None:
-        for agent in self.agents:
-            while not agent.done:
-                self._resume(agent)
-            agent.thread.join()
+        for party in self.parties:
+            while not party.done:
+                self._resume(party)
+            party.thread.join()
 
 
 _machine: Machine | None = None
@@ -140,7 +140,7 @@ def machine() -> Machine:
     return _machine
 
 
-def agent() -> Agent:
+def party() -> Party:
     current = machine().current
     assert current is not None
     return current
@@ -156,7 +156,7 @@ class Buffer:
     def begin_read(self) -> None:
         expect(not self.landing, "a tile was read before it had landed")
         expect(
-            not any(self in other.unfenced for other in machine().agents),
+            not any(self in other.unfenced for other in machine().parties),
             "a tile was read without a fence after threads wrote it",
         )
         self.readers += 1
@@ -175,7 +175,7 @@ class Buffer:
         expect(self.readers == 0, "a tile was overwritten while it is read")
         expect(not self.landing, "a tile was overwritten while a copy lands in it")
         self.data[...] = np.asarray(data).reshape(self.data.shape)
-        agent().unfenced.add(self)
+        party().unfenced.add(self)
 
 
 class Barrier:
@@ -230,13 +230,13 @@ class Shared:
         return self._viewed(lambda x: x.transpose(order), tuple(self.shape[i] for i in order))
 
     def load(self, layout: Any = None) -> Tensor:
-        agent().pause()
+        party().pause()
         expect(not self.item.landing, "a tile was read before it had landed")
         expect(not np.isnan(self.value()).any(), "shared memory was read before it was written")
         return tensor(self.value().copy())
 
     def store(self, value: np.ndarray) -> None:
-        agent().pause()
+        party().pause()
         self.item.write(value)
 
 
@@ -317,27 +317,27 @@ class Descriptor:
 
 def wait(barrier: Shared, phase: int, pred: bool = True) -> None:
     if pred:
-        agent().pause(lambda: barrier.item.parity != phase)
+        party().pause(lambda: barrier.item.parity != phase)
 
 
 def arrive(barrier: Shared, *, count: int = 1) -> None:
-    agent().pause()
+    party().pause()
     barrier.item.arrive(count)
 
 
 def expect_bytes(barrier: Shared, number: int) -> None:
-    agent().pause()
+    party().pause()
     barrier.item.bytes += number
     barrier.item.arrive(1)
 
 
 def init(barrier: Shared, count: int) -> None:
     barrier.item.count = barrier.item.arrivals = count
-    agent().unfenced.add(barrier.item)
+    party().unfenced.add(barrier.item)
 
 
 def load_tile(source: Descriptor, coordinates: list[int], barrier: Shared, result: Shared) -> None:
-    agent().pause()
+    party().pause()
     result.item.begin_copy()
     data = source.read(coordinates)
 
@@ -349,7 +349,7 @@ def load_tile(source: Descriptor, coordinates: list[int], barrier: Shared, resul
 
 
 def store_tile(target: Descriptor, coordinates: list[int], source: Shared) -> None:
-    me = agent()
+    me = party()
     me.pause()
     source.item.begin_read()
     me.stores += 1
@@ -363,17 +363,17 @@ def store_tile(target: Descriptor, coordinates: list[int], source: Shared) -> No
 
 
 def store_wait(pending: int) -> None:
-    me = agent()
+    me = party()
     me.pause(lambda: me.stores <= pending)
 
 
 def fence() -> None:
-    agent().unfenced.clear()
+    party().unfenced.clear()
 
 
 def product(a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool = False) -> Product:
     expect(is_async, "a product that is not asynchronous")
-    me = agent()
+    me = party()
     me.pause()
     reads = [x.item for x in (a, b) if isinstance(x, Shared)]
     for buffer in reads:
@@ -387,7 +387,7 @@ def product(a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool
 
 
 def product_wait(outstanding: int, deps: tuple[Any, ...]) -> Any:
-    me = agent()
+    me = party()
     me.pause()
     while len(me.products) > outstanding:
         finished, reads = me.products.pop(0)
@@ -400,7 +400,7 @@ def product_wait(outstanding: int, deps: tuple[Any, ...]) -> Any:
 
 
 def atomic_add(pointer: Pointer, value: int, sem: str) -> int:
-    agent().pause()
+    party().pause()
     old = int(pointer.array[pointer.offset])
     pointer.array[pointer.offset] += value
     return old
@@ -424,7 +424,7 @@ def allocate(dtype: Any, shape: list[int], layout: Any) -> Shared:
 def warp_specialize(
     parts: list[tuple[Callable[..., None], tuple[Any, ...]]], warps: list[int], registers: list[int]
 ) -> None:
-    me = agent()
+    me = party()
     expect(not me.unfenced, "barriers are used without a fence after they were made")
     for work, arguments in parts:
         machine().start(me.program, lambda work=work, arguments=arguments: work(*arguments))
@@ -471,7 +471,7 @@ def _gluon() -> dict[str, Any]:
         "zeros": lambda shape, dtype, layout: tensor(np.zeros(shape, np.float32)),
         "full": lambda shape, value, dtype, layout: tensor(np.full(shape, value, np.float32)),
         "convert_layout": lambda value, layout, assert_trivial=False: value,
-        "program_id": lambda axis: agent().program,
+        "program_id": lambda axis: party().program,
         "num_programs": lambda axis: machine().programs,
         "inline_asm_elementwise": lambda assembly, constraints, values, **_: 0,
         "atomic_add": atomic_add,

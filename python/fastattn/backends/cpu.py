@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn._threads import resolve_num_threads
+from fastattn._threads import get_num_threads
 from fastattn.arrays import NUMPY, Strided
 from fastattn.backends.base import elsewhere
 from fastattn.cache_problem import CacheUpdate
@@ -70,7 +70,7 @@ class CpuBackend:
             problem.dropout_offset,
             problem.window_left,
             problem.window_right,
-            resolve_num_threads(),
+            get_num_threads(),
             block_table=_optional(problem.block_table),
             key_scales=_optional(problem.key_scale),
             value_scales=_optional(problem.value_scale),
@@ -103,7 +103,7 @@ class CpuBackend:
             update.capacity,
             0 if rotary is None else rotary.query_step,
             rotary is not None and rotary.interleaved,
-            resolve_num_threads(),
+            get_num_threads(),
         )
         return problem if turned is None else problem._replace(query=turned)
 
@@ -142,7 +142,7 @@ class CpuBackend:
             problem.dropout_offset,
             problem.window_left,
             problem.window_right,
-            resolve_num_threads(),
+            get_num_threads(),
             **_visibility(problem),
         )
 
@@ -173,7 +173,7 @@ class CpuBackend:
             problem.softcap,
             problem.window_left,
             problem.window_right,
-            resolve_num_threads(),
+            get_num_threads(),
             **_visibility(problem),
         )
 
@@ -183,9 +183,7 @@ class CpuBackend:
         return {
             "isa": _core.selected_isa(),
             "path": _core.describe_path(dtype, seqlen_q, head_dim, problem.value.shape[3]),
-            "threads": "1: this thread came out of fork()"
-            if _core.runs_alone()
-            else str(resolve_num_threads()),
+            "threads": "1: this thread came out of fork()" if _core.runs_alone() else str(get_num_threads()),
         }
 
 

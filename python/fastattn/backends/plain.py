@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastattn._threads import resolve_num_threads
+from fastattn._threads import get_num_threads
 from fastattn.arrays import Array
 from fastattn.backends import triton
 
@@ -64,7 +64,7 @@ def attend(
     if type(query) is np.ndarray:
         if _numpy_call is None or return_lse:
             return None
-        return _numpy_call(query, key, value, kv_lengths, causal, scale, bshd, resolve_num_threads())
+        return _numpy_call(query, key, value, kv_lengths, causal, scale, bshd, get_num_threads())
     if _torch_lane is None or not _torch_lane.is_ordinary():
         return None
     recorded = _torch_lane.records() and (
@@ -75,7 +75,7 @@ def attend(
     if recorded and kv_lengths is not None:
         return None
     results = _core.attention_plain_torch(
-        query, key, value, kv_lengths, causal, scale, bshd, return_lse or recorded, resolve_num_threads()
+        query, key, value, kv_lengths, causal, scale, bshd, return_lse or recorded, get_num_threads()
     )
     if results is None and kv_lengths is None and getattr(query, "is_cuda", False):
         results = _on_gpu(query, key, value, causal, scale, bshd, return_lse or recorded)
@@ -99,14 +99,14 @@ def attend_cached(
     if type(query) is np.ndarray:
         if _numpy_call is None:
             return None
-        return _core.attention_cached(query, *caches, *new, *rest, resolve_num_threads())
+        return _core.attention_cached(query, *caches, *new, *rest, get_num_threads())
     if _torch_lane is None or not _torch_lane.is_ordinary():
         return None
     if _torch_lane.records():
         for array in (query, *caches, *new, *rest):
             if getattr(array, "requires_grad", False):
                 return None
-    results = _core.attention_cached(query, *caches, *new, *rest, resolve_num_threads())
+    results = _core.attention_cached(query, *caches, *new, *rest, get_num_threads())
     if results is not None and new_key is not None:
         _torch_lane.wrote(caches)
     return results
@@ -138,7 +138,7 @@ def backward(
 
         return plain_gpu.backward(grad_out, grad_lse, tensors, wanted, call)
     return _core.attention_plain_backward(
-        grad_out, grad_lse, query, key, value, out, lse, wanted, causal, scale, bshd, resolve_num_threads()
+        grad_out, grad_lse, query, key, value, out, lse, wanted, causal, scale, bshd, get_num_threads()
     )
 
 

@@ -25,7 +25,7 @@ COLOUR_MAP = "YlGnBu"
 LUMA = (0.299, 0.587, 0.114)  # brightness of red, green and blue: Rec. ITU-R BT.601
 # Blue and vermilion of Okabe and Ito, "Color Universal Design", 2008.
 BLUE, VERMILION = "#0072B2", "#D55E00"
-INK, FAINT = "#222222", "#9a9a9a"
+INK = "#222222"
 # Attention is often a few large weights over many small ones; the square root keeps the small ones visible.
 _GAMMA = 0.5
 _LONGEST_LABEL = 20
