@@ -9,7 +9,7 @@ import pytest
 import fastattn as fa
 from caches import LARGEST, cost
 from fastattn import _core
-from fastattn.float8 import FLOAT8, decode, encode
+from fastattn.codes import FLOAT8, decode, encode
 from kernels import forced
 
 CODES = np.arange(256, dtype=np.uint8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fastattn.arrays import FLOATS, Array, ArrayLibrary, Strided
-from fastattn.float8 import QUANTISED
+from fastattn.codes import QUANTISED
 from fastattn.outputs import overlap, overlaps_itself
 from fastattn.problem import Layout
 

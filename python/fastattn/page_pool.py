@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.arrays import FLOATS, Array, is_tensor, type_name
-from fastattn.float8 import LARGEST_CODE, QUANTISED
+from fastattn.codes import QUANTISED, quantised
 from fastattn.problem import Layout
 
 __all__ = ["PagePool"]
@@ -136,15 +136,8 @@ class PagePool:
 
     def _quantised(self, given: Array) -> tuple[Array, Array]:
         """(codes, scales), as `attention_with_kvcache` stores rows."""
-        functions, largest = self._library.functions, LARGEST_CODE[self.dtype]
         given = self._library.cast(given, self._library.float32)
-        magnitude = functions.amax(functions.abs(given), -1)
-        scale = functions.where(functions.isfinite(magnitude), magnitude / largest, math.nan)
-        usable = (scale > 0)[..., None]
-        codes = functions.where(usable, given / functions.where(usable, scale[..., None], 1), 0)
-        if self.dtype == "int8":
-            codes = functions.round(codes)
-        codes = functions.clip(codes, -largest, largest)
+        codes, scale = quantised(self._library.functions, given, self.dtype)
         return self._library.cast(codes, self.arrays["key_cache"].dtype), scale
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastattn.arrays import Array, Strided
 from fastattn.cache_problem import CacheUpdate, Rotary
-from fastattn.float8 import LARGEST_CODE
+from fastattn.codes import LARGEST_CODE
 from fastattn.philox import multiplier
 from fastattn.problem import AttentionProblem
 

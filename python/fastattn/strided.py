@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.float8 import FLOAT8, decode, encode
+from fastattn.codes import FLOAT8, decode, encode
 
 Array: TypeAlias = Any  # a numpy.ndarray or a torch.Tensor
 

@@ -1,4 +1,4 @@
-"""torch tensors, seen as strided memory, wherever that is. torch is handed in, never imported."""
+"""torch tensors, seen as strided memory, wherever that is, and turned. torch is handed in, never imported."""
 
 from __future__ import annotations
 
@@ -148,6 +148,13 @@ class _TorchDescriptions(_DeviceTensors):
             raise not_a_plain("a torch tensor", self._torch.Tensor, name, array)
         self._check_device(name, array)
         return Strided(array, _torch_name(array.dtype), tuple(array.shape), tuple(array.stride()), 0)
+
+
+def turned(torch: Any, columns: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
+    """Rotary embedding: pairs of columns turned by their angles, neighbours or a column of each half."""
+    first, second = (columns[..., 0::2], columns[..., 1::2]) if interleaved else columns.chunk(2, -1)
+    pair = first * cos - second * sin, second * cos + first * sin
+    return torch.stack(pair, -1 if interleaved else -2).flatten(-2)
 
 
 @cache

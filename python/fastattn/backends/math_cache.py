@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastattn.arrays import Strided
 from fastattn.cache_problem import CacheUpdate, Rotary
-from fastattn.float8 import FLOAT8, LARGEST_CODE
+from fastattn.codes import FLOAT8, quantised
 from fastattn.problem import AttentionProblem
+from fastattn.tensors import turned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,8 +53,8 @@ def update(problem: AttentionProblem, update: CacheUpdate) -> AttentionProblem:
     if rotary is None:
         return problem
     positions = _positions(query, rotary.query_start, problem.query.shape[2], rotary.query_step)
-    turned = _turned(query, rotary, positions, problem.layout).to(query.dtype)
-    return problem._replace(query=problem.query._replace(array=turned))
+    query = _turned(query, rotary, positions, problem.layout).to(query.dtype)
+    return problem._replace(query=problem.query._replace(array=query))
 
 
 def _positions(like: Tensor, start: Any, count: int, step: int) -> Tensor:
@@ -77,13 +78,7 @@ def _turned(tensor: Tensor, rotary: Rotary, positions: Tensor, layout: str) -> T
         table.array[positions].to(tensor.dtype).unsqueeze(heads) for table in (rotary.cos, rotary.sin)
     )
     columns, rest = tensor[..., : 2 * cos.shape[-1]], tensor[..., 2 * cos.shape[-1] :]
-    if rotary.interleaved:
-        first, second = columns[..., 0::2], columns[..., 1::2]
-    else:
-        first, second = columns.chunk(2, -1)
-    pair = (first * cos - second * sin, second * cos + first * sin)
-    turned = torch.stack(pair, -1).flatten(-2) if rotary.interleaved else torch.cat(pair, -1)
-    return torch.cat([turned, rest], -1)
+    return torch.cat([turned(torch, columns, cos, sin, rotary.interleaved), rest], -1)
 
 
 def _store(
@@ -99,16 +94,8 @@ def _store(
         cache[place, row] = new.to(cache.dtype)
         return
     scales = scale.array if problem.layout == "bshd" else scale.array.transpose(1, 2)
-    new = new.to(torch.float32)
-    largest = new.abs().amax(-1)
-    step = largest / LARGEST_CODE[view.dtype]
-    usable = (step > 0) & largest.isfinite()
-    codes = torch.where(usable[..., None], new / step[..., None], 0)
-    if view.dtype == "int8":
-        codes = codes.round()
-    codes = codes.clamp(-LARGEST_CODE[view.dtype], LARGEST_CODE[view.dtype]).to(cache.dtype)
-    _as_bits(cache)[place, row] = _as_bits(codes)
-    scales[place, row] = torch.where(largest.isfinite(), step, float("nan"))
+    codes, scales[place, row] = quantised(torch, new.to(torch.float32), view.dtype)
+    _as_bits(cache)[place, row] = _as_bits(codes.to(cache.dtype))
 
 
 def _as_bits(tensor: Tensor) -> Tensor:

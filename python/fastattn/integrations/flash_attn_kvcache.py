@@ -18,6 +18,7 @@ from fastattn.integrations.flash_attn_checks import (
 )
 from fastattn.integrations.flash_attn_functions import as_flash_lse, rules_of
 from fastattn.kvcache import attention_with_kvcache
+from fastattn.tensors import turned
 
 _NEW = ("new_key", "new_value")
 
@@ -188,6 +189,4 @@ def _turned(q: Tensor, cos: Tensor, sin: Tensor, start: Tensor, step: int, inter
     cos, sin = (table[positions].to(dtype)[:, :, None] for table in (cos, sin))
     width = 2 * cos.shape[-1]
     columns, rest = q[..., :width].to(dtype), q[..., width:]
-    first, second = (columns[..., 0::2], columns[..., 1::2]) if interleaved else columns.chunk(2, -1)
-    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), -1 if interleaved else -2)
-    return torch.cat([turned.flatten(-2).to(q.dtype), rest], -1)
+    return torch.cat([turned(torch, columns, cos, sin, interleaved).to(q.dtype), rest], -1)

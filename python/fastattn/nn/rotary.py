@@ -17,6 +17,7 @@ from fastattn.nn._common import (
     check_real,
     row_positions,
 )
+from fastattn.tensors import turned
 
 ORIGINAL = "original_max_position_embeddings"
 # Scaling -> the parameters that it needs, and those that it may have.
@@ -244,17 +245,11 @@ class RotaryEmbedding(DerivedBuffers):
         return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
 
     def _turn(self, x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-        cos, sin = cos_sin
         columns = x[..., : self.rotary_dim].to(torch.promote_types(x.dtype, torch.float32))
-        if self.interleaved:
-            first, second = columns[..., 0::2], columns[..., 1::2]
-        else:
-            first, second = columns.chunk(2, dim=-1)
-        pair = (first * cos - second * sin, second * cos + first * sin)
-        turned = torch.stack(pair, dim=-1).flatten(-2) if self.interleaved else torch.cat(pair, dim=-1)
+        result: Tensor = turned(torch, columns, *cos_sin, self.interleaved).to(x.dtype)
         if self.rotary_dim == self.head_dim:
-            return turned.to(x.dtype)
-        return torch.cat((turned.to(x.dtype), x[..., self.rotary_dim :]), dim=-1)
+            return result
+        return torch.cat((result, x[..., self.rotary_dim :]), dim=-1)
 
     def extra_repr(self) -> str:
         """The arguments; those of the scaling only where there is one."""

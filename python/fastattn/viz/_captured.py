@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.float8 import FLOAT8
+from fastattn.codes import FLOAT8
 from fastattn.functional import attention
 from fastattn.insights import Insight, insight
 from fastattn.problem import UNBOUNDED, AttentionProblem

@@ -1,7 +1,8 @@
-"""The 8-bit formats of quantised caches in NumPy, which has none of its own: by tables of their numbers."""
+"""The 8-bit numbers of quantised caches: what rows become, and float8 in NumPy, by tables of its numbers."""
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,20 @@ FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 # The largest magnitude that a code stands for: what a row's largest is scaled to.
 LARGEST_CODE = {"int8": 127.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
 QUANTISED = tuple(LARGEST_CODE)
+
+
+def quantised(functions: Any, rows: Any, dtype: str) -> tuple[Any, Any]:
+    """Float32 `rows` over their scales, not yet of `dtype`, and the scales; `functions` is NumPy or torch.
+
+    A row that is not finite has a scale of NaN.
+    """
+    largest, magnitude = LARGEST_CODE[dtype], functions.amax(functions.abs(rows), -1)
+    scale = functions.where(functions.isfinite(magnitude), magnitude / largest, math.nan)
+    usable = (scale > 0)[..., None]
+    codes = functions.where(usable, rows / functions.where(usable, scale[..., None], 1), 0)
+    if dtype == "int8":
+        codes = functions.round(codes)
+    return functions.clip(codes, -largest, largest), scale
 
 
 def decode(codes: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
