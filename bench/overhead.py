@@ -65,12 +65,12 @@ def actions() -> dict[str, Action]:
             leaf.grad = None
 
     return {
-        "torch: a product of three": there_and_back(lambda q, k, v: q * k * v),
-        "torch: an empty autograd.Function": there_and_back(lambda *x: empty(*x, out, lse)),
-        "torch: attention, no gradients": lambda: torchs(query, key, value),
-        "torch: attention, there and back": there_and_back(torchs),
+        "torch: a product of three tensors, there and back": there_and_back(lambda q, k, v: q * k * v),
+        "torch: an empty autograd.Function, there and back": there_and_back(lambda *x: empty(*x, out, lse)),
+        "torch: its attention, no gradients": lambda: torchs(query, key, value),
+        "torch: its attention, there and back": there_and_back(torchs),
         "attention(), no gradients": lambda: fa.attention(query, key, value),
-        "  of which: read, allocate, compute": lambda: _core.attention_plain_torch(
+        "  of which: read tensors, allocate, compute, in C++": lambda: _core.attention_plain_torch(
             query, key, value, None, False, None, False, False, 1
         ),
         "attention(mask=...), no gradients": lambda: fa.attention(query, key, value, mask=mask),
@@ -80,7 +80,7 @@ def actions() -> dict[str, Action]:
         ),
         "torch.ops.fastattn.forward": lambda: torch.ops.fastattn.forward(query, key, value, *operands),
         "attention(), gradients recorded": lambda: fa.attention(*leaves),
-        "  of which: read, allocate, compute, lse": lambda: _core.attention_plain_torch(
+        "  of which: read, allocate, compute, log-sum-exp": lambda: _core.attention_plain_torch(
             query, key, value, None, False, None, False, True, 1
         ),
         "  of which: the node": lambda: graph.record(*leaves, (out.detach(), lse), call),

@@ -1,4 +1,4 @@
-"""What is measured: suites of jobs, by name. The shapes are those of the tests."""
+"""What is measured: suites of jobs, by name. Most shapes are those of the tests."""
 
 from __future__ import annotations
 

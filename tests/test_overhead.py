@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -17,4 +18,5 @@ def test_every_row_is_timed_and_in_the_guide(capsys: pytest.CaptureFixture[str])
     rows = overhead.actions()
     assert all(name.strip() in printed for name in rows)
     table = GUIDE.read_text().split("| | best | median |")[1].split("\n\n")[0]
-    assert len(table.strip().splitlines()) - 1 == len(rows) - 1  # a rule, and all but .backward(g)
+    shown = [re.sub(r"[*`]", "", row.split("|")[1]).strip() for row in table.strip().splitlines()[1:]]
+    assert shown == [name.strip() for name in rows if ".backward(g)" not in name]
