@@ -33,7 +33,7 @@ class Tiles(NamedTuple):
         return options | {"AHEAD": True} if self.ahead else options
 
 
-class Uses(NamedTuple):
+class ForwardTiles(NamedTuple):
     """Tiles of the forward for what a call asks of its scores."""
 
     plain: Tiles  # products, of which a triangle may be hidden
@@ -43,7 +43,7 @@ class Uses(NamedTuple):
     placed: Tiles  # plain, where keys need not begin at the first or lie in pages: a loop more, or addresses
 
 
-class Gradients(NamedTuple):
+class BackwardTiles(NamedTuple):
     """Tiles of the backward: of the kernel for key and value, and of that for query."""
 
     keys: Tiles
@@ -55,100 +55,100 @@ class Gradients(NamedTuple):
 
 Numbers: TypeAlias = tuple[str, int]  # "half", "float32" or "tf32", and the columns of a tile of operands
 Row: TypeAlias = tuple[int, int, int, int]  # of Tiles
-Entry = TypeVar("Entry", Uses, Gradients)
+Entry = TypeVar("Entry", ForwardTiles, BackwardTiles)
 
 
 class Tables(NamedTuple):
     """Tiles for one version of Triton."""
 
-    forward: dict[str, dict[Numbers, Uses]]  # by kind of GPU
-    backward: dict[str, dict[Numbers, Gradients]]
+    forward: dict[str, dict[Numbers, ForwardTiles]]  # by kind of GPU
+    backward: dict[str, dict[Numbers, BackwardTiles]]
     bias: dict[Numbers, Tiles]
     decode: dict[int, Tiles]
 
 
-def _uses(plain: Row, narrow: Row, rich: Row, ragged: Row | None = None) -> Uses:
-    return Uses(*(Tiles(*row) for row in (plain, narrow, rich, ragged or rich, plain)))
+def _forward(plain: Row, narrow: Row, rich: Row, ragged: Row | None = None) -> ForwardTiles:
+    return ForwardTiles(*(Tiles(*row) for row in (plain, narrow, rich, ragged or rich, plain)))
 
 
-def _gradients(
+def _backward(
     keys: Row, queries: Row, rich_keys: Row, rich_queries: Row, atomic_keys: Row | None = None
-) -> Gradients:
+) -> BackwardTiles:
     rows = keys, queries, rich_keys, rich_queries, atomic_keys or keys
-    return Gradients(*(Tiles(*row) for row in rows))
+    return BackwardTiles(*(Tiles(*row) for row in rows))
 
 
 # "sm120" is also for what else has 99 KiB of shared memory.
-FORWARD: dict[str, dict[Numbers, Uses]] = {
+FORWARD: dict[str, dict[Numbers, ForwardTiles]] = {
     "sm80": {
-        ("half", 64): _uses((128, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
-        ("half", 128): _uses((128, 64, 8, 3), (64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
-        ("half", 256): _uses((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
-        ("float32", 64): _uses((32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1)),
-        ("float32", 128): _uses((32, 32, 8, 1), (16, 32, 4, 2), (16, 32, 4, 1)),
-        ("float32", 256): _uses((16, 64, 8, 1), (16, 32, 8, 1), (16, 64, 8, 1)),
-        ("tf32", 64): _uses((128, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
-        ("tf32", 128): _uses((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 1)),
-        ("tf32", 256): _uses((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
+        ("half", 64): _forward((128, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
+        ("half", 128): _forward((128, 64, 8, 3), (64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+        ("half", 256): _forward((64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+        ("float32", 64): _forward((32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1)),
+        ("float32", 128): _forward((32, 32, 8, 1), (16, 32, 4, 2), (16, 32, 4, 1)),
+        ("float32", 256): _forward((16, 64, 8, 1), (16, 32, 8, 1), (16, 64, 8, 1)),
+        ("tf32", 64): _forward((128, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+        ("tf32", 128): _forward((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 1)),
+        ("tf32", 256): _forward((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
     },
     "sm90": {
-        ("half", 64): _uses((128, 64, 4, 3), (64, 32, 4, 3), (64, 64, 4, 2)),
-        ("half", 128): _uses((128, 128, 8, 3), (64, 32, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
-        ("half", 256): _uses((128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 2)),
-        ("float32", 64): _uses((128, 32, 8, 2), (32, 32, 4, 2), (16, 32, 4, 1)),
-        ("float32", 128): _uses((32, 32, 8, 1), (16, 32, 4, 2), (16, 32, 4, 1)),
-        ("float32", 256): _uses((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-        ("tf32", 64): _uses((128, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
-        ("tf32", 128): _uses((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1)),
-        ("tf32", 256): _uses((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
+        ("half", 64): _forward((128, 64, 4, 3), (64, 32, 4, 3), (64, 64, 4, 2)),
+        ("half", 128): _forward((128, 128, 8, 3), (64, 32, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
+        ("half", 256): _forward((128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 2)),
+        ("float32", 64): _forward((128, 32, 8, 2), (32, 32, 4, 2), (16, 32, 4, 1)),
+        ("float32", 128): _forward((32, 32, 8, 1), (16, 32, 4, 2), (16, 32, 4, 1)),
+        ("float32", 256): _forward((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        ("tf32", 64): _forward((128, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+        ("tf32", 128): _forward((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1)),
+        ("tf32", 256): _forward((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
     },
     "sm120": {
-        ("half", 64): _uses((128, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
-        ("half", 128): _uses((64, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2)),
-        ("half", 256): _uses((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
-        ("float32", 64): _uses((32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1)),
-        ("float32", 128): _uses((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 8, 1)),
-        ("float32", 256): _uses((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-        ("tf32", 64): _uses((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
-        ("tf32", 128): _uses((32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
-        ("tf32", 256): _uses((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
+        ("half", 64): _forward((128, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
+        ("half", 128): _forward((64, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2)),
+        ("half", 256): _forward((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+        ("float32", 64): _forward((32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1)),
+        ("float32", 128): _forward((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 8, 1)),
+        ("float32", 256): _forward((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        ("tf32", 64): _forward((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1)),
+        ("tf32", 128): _forward((32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
+        ("tf32", 256): _forward((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
     },
     "gfx942": {
-        ("half", 64): _uses((128, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 1)),
-        ("half", 128): _uses((128, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 1)),
-        ("half", 256): _uses((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
-        ("float32", 64): _uses((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
-        ("float32", 128): _uses((64, 32, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
-        ("float32", 256): _uses((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+        ("half", 64): _forward((128, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 1)),
+        ("half", 128): _forward((128, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 1)),
+        ("half", 256): _forward((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
+        ("float32", 64): _forward((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        ("float32", 128): _forward((64, 32, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
+        ("float32", 256): _forward((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
     },
 }
 
-BACKWARD: dict[str, dict[Numbers, Gradients]] = {
+BACKWARD: dict[str, dict[Numbers, BackwardTiles]] = {
     "sm80": {
-        ("half", 64): _gradients((32, 64, 8, 1), (64, 64, 4, 2), (16, 64, 4, 1), (64, 32, 4, 1)),
-        ("half", 128): _gradients((64, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
-        ("half", 256): _gradients((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-        ("float32", 64): _gradients((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-        ("float32", 128): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-        ("float32", 256): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        ("half", 64): _backward((32, 64, 8, 1), (64, 64, 4, 2), (16, 64, 4, 1), (64, 32, 4, 1)),
+        ("half", 128): _backward((64, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
+        ("half", 256): _backward((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        ("float32", 64): _backward((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        ("float32", 128): _backward((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        ("float32", 256): _backward((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     },
     "sm90": {
-        ("half", 64): _gradients((64, 128, 8, 2), (128, 64, 4, 2), (32, 32, 8, 1), (64, 32, 4, 1)),
-        ("half", 128): _gradients(
+        ("half", 64): _backward((64, 128, 8, 2), (128, 64, 4, 2), (32, 32, 8, 1), (64, 32, 4, 1)),
+        ("half", 128): _backward(
             (32, 64, 4, 2), (64, 64, 4, 2), (16, 64, 8, 1), (64, 32, 8, 1), (32, 128, 8, 3)
         ),
-        ("half", 256): _gradients((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
-        ("float32", 64): _gradients((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-        ("float32", 128): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-        ("float32", 256): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        ("half", 256): _backward((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+        ("float32", 64): _backward((16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+        ("float32", 128): _backward((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        ("float32", 256): _backward((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     },
     "gfx942": {
-        ("half", 64): _gradients((32, 64, 4, 1), (64, 64, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
-        ("half", 128): _gradients((16, 64, 8, 1), (64, 32, 8, 1), (16, 32, 8, 1), (32, 32, 8, 1)),
-        ("half", 256): _gradients((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-        ("float32", 64): _gradients((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 4, 1)),
-        ("float32", 128): _gradients((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-        ("float32", 256): _gradients((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        ("half", 64): _backward((32, 64, 4, 1), (64, 64, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        ("half", 128): _backward((16, 64, 8, 1), (64, 32, 8, 1), (16, 32, 8, 1), (32, 32, 8, 1)),
+        ("half", 256): _backward((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        ("float32", 64): _backward((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 4, 1)),
+        ("float32", 128): _backward((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        ("float32", 256): _backward((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     },
 }
 
@@ -212,7 +212,7 @@ FORWARD["sm100"]["tf32", 128] = FORWARD["sm90"]["tf32", 128]._replace(
 )
 # Four warps to 64 rows are for Hopper's products, of one warpgroup each.
 BACKWARD["sm100"] = BACKWARD["sm90"] | {
-    ("half", 128): _gradients((64, 64, 8, 2), (128, 64, 8, 2), (16, 64, 8, 1), (64, 32, 8, 1)),
+    ("half", 128): _backward((64, 64, 8, 2), (128, 64, 8, 2), (16, 64, 8, 1), (64, 32, 8, 1)),
 }
 
 # What the compilers of Triton 3.9, which deal registers out otherwise, keep in registers instead.

@@ -17,9 +17,9 @@ from fastattn.gpu.config_tables import (
     FORWARD_AHEAD,
     FORWARD_QUANTISED,
     FORWARD_QUANTISED_GFX942,
-    Gradients,
+    BackwardTiles,
+    ForwardTiles,
     Tiles,
-    Uses,
     tables,
 )
 from fastattn.problem import UNBOUNDED
@@ -74,7 +74,7 @@ def forward(call: Call) -> Tiles:
     return uses.placed if call.window_left < UNBOUNDED or call.kv_starts is not None else uses.plain
 
 
-def _forward_over_cache(call: Call, uses: Uses) -> Tiles:
+def _forward_over_cache(call: Call, uses: ForwardTiles) -> Tiles:
     """Addresses of rows, and codes, take registers."""
     is_half = _numbers(call) == "half"
     if is_half and call.key_scale is not None:
@@ -179,9 +179,9 @@ def _has_short_segments(call: Call) -> bool:
     return call.segments is not None and is_narrow and bool(kind_of_gpu(call.query))
 
 
-def _backward(call: Call) -> Gradients:
+def _backward(call: Call) -> BackwardTiles:
     if not (gpu := kind_of_gpu(call.query)):
-        return Gradients(*[INTERPRETED] * len(Gradients._fields))
+        return BackwardTiles(*[INTERPRETED] * len(BackwardTiles._fields))
     return TABLES.backward[gpu][_numbers(call), _columns(call)]
 
 
