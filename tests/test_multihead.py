@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from fastattn.nn import MultiheadAttention
 from modules import HEADS, INF, WIDTH, agree, randn, shaken
@@ -255,6 +256,28 @@ def test_from_torch_shares_parameters(options: dict[str, Any]) -> None:
     assert all(own[name] is shared[name] for name in own)
     tensors = inputs(**options)
     for got, want in zip(ours(*tensors), theirs(*tensors), strict=True):
+        agree(got, want)
+
+
+CHANGES = {
+    "pruned": (lambda module, name: prune.l1_unstructured(module, name, 0.5), prune.remove),
+    "parametrized": (parametrizations.weight_norm, parametrize.remove_parametrizations),
+}
+
+
+@EVERY_CONSTRUCTOR
+@pytest.mark.parametrize("change, undo", CHANGES.values(), ids=CHANGES)
+def test_from_torch_of_weights_that_are_computed(options: dict[str, Any], change: Any, undo: Any) -> None:
+    """Refused while the weight is no parameter: the new module would read memory that nobody wrote."""
+    _, theirs = pair(**options)
+    name = "q_proj_weight" if "kdim" in options else "in_proj_weight"
+    change(theirs, name)
+    with pytest.raises(ValueError, match=f"module must have the parameters .*{name}.* pruned or parametrized"):
+        MultiheadAttention.from_torch(theirs)
+    undo(theirs, name)
+    change(theirs.out_proj, "weight")  # a module that both share, hooks included
+    tensors = inputs(**options)
+    for got, want in zip(MultiheadAttention.from_torch(theirs)(*tensors), theirs(*tensors), strict=True):
         agree(got, want)
 
 

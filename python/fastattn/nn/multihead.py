@@ -120,6 +120,14 @@ class MultiheadAttention(nn.MultiheadAttention):
         -------
         MultiheadAttention
             In the mode (training or not) of `module`; hooks are not taken over.
+
+        Raises
+        ------
+        TypeError
+            If `module` is none of torch's.
+        ValueError
+            If its parameters have other names than the constructor gives them: pruning and parametrizations
+            keep a weight under another one, and compute it by hooks and properties of `module` alone.
         """
         if not isinstance(module, nn.MultiheadAttention):
             raise TypeError(f"module must be a torch.nn.MultiheadAttention, got {type(module).__name__}")
@@ -136,6 +144,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             device="meta",
             backend=backend,
         )
+        if module._parameters.keys() != own._parameters.keys():
+            expected, got = (", ".join(x._parameters) for x in (own, module))
+            raise ValueError(
+                f"module must have the parameters {expected}, got {got}: if it is pruned or parametrized, "
+                "make that permanent first (prune.remove, parametrize.remove_parametrizations)"
+            )
         own._parameters.update(module._parameters)
         own.out_proj = module.out_proj
         return own.train(module.training)
