@@ -10,8 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
-from fastattn.nn import TransformerDecoderLayer, TransformerEncoderLayer
+from fastattn.nn import (
+    MultiheadAttention,
+    TransformerDecoderLayer,
+    TransformerEncoderLayer,
+    convert,
+    multihead,
+)
+from fastattn.nn._common import attend
 from modules import HEADS, WIDTH, agree, randn, shaken
 from torch_modules import (
     BATCH,
@@ -166,6 +174,64 @@ def test_hooks_run_in_evaluation() -> None:
     with torch.no_grad():
         ours(randn(BATCH, KEYS, WIDTH))
     assert calls == [1]
+
+
+# A model that is built already
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("training", [True, False])
+def test_convert_in_place(monkeypatch: pytest.MonkeyPatch, training: bool) -> None:
+    """Every layer calls fastattn, in evaluation too, and everything stays the object that it was."""
+    model = shaken(
+        nn.Transformer(WIDTH, HEADS, 2, 3, 24, 0.0, batch_first=True, dtype=torch.float64).train(training)
+    )
+    source, target = randn(BATCH, KEYS, WIDTH), randn(BATCH, QUERIES, WIDTH)
+    masks = {"src_key_padding_mask": padding(), "memory_key_padding_mask": padding()}
+    modules, parameters = list(model.modules()), list(model.parameters())
+    hooked: list[nn.Module] = []
+    handle = model.encoder.layers[1].self_attn.register_forward_hook(lambda module, *_: hooked.append(module))
+    calls: list[Any] = []
+    monkeypatch.setattr(
+        multihead, "attend", lambda *args, **kwargs: calls.append(kwargs) or attend(*args, **kwargs)
+    )
+    with torch.set_grad_enabled(training):
+        want = model(source, target, **masks)
+        assert not calls
+        hooked.clear()
+        assert convert(convert(model, backend="math")) is model
+        agree(model(source, target, **masks), want)
+    assert [call["backend"] for call in calls] == ["math"] * (2 + 2 * 3)
+    assert hooked == [model.encoder.layers[1].self_attn]
+    handle.remove()
+    for before, after in ((modules, model.modules()), (parameters, model.parameters())):
+        assert all(one is other for one, other in zip(before, after, strict=True))
+    duplicate = copy.deepcopy(model)
+    assert type(duplicate.decoder.layers[0]) is TransformerDecoderLayer
+    assert duplicate.decoder.layers[0].multihead_attn.backend == "math"
+
+
+def test_convert_of_attention_alone() -> None:
+    """The model may be attention itself; pruning goes on; a subclass may compute something else."""
+    x = randn(BATCH, KEYS, WIDTH)
+    pruned = nn.MultiheadAttention(WIDTH, HEADS, dtype=torch.float64)
+    prune.l1_unstructured(pruned, "in_proj_weight", 0.5)
+    want = pruned(x, x, x)
+    assert type(convert(pruned)) is MultiheadAttention
+    for got, expected in zip(pruned(x, x, x), want, strict=True):
+        agree(got, expected)
+
+    class Other(nn.MultiheadAttention):
+        pass
+
+    pair = nn.ModuleList([Other(WIDTH, HEADS), nn.MultiheadAttention(WIDTH, HEADS)])
+    assert [type(module) for module in convert(pair)] == [Other, MultiheadAttention]
+    with pytest.raises(ValueError, match=r"model must have a module of torch.nn to convert .*, got none"):
+        convert(pair[0])
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got list"):
+        convert([pair])
+    with pytest.raises(TypeError, match="backend must be a name or None, got int"):
+        convert(pair, backend=1)
 
 
 ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [

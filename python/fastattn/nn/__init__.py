@@ -2,6 +2,7 @@
 
 from fastattn.nn.attention import Attention
 from fastattn.nn.cache import KVCache
+from fastattn.nn.conversion import convert
 from fastattn.nn.multihead import MultiheadAttention
 from fastattn.nn.positions import (
     LearnedPositionalEncoding,
@@ -26,4 +27,5 @@ __all__ = [
     "TransformerDecoderLayer",
     "TransformerEncoderLayer",
     "alibi_slopes",
+    "convert",
 ]
