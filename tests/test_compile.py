@@ -234,6 +234,24 @@ class Layer(torch.nn.Module):
         return fa.attention(query, key, value, causal=True, kv_lengths=lengths)
 
 
+@pytest.mark.parametrize(("capacity", "graphs"), [(32, 2), (0, 4)])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_decoding_with_a_cache(mode: Any, capacity: int, graphs: int) -> None:
+    """The second length makes the graph's a symbol; with no room in reserve, a graph grows the buffer."""
+    layer = fnn.SelfAttention(16, 2, causal=True, position="rotary").eval()
+    x = numbers(2, 16, 16)
+    counter = CompileCounterWithBackend("aot_eager")
+    step, cache = compiled(layer, counter), fnn.KVCache(capacity)
+    with mode():
+        want = layer(x)
+        outs = [layer(x[:, :3], cache=cache), *(step(row, cache=cache) for row in x[:, 3:].split(1, 1))]
+        torch.testing.assert_close(torch.cat(outs, 1), want)
+        with pytest.raises(Exception, match="mask must broadcast"):
+            step(x[:, :1], cache=cache, mask=torch.ones(3, 3, dtype=torch.bool))
+    assert len(cache) == 16
+    assert counter.frame_count == graphs
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(strict: bool) -> None:
     rows, keys = torch.export.Dim("rows", min=2), torch.export.Dim("keys", min=2)

@@ -113,6 +113,27 @@ def test_cache_of_inference_mode_goes_on_elsewhere() -> None:
         agree(layer(x[:, 4:], cache=cache), layer(x)[:, 4:])
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("prompt", [0, 5])
+def test_a_call_that_raises_leaves_the_cache_as_it_was(mode: str, prompt: int) -> None:
+    layer, x = make(causal=True, position="rotary"), randn(BATCH, LENGTH, WIDTH)
+    with MODES[mode]():
+        cache, want = KVCache(), layer(x)
+        if prompt:
+            layer(x[:, :prompt], cache=cache)
+        before = repr(cache)
+        for wrong in ({"mask": torch.ones(3, 3, dtype=torch.bool)}, {"kv_lengths": [LENGTH, LENGTH + 1]}):
+            with pytest.raises(ValueError):
+                layer(x[:, prompt:], cache=cache, **wrong)
+            assert repr(cache) == before
+        refusing = layer.out_proj.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            layer(x[:, prompt:], cache=cache)
+        assert repr(cache) == before
+        refusing.remove()
+        agree(layer(x[:, prompt:], cache=cache), want[:, prompt:])
+
+
 def rows(*shape: int) -> Tensor:
     return torch.zeros(shape)
 

@@ -219,7 +219,8 @@ class Attention(nn.Module):
         query_offset : int or (B,) integers, optional
             The key position at which query 0 stands. Default: ``Lk - Lq``.
         cache : KVCache, optional
-            The new keys and values are appended, and those before are attended to as well.
+            The new keys and values are appended, and those before are attended to as well. An error leaves it
+            as it was.
         need_weights : bool
             Also return the probabilities, after dropout.
 
@@ -240,9 +241,12 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             heads[0] = _normalised(self.q_norm, heads[0])
             heads[1] = None if key is None else _normalised(self.k_norm, heads[1])
+        heads = self._placed(heads, query_offset, cache)
+        if cache is not None:
+            held = cache._held if key is None else cache._joined(heads[1], heads[2])
+            heads[1:] = held.key, held.value
         out, weights = self._attend(
-            self._placed(heads, query_offset, cache),
-            cache,
+            heads,
             score_bias,
             mask=mask,
             kv_lengths=kv_lengths,
@@ -250,6 +254,8 @@ class Attention(nn.Module):
             return_weights=need_weights,
         )
         result = self.out_proj(out.flatten(-2))
+        if cache is not None:
+            cache._held = held  # after all that may fail
         return (result, weights) if need_weights else result
 
     def _check_sources(self, query: Any, key: Any, value: Any, cache: Any) -> None:
@@ -295,11 +301,9 @@ class Attention(nn.Module):
         return [*self.position(query, key, offset=start, key_offset=key_offset, layout="bshd"), value]
 
     def _attend(
-        self, heads: list[Any], cache: KVCache | None, bias: Tensor | None, **arguments: Any
+        self, heads: list[Any], bias: Tensor | None, **arguments: Any
     ) -> tuple[Tensor, Tensor | None]:
         query, key, value = heads
-        if cache is not None:
-            key, value = (cache.key, cache.value) if key is None else cache.append(key, value)
         slopes = self.position.slopes if isinstance(self.position, Alibi) else None
         if isinstance(self.position, RelativePositionBias):
             offset = arguments["query_offset"]
