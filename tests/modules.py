@@ -37,6 +37,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 ORIGINAL = "original_max_position_embeddings"
+# Of heads of 32 columns: a number for each pair.
+LONGROPE = {
+    "short_factor": [1 + 0.05 * pair for pair in range(16)],
+    "long_factor": [1 + 0.2 * pair**2 for pair in range(16)],
+}
 SCALINGS: list[dict[str, Any]] = [
     {},
     {"scaling": "linear", "factor": 4.0},
@@ -46,6 +51,10 @@ SCALINGS: list[dict[str, Any]] = [
     {"scaling": "yarn", "factor": 40.0, ORIGINAL: 4096, "mscale": 1.0, "mscale_all_dim": 0.8},
     {"scaling": "yarn", "factor": 8.0, ORIGINAL: 256, "attention_factor": 1.5, "truncate": False},
     {"scaling": "yarn", "factor": 8.0, ORIGINAL: 256, "beta_fast": 16.0, "beta_slow": 2.0},
+    {"scaling": "llama3", "factor": 8.0, ORIGINAL: 64, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    {"scaling": "llama3", "factor": 32.0, ORIGINAL: 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    {"scaling": "longrope", "factor": 32.0, ORIGINAL: 64, **LONGROPE},
+    {"scaling": "longrope", "attention_factor": 1.25, ORIGINAL: 64, **LONGROPE},
 ]
 
 

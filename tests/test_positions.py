@@ -26,11 +26,15 @@ from fastattn.nn import (
     SinusoidalPositionalEncoding,
     alibi_slopes,
 )
-from modules import SCALINGS
+from modules import ORIGINAL, SCALINGS
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
+
+
+LLAMA3 = {"scaling": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONGROPE = {"scaling": "longrope", "short_factor": [1, 1, 1, 1], "long_factor": [1, 2, 4, 8]}
 
 
 def modules() -> list[nn.Module]:
@@ -40,6 +44,7 @@ def modules() -> list[nn.Module]:
         RelativePositionBias(2, num_buckets=8, max_distance=20),
         *[RotaryEmbedding(8, **options) for options in SCALINGS[:5]],
         RotaryEmbedding(8, interleaved=True, rotary_dim=4),
+        *[RotaryEmbedding(8, **options, **{"factor": 8.0, ORIGINAL: 8}) for options in (LLAMA3, LONGROPE)],
     ]
 
 
@@ -260,7 +265,7 @@ def test_nothing_to_place(module: nn.Module) -> None:
         assert out.shape[-2] == length
 
 
-@pytest.mark.parametrize("module", [*modules()[:3], modules()[6], modules()[8]], ids=module_id)
+@pytest.mark.parametrize("module", [*modules()[:3], modules()[6], modules()[8], modules()[10]], ids=module_id)
 def test_compiles_without_a_break(module: nn.Module) -> None:
     """Static, then dynamic: from the third length or offset on nothing compiles again. Gradients as well."""
     torch._dynamo.reset()

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.gptj import modeling_gptj
 from transformers.models.llama import modeling_llama
+from transformers.models.phi3 import modeling_phi3
 
 from fastattn.nn import RotaryEmbedding
 from modules import ORIGINAL, SCALINGS
@@ -61,14 +62,16 @@ def test_rotary_is_a_complex_product(interleaved: bool, layout: str, rotary_dim:
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-6)
 
 
-def llama(head_dim: int, options: dict[str, Any]) -> modeling_llama.LlamaRotaryEmbedding:
+def llama(
+    head_dim: int, options: dict[str, Any], base: float = 10000.0
+) -> modeling_llama.LlamaRotaryEmbedding:
     """The embedding of a Llama model whose configuration holds the same parameters."""
-    parameters: dict[str, Any] = {"rope_theta": 10000.0, "rope_type": "default"} | options
+    parameters: dict[str, Any] = {"rope_theta": base, "rope_type": "default"} | options
     if scaling := parameters.pop("scaling", None):
         parameters["rope_type"] = scaling
     if scaling == "ntk":  # which transformers spells as another base
         factor = parameters.pop("factor") ** (head_dim / (head_dim - 2))
-        parameters |= {"rope_type": "default", "rope_theta": 10000.0 * factor}
+        parameters |= {"rope_type": "default", "rope_theta": base * factor}
     if transformers.__version__ < "5":  # which has the base beside them
         named = {"rope_theta": parameters.pop("rope_theta"), "rope_scaling": parameters}
     else:
@@ -101,6 +104,40 @@ def test_rotary_agrees_with_transformers(options: dict[str, Any], length: int) -
         (mine,) = torch.autograd.grad((out * weights).sum(), x)
         (other,) = torch.autograd.grad((want * weights).sum(), x)
         assert (mine - other).abs().max() <= 1e-6 * other.abs().max()
+
+
+@pytest.mark.parametrize(("head_dim", "factor"), [(128, 8.0), (64, 32.0)], ids=["3.1", "3.2"])
+def test_llama3_as_released(head_dim: int, factor: float) -> None:
+    options = {"factor": factor, ORIGINAL: 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = RotaryEmbedding(head_dim, base=500000.0, scaling="llama3", **options)
+    theirs = llama(head_dim, {"scaling": "llama3", **options}, base=500000.0)
+    assert torch.equal(rope.inv_freq, theirs.inv_freq)
+    ratio = rope.inv_freq / RotaryEmbedding(head_dim, base=500000.0).inv_freq
+    assert ratio[0] == 1 and ratio[-1] == 1 / factor
+
+
+def test_longrope_of_phi3() -> None:
+    """Its configurations have no factor but the ratio of two lengths, and may turn a part of the columns."""
+    factors = {"short_factor": [1 + 0.01 * i for i in range(12)], "long_factor": [1.0 + i for i in range(12)]}
+    config = transformers.Phi3Config(
+        hidden_size=128,
+        num_attention_heads=4,
+        partial_rotary_factor=0.75,
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        rope_scaling={"type": "longrope", **factors},
+    )
+    theirs = modeling_phi3.Phi3RotaryEmbedding(config)
+    options = {"factor": 131072 / 4096, ORIGINAL: 4096, **factors}
+    rope = RotaryEmbedding(32, rotary_dim=24, scaling="longrope", **options)
+    assert rope.attention_factor == theirs.attention_scaling
+    query, key = randn(1, 2, 3, 32), randn(1, 1, 3, 32)
+    for start in (4093, 4094, 100, 5000):  # the last row at 4095 is the last that short factors turn
+        positions = torch.arange(start, start + 3)[None]
+        wants = modeling_phi3.apply_rotary_pos_emb(query, key, *theirs(query, positions))
+        for out, want in zip(rope(query, key, positions=positions), wants, strict=True):
+            assert (out - want).abs().max() <= 1e-6 * want.abs().max()
+    assert "scaling='longrope'" in repr(rope) and "short_factor=[1.0, 1.01, 1.02, " in repr(rope)
 
 
 def test_interleaved_agrees_with_gptj() -> None:
@@ -168,6 +205,8 @@ def test_angles_stay_float32(dtype: torch.dtype) -> None:
 
 X = torch.zeros(2, 5, 8)
 HEADS = torch.zeros(2, 3, 5, 8)
+LLAMA3 = {"scaling": "llama3", "factor": 2.0, ORIGINAL: 64}
+LONG = {"scaling": "longrope", ORIGINAL: 64, "short_factor": [1, 2, 3, 4], "long_factor": [5, 6, 7, 8]}
 YARN = {"scaling": "yarn", "factor": 2.0, ORIGINAL: 64}
 WRONG: list[tuple[Any, type[Exception], str]] = [
     (lambda: RotaryEmbedding(7), ValueError, "head_dim must be even, since columns turn in pairs, got 7"),
@@ -186,7 +225,7 @@ WRONG: list[tuple[Any, type[Exception], str]] = [
     (
         lambda: RotaryEmbedding(8, scaling="other"),
         ValueError,
-        "scaling must be None or one of linear, ntk, dynamic, yarn, got 'other'",
+        "scaling must be None or one of linear, ntk, dynamic, yarn, llama3, longrope, got 'other'",
     ),
     (lambda: RotaryEmbedding(8, scaling=2), TypeError, "scaling must be a string or None, got int"),
     (
@@ -228,6 +267,36 @@ WRONG: list[tuple[Any, type[Exception], str]] = [
         lambda: RotaryEmbedding(8, **YARN, beta_fast=0.5),
         ValueError,
         "beta_fast must be at least beta_slow = 1, got 0.5",
+    ),
+    (
+        lambda: RotaryEmbedding(8, **LLAMA3, low_freq_factor=1.0),
+        ValueError,
+        "high_freq_factor must be given where scaling is 'llama3', got None",
+    ),
+    (
+        lambda: RotaryEmbedding(8, **LLAMA3, low_freq_factor=4.0, high_freq_factor=4.0),
+        ValueError,
+        "high_freq_factor must be above low_freq_factor = 4.0, got 4.0",
+    ),
+    (
+        lambda: RotaryEmbedding(8, **LONG),
+        ValueError,
+        "factor or attention_factor must be given where scaling is 'longrope', got neither",
+    ),
+    (
+        lambda: RotaryEmbedding(16, **LONG, factor=2.0),
+        ValueError,
+        "short_factor must have rotary_dim / 2 = 8 numbers, got 4",
+    ),
+    (
+        lambda: RotaryEmbedding(8, **{**LONG, "long_factor": [1, 1, 0, 1]}, factor=2.0),
+        ValueError,
+        "long_factor must be a finite number above 0, got 0",
+    ),
+    (
+        lambda: RotaryEmbedding(8, **{**LONG, "long_factor": 2.0}, factor=2.0),
+        TypeError,
+        "long_factor must be a list of numbers, got float",
     ),
     (lambda: RotaryEmbedding(8, **YARN, truncate=1), TypeError, "truncate must be a bool, got int"),
     (lambda: RotaryEmbedding(8)(X), ValueError, "query must have 4 axes, the last of 8, got shape (2, 5, 8)"),

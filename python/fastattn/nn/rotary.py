@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,19 +18,14 @@ from fastattn.nn._common import (
     check_real,
     row_positions,
 )
+from fastattn.nn._rotary_scaling import (
+    ORIGINAL,
+    attention_factor_of,
+    check_scaling,
+    frequencies,
+    periods,
+)
 from fastattn.tensors import turned
-
-ORIGINAL = "original_max_position_embeddings"
-# Scaling -> the parameters that it needs, and those that it may have.
-SCALINGS: dict[str, tuple[set[str], set[str]]] = {
-    "linear": ({"factor"}, set()),
-    "ntk": ({"factor"}, set()),
-    "dynamic": ({"factor", ORIGINAL}, set()),
-    "yarn": (
-        {"factor", ORIGINAL},
-        {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
-    ),
-}
 
 
 class RotaryEmbedding(DerivedBuffers):
@@ -50,7 +46,7 @@ class RotaryEmbedding(DerivedBuffers):
         ``(i, i + D' / 2)``, as in GPT-NeoX and Llama.
     rotary_dim : int, optional
         D', even: only the first D' columns turn. Default: D.
-    scaling : {"linear", "ntk", "dynamic", "yarn"}, optional
+    scaling : {"linear", "ntk", "dynamic", "yarn", "llama3", "longrope"}, optional
         How a context `factor` times as long is reached. Names and parameters are those of transformers, where
         "ntk" is a changed `rope_theta`.
 
@@ -62,20 +58,31 @@ class RotaryEmbedding(DerivedBuffers):
           `original_max_position_embeddings`. Keys cached before keep the frequencies they were turned with.
         - "yarn": pairs that turn more than `beta_fast` times within the original context are left alone,
           those that turn less than `beta_slow` times are divided by `factor`, others in between [4]_.
+        - "llama3": the same with `high_freq_factor` and `low_freq_factor` for the two bounds, and another
+          way between them [5]_.
+        - "longrope": each frequency divided by its own number, of `long_factor` if the largest position of
+          the call lies past the original context, else of `short_factor` [6]_. Of cached keys holds what is
+          said of "dynamic".
     factor : float, optional
-        At least 1; for every scaling.
+        At least 1; for every scaling. "longrope" needs it for the default of `attention_factor` alone;
+        configurations of Phi-3 lack it: ``max_position_embeddings / original_max_position_embeddings``.
     original_max_position_embeddings : int, optional
-        The length that the model was trained with; for "dynamic" and "yarn".
+        The length that the model was trained with; for all but "linear" and "ntk".
     attention_factor : float, optional
-        "yarn": multiplies the turned columns. Default: ``0.1 * log(factor) + 1``, or with `mscale` and
-        `mscale_all_dim`, which go together, ``(0.1 * mscale * log(factor) + 1)`` divided by the same of
-        `mscale_all_dim`.
+        "yarn" and "longrope": multiplies the turned columns. Default of "yarn": ``0.1 * log(factor) + 1``, or
+        with `mscale` and `mscale_all_dim`, which go together, ``(0.1 * mscale * log(factor) + 1)`` divided by
+        the same of `mscale_all_dim`. Of "longrope":
+        ``sqrt(1 + log(factor) / log(original_max_position_embeddings))``.
     beta_fast, beta_slow : float, optional
         "yarn": default to 32 and 1.
     mscale, mscale_all_dim : float, optional
         "yarn": see `attention_factor`.
     truncate : bool, optional
         "yarn": whether the bounds between the three groups of pairs are rounded outwards. Default: True.
+    low_freq_factor, high_freq_factor : float, optional
+        "llama3": how many times a pair turns within the original context.
+    short_factor, long_factor : sequence of float, optional
+        "longrope": D' / 2 numbers above 0.
     device : torch.device, optional
         Of `inv_freq`, the frequencies, which are in no state_dict.
 
@@ -91,6 +98,8 @@ class RotaryEmbedding(DerivedBuffers):
        2023.
     .. [3] bloc97, "NTK-Aware Scaled RoPE", 2023, and emozilla, "Dynamically Scaled RoPE", 2023.
     .. [4] Peng et al., "YaRN: Efficient Context Window Extension of Large Language Models", 2023.
+    .. [5] Llama Team, "The Llama 3 Herd of Models", 2024; the formula is that of the released code.
+    .. [6] Ding et al., "LongRoPE: Extending LLM Context Window Beyond 2 Million Tokens", 2024.
 
     Examples
     --------
@@ -104,6 +113,7 @@ class RotaryEmbedding(DerivedBuffers):
     """
 
     inv_freq: Tensor
+    long_inv_freq: Tensor  # "longrope" alone
 
     def __init__(
         self,
@@ -121,6 +131,10 @@ class RotaryEmbedding(DerivedBuffers):
         mscale: float | None = None,
         mscale_all_dim: float | None = None,
         truncate: bool | None = None,
+        low_freq_factor: float | None = None,
+        high_freq_factor: float | None = None,
+        short_factor: Sequence[float] | None = None,
+        long_factor: Sequence[float] | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -132,7 +146,7 @@ class RotaryEmbedding(DerivedBuffers):
         self.interleaved = interleaved
         self.rotary_dim = _rotary_dim(rotary_dim, head_dim)
         self.scaling = scaling
-        self.scaling_parameters = _scaling_parameters(
+        self.scaling_parameters = check_scaling(
             scaling,
             self.rotary_dim,
             {
@@ -144,26 +158,17 @@ class RotaryEmbedding(DerivedBuffers):
                 "mscale": mscale,
                 "mscale_all_dim": mscale_all_dim,
                 "truncate": truncate,
+                "low_freq_factor": low_freq_factor,
+                "high_freq_factor": high_freq_factor,
+                "short_factor": short_factor,
+                "long_factor": long_factor,
             },
         )
-        self.attention_factor = 1.0
-        if scaling == "yarn":
-            self.attention_factor = _yarn_attention_factor(**self.scaling_parameters)
+        self.attention_factor = attention_factor_of(scaling, self.scaling_parameters)
         self._place_buffers(device)
 
     def _derived(self) -> dict[str, Tensor]:
-        """Frequencies, (D' / 2,): float32 operations in the order of the models that are in use."""
-        base, parameters = self.base, self.scaling_parameters
-        if self.scaling == "ntk":
-            base *= parameters["factor"] ** (self.rotary_dim / (self.rotary_dim - 2))
-        periods = _periods(base, self.rotary_dim, torch.device("cpu"))
-        inv_freq = 1.0 / periods
-        if self.scaling == "linear":
-            inv_freq = inv_freq / parameters["factor"]
-        elif self.scaling == "yarn":
-            kept = _yarn_kept(base, self.rotary_dim, **parameters)
-            inv_freq = 1.0 / (parameters["factor"] * periods) * (1 - kept) + inv_freq * kept
-        return {"inv_freq": inv_freq}
+        return frequencies(self.base, self.rotary_dim, self.scaling, self.scaling_parameters)
 
     def forward(
         self,
@@ -229,13 +234,17 @@ class RotaryEmbedding(DerivedBuffers):
 
     def _frequencies_for(self, *rows: Tensor) -> Tensor:
         """Frequencies for a call whose rows stand at these positions."""
-        if self.scaling != "dynamic" or not all(positions.numel() for positions in rows):
+        of_length = self.scaling in ("dynamic", "longrope")
+        if not of_length or not all(positions.numel() for positions in rows):
             return self.inv_freq
-        factor, original = self.scaling_parameters["factor"], self.scaling_parameters[ORIGINAL]
+        original = self.scaling_parameters[ORIGINAL]
         length = torch.stack([positions.max() for positions in rows]).max() + 1
+        if self.scaling == "longrope":
+            return torch.where(length > original, self.long_inv_freq, self.inv_freq)
+        factor = self.scaling_parameters["factor"]
         stretch = factor * length.clamp(min=original) / original - (factor - 1)
         base = self.base * stretch ** (self.rotary_dim / (self.rotary_dim - 2))
-        return 1.0 / _periods(base, self.rotary_dim, rows[0].device)
+        return 1.0 / periods(base, self.rotary_dim, rows[0].device)
 
     def _cos_sin(self, rows: Tensor, inv_freq: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines, float32, broadcasting to the pairs of a tensor with rows on `axis`."""
@@ -258,7 +267,7 @@ class RotaryEmbedding(DerivedBuffers):
             parts.append(f"rotary_dim={self.rotary_dim}")
         if self.scaling is not None:
             parts.append(f"scaling={self.scaling!r}")
-            parts += [f"{name}={value}" for name, value in self.scaling_parameters.items()]
+            parts += [f"{name}={reprlib.repr(value)}" for name, value in self.scaling_parameters.items()]
         return ", ".join(parts)
 
 
@@ -278,77 +287,3 @@ def _length_axis(layout: Any) -> int:
     if layout not in ("bhsd", "bshd"):
         raise ValueError(f"layout must be 'bhsd' or 'bshd', got {layout!r}")
     return 2 if layout == "bhsd" else 1
-
-
-def _scaling_parameters(scaling: Any, rotary_dim: int, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters that were given, once they are what `scaling` takes."""
-    if scaling is not None and not isinstance(scaling, str):
-        raise TypeError(f"scaling must be a string or None, got {type(scaling).__name__}")
-    if scaling is not None and scaling not in SCALINGS:
-        raise ValueError(f"scaling must be None or one of {', '.join(SCALINGS)}, got {scaling!r}")
-    needed, optional = (set[str](), set[str]()) if scaling is None else SCALINGS[scaling]
-    given = {name: value for name, value in parameters.items() if value is not None}
-    for name in parameters:
-        if name in given and name not in needed | optional:
-            raise ValueError(f"{name} must be left out where scaling is {scaling!r}, got {given[name]!r}")
-        if name in needed and name not in given:
-            raise ValueError(f"{name} must be given where scaling is {scaling!r}, got None")
-    for name, value in given.items():
-        if name == "truncate":
-            check_bool(name, value)
-        elif name == ORIGINAL:
-            check_integer(name, value, least=1)
-        elif name == "factor":
-            check_real(name, value, 1)
-        else:
-            check_real(name, value, 0, above=True)
-    if ("mscale" in given) != ("mscale_all_dim" in given):
-        raise ValueError("mscale and mscale_all_dim must be given together, got one of them")
-    fast, slow = given.get("beta_fast", 32), given.get("beta_slow", 1)
-    if fast < slow:
-        raise ValueError(f"beta_fast must be at least beta_slow = {slow}, got {fast}")
-    if scaling in ("ntk", "dynamic") and rotary_dim == 2:
-        raise ValueError(f"rotary_dim must be above 2 where scaling is {scaling!r}, got 2")
-    return given
-
-
-def _periods(base: float | Tensor, dim: int, device: torch.device) -> Tensor:
-    """Positions to a radian for each pair of `dim` columns, float32."""
-    periods: Tensor = base ** (torch.arange(0, dim, 2, device=device).float() / dim)
-    return periods
-
-
-def _yarn_attention_factor(
-    factor: float,
-    attention_factor: float | None = None,
-    mscale: float = 1.0,
-    mscale_all_dim: float = 0.0,
-    **_: Any,
-) -> float:
-    """Make up for the flatter softmax over a longer context (equation 22 of the paper)."""
-    if attention_factor is not None:
-        return float(attention_factor)
-    return (0.1 * mscale * math.log(factor) + 1) / (0.1 * mscale_all_dim * math.log(factor) + 1)
-
-
-def _yarn_kept(
-    base: float,
-    dim: int,
-    original_max_position_embeddings: int,
-    beta_fast: float = 32.0,
-    beta_slow: float = 1.0,
-    truncate: bool = True,
-    **_: Any,
-) -> Tensor:
-    """How much of each frequency is kept: 1 for fast pairs, 0 for slow ones, a ramp between."""
-
-    def pair_that_turns(times: float) -> float:
-        return dim * math.log(original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(base))
-
-    low, high = pair_that_turns(beta_fast), pair_that_turns(beta_slow)
-    if truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    width = high - low if high != low else 0.001  # a step, and no division by 0
-    ramp = (torch.arange(dim // 2, device="cpu").float() - low) / width
-    return 1 - ramp.clamp(0, 1)
