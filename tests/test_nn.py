@@ -268,13 +268,29 @@ def test_state_dict_has_parameters_alone() -> None:
     ) == [f"{name}_proj.weight" for name in ("k", "out", "q", "v")]
 
 
-@pytest.mark.parametrize("position", ["alibi", "rotary"])
-def test_meta_device(position: str) -> None:
-    layer = SelfAttention(WIDTH, HEADS, position=position, device="meta")
-    real = make(dtype=torch.float32, position=position)
-    layer.to_empty(device="cpu").load_state_dict(real.state_dict())
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("position", ["alibi", "rotary", "t5"])
+def test_meta_device(position: str, assign: bool) -> None:
+    real = make(dtype=torch.float32, position=RelativePositionBias(HEADS) if position == "t5" else position)
+    layer = copy.deepcopy(real).to("meta")
+    if not assign:
+        layer.to_empty(device="cpu")
+    layer.load_state_dict(real.state_dict(), assign=assign)
     x = randn(BATCH, LENGTH, WIDTH, dtype=torch.float32)
     assert torch.equal(layer(x), real(x))
+
+
+def test_parameters_are_drawn_anew_module_by_module() -> None:
+    """As a model is, which was made on the meta device and has no checkpoint."""
+    options = {"sinks": True, "qk_norm": True, "position": RelativePositionBias(HEADS), "device": "meta"}
+    layer = SelfAttention(WIDTH, HEADS, **options).to_empty(device="cpu")
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, 7.0)
+    for module in layer.modules():
+        if list(module.parameters(recurse=False)):
+            module.reset_parameters()
+    assert layer.sinks.count_nonzero() == 0
+    assert not any((parameter == 7).any() for parameter in layer.parameters())
 
 
 @pytest.mark.parametrize(

@@ -259,6 +259,19 @@ def test_derived_buffers_survive_moves(module: nn.Module) -> None:
 
 
 @EVERY_MODULE
+@pytest.mark.parametrize("compiled", [False, True])
+def test_checkpoints_are_assigned_to_a_module_without_memory(module: nn.Module, compiled: bool) -> None:
+    """Whose buffers are in no checkpoint: they follow the input of the first call, in any mode."""
+    twin = copy.deepcopy(module).to("meta")
+    twin.load_state_dict(module.state_dict(), assign=True)
+    torch._dynamo.reset()
+    call = torch.compile(apply_to, backend="aot_eager", fullgraph=True) if compiled else apply_to
+    with torch.inference_mode(not compiled):
+        assert torch.equal(call(twin, randn(2, 6, 8), 0), apply(module))
+    assert all(buffer.device.type == "cpu" and not buffer.is_inference() for buffer in twin.buffers())
+
+
+@EVERY_MODULE
 def test_nothing_to_place(module: nn.Module) -> None:
     for batch, length in ((0, 4), (2, 0)):
         out = apply_to(module, torch.zeros(batch, length, 8), 0)

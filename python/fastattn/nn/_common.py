@@ -113,7 +113,8 @@ class DerivedBuffers(nn.Module):
 
     They are computed again wherever the module goes. So they are in no state_dict, stay float32 after
     ``.half()`` or ``.to(torch.bfloat16)``, and hold their values after ``to_empty()``, which leaves other
-    buffers undefined.
+    buffers undefined. After ``load_state_dict(assign=True)``, which takes parameters alone from the meta
+    device, they follow at the first call.
     """
 
     def _derived(self) -> dict[str, Tensor]:
@@ -122,8 +123,14 @@ class DerivedBuffers(nn.Module):
 
     def _place_buffers(self, device: torch.device | str | None) -> None:
         device = torch.get_default_device() if device is None else device
-        for name, buffer in self._derived().items():
-            self.register_buffer(name, buffer.to(device), persistent=False)
+        with torch.inference_mode(False):  # of which a buffer could not be used in training
+            for name, buffer in self._derived().items():
+                self.register_buffer(name, buffer.to(device), persistent=False)
+
+    def _leave_meta(self, buffer: Tensor, device: torch.device) -> None:
+        """Place buffers, of which `buffer` is one, where a call is, if they are still on the meta device."""
+        if buffer.is_meta and device.type != "meta":
+            self._place_buffers(device)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

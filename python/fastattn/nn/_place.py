@@ -25,6 +25,11 @@ class Alibi(DerivedBuffers):
     def _derived(self) -> dict[str, Tensor]:
         return {"slopes": alibi_slopes(self.num_heads, device="cpu", dtype=torch.float32)}
 
+    def forward(self, device: torch.device) -> Tensor:
+        """Return the slopes, for a call there."""
+        self._leave_meta(self.slopes, device)
+        return self.slopes
+
     def extra_repr(self) -> str:
         """How many slopes there are."""
         return f"num_heads={self.num_heads}"

@@ -149,8 +149,14 @@ class Attention(nn.Module):
         self.out_proj = PackedLinear(width, [self.embed_dim], out_bias, **factory)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **factory) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **factory) if qk_norm else None
-        self.sinks = nn.Parameter(torch.zeros(self.num_heads, **factory)) if sinks else None
+        self.sinks = nn.Parameter(torch.empty(self.num_heads, **factory)) if sinks else None
         self.position = check_position(position, self.head_dim, self.num_heads, factory)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set `sinks`, its one parameter, to 0; projections, norms and `position` have this method, too."""
+        if self.sinks is not None:
+            nn.init.zeros_(self.sinks)
 
     def _set_sizes(
         self, embed_dim: Any, num_heads: Any, num_kv_heads: Any, head_dim: Any, kdim: Any, vdim: Any
@@ -304,7 +310,7 @@ class Attention(nn.Module):
         self, heads: list[Any], bias: Tensor | None, **arguments: Any
     ) -> tuple[Tensor, Tensor | None]:
         query, key, value = heads
-        slopes = self.position.slopes if isinstance(self.position, Alibi) else None
+        slopes = self.position(query.device) if isinstance(self.position, Alibi) else None
         if isinstance(self.position, RelativePositionBias):
             offset = arguments["query_offset"]
             relative = self.position(query.shape[1], key.shape[1], query_offset=offset)

@@ -38,8 +38,8 @@ class _AddedPositions(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.batch_first = batch_first
 
-    def _slice(self, start: int, length: int, dtype: torch.dtype) -> Tensor:
-        """Vectors of consecutive positions, (length, E)."""
+    def _slice(self, start: int, length: int, x: Tensor) -> Tensor:
+        """Vectors of consecutive positions, (length, E), in the dtype of x."""
         raise NotImplementedError
 
     def _gather(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
@@ -64,7 +64,7 @@ class _AddedPositions(nn.Module):
         batch, length = self._sizes(x)
         if positions is None and not isinstance(offset, Tensor):
             check_integer("offset", offset, least=0)
-            vectors = self._slice(offset, length, x.dtype)
+            vectors = self._slice(offset, length, x)
         else:
             rows = row_positions(length, batch, x.device, offset, positions)
             if x.dim() == 2 and rows.dim() == 2:
@@ -146,10 +146,11 @@ class SinusoidalPositionalEncoding(_AddedPositions, DerivedBuffers):
     def _derived(self) -> dict[str, Tensor]:
         return {"table": self._gather(torch.arange(self.max_len, device="cpu"), torch.float32)}
 
-    def _slice(self, start: int, length: int, dtype: torch.dtype) -> Tensor:
-        if start + length <= self.max_len and dtype != torch.float64:
-            return self.table[start : start + length].to(dtype)
-        return self._gather(torch.arange(length, device=self.table.device) + start, dtype)
+    def _slice(self, start: int, length: int, x: Tensor) -> Tensor:
+        self._leave_meta(self.table, x.device)
+        if start + length <= self.max_len and x.dtype != torch.float64:
+            return self.table[start : start + length].to(x.dtype)
+        return self._gather(torch.arange(length, device=self.table.device) + start, x.dtype)
 
     def _gather(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         columns = torch.arange(0, self.embed_dim, 2, dtype=torch.float64, device=positions.device)
@@ -218,11 +219,11 @@ class LearnedPositionalEncoding(_AddedPositions):
         """Draw `weight` anew."""
         nn.init.normal_(self.weight, std=0.02)
 
-    def _slice(self, start: int, length: int, dtype: torch.dtype) -> Tensor:
+    def _slice(self, start: int, length: int, x: Tensor) -> Tensor:
         if start + length > self.max_len:
             got = f"offset {start} and {length} rows"
             raise ValueError(f"offset + length must be at most max_len = {self.max_len}, got {got}")
-        return self.weight[start : start + length].to(dtype)
+        return self.weight[start : start + length].to(x.dtype)
 
     def _gather(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         if positions.device.type == "cpu" and not torch.compiler.is_compiling() and positions.numel():
@@ -381,6 +382,7 @@ class RelativePositionBias(DerivedBuffers):
         if query_offset is None:
             query_offset = key_length - query_length
         check_offset("query_offset", query_offset, None)
+        self._leave_meta(self.buckets, self.weight.device)
         if isinstance(query_offset, Tensor):
             query_offset = query_offset.to(device=self.weight.device, dtype=torch.int64)[..., None]
         # The bias depends on key - query alone, so each such difference is looked up once.

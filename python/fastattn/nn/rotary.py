@@ -204,6 +204,7 @@ class RotaryEmbedding(DerivedBuffers):
         """
         axis = _length_axis(layout)
         self._check_input("query", query)
+        self._leave_meta(self.inv_freq, query.device)
         rows = row_positions(query.shape[axis], query.shape[0], query.device, offset, positions)
         if key is None:
             if key_offset is not None or key_positions is not None:
