@@ -351,6 +351,16 @@ ERRORS: list[tuple[Any, type[Exception], str]] = [
     (lambda: MultiheadAttention(8, 2)(None, None, None), TypeError, "query must be a torch.Tensor"),
     (call(X, X, X, attn_mask=torch.zeros(5, 4)), ValueError, "attn_mask must have shape (5, 5) or (6, 5, 5)"),
     (call(X, X, X, attn_mask=torch.zeros(5, 5, dtype=torch.long)), TypeError, "attn_mask must be bool"),
+    (
+        call(X, X, X, attn_mask=torch.zeros(5, 5, device="meta")),
+        RuntimeError,
+        "attn_mask is on device 'meta', expected 'cpu'",
+    ),
+    (
+        call(X, X, X, key_padding_mask=torch.zeros(3, 5, device="meta")),
+        RuntimeError,
+        "key_padding_mask is on device 'meta', expected 'cpu'",
+    ),
     (call(X, X, X, attn_mask=[[True]]), TypeError, "attn_mask must be a torch.Tensor, got list"),
     (
         call(X, X, X, key_padding_mask=torch.zeros(5, 3)),

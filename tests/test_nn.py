@@ -231,8 +231,16 @@ def test_state_dicts_that_lack_something() -> None:
     del stored["k_proj.weight"]
     with pytest.raises(RuntimeError, match=r"Missing key.*qkv_proj.weight"):
         fused.load_state_dict(stored)
-    with pytest.raises(RuntimeError, match="Unexpected key"):
-        fused.load_state_dict(make(head_dim=5).state_dict())
+
+
+@pytest.mark.parametrize("fused", [(False, True), (True, False)], ids=["to-fused", "to-separate"])
+@pytest.mark.parametrize("other", [{"head_dim": 5}, {"num_kv_heads": 2}], ids=["head_dim", "kv_heads"])
+def test_state_dicts_of_other_sizes(fused: tuple[bool, bool], other: dict[str, int]) -> None:
+    stored, layer = make(fused=fused[0], **other).state_dict(), make(fused=fused[1])
+    with pytest.raises(RuntimeError) as caught:
+        layer.load_state_dict(stored)
+    lines = str(caught.value).splitlines()[1:]
+    assert lines and all(line.strip().startswith("size mismatch for") for line in lines), lines
 
 
 def test_heads_are_views_of_the_projection() -> None:
@@ -407,9 +415,29 @@ ERRORS: list[tuple[Any, type[Exception], str]] = [
     (attend(X, None, X), ValueError, "key must be given where value is"),
     (attend(X), ValueError, "key may be None only where cache holds keys and values"),
     (attend(X, kind=CrossAttention, cache=KVCache()), ValueError, "key may be None only where cache holds"),
+    (
+        attend(X, X, mask=rows(3, 3)),
+        TypeError,
+        "got torch.float32: pass values to add to the scores as `score_bias`",
+    ),
+    (attend(X, X, score_bias=[0.0]), TypeError, "score_bias must be a torch.Tensor, got list"),
+    (attend(X, X, score_bias=rows(3, 3) > 0), TypeError, "got torch.bool (a bool goes to `mask`)"),
+    (
+        attend(X, X, score_bias=rows(3, 3).double()),
+        TypeError,
+        "score_bias must be torch.float32 like the heads, or float32, got torch.float64",
+    ),
+    (
+        attend(X, X, score_bias=rows(3, 4)),
+        ValueError,
+        "score_bias must broadcast to (batch, num_heads, queries, keys) = (2, 2, 3, 3), got shape (3, 4)",
+    ),
+    (
+        attend(X, X, score_bias=rows(3, 3).to("meta")),
+        RuntimeError,
+        "score_bias is on device 'meta', expected 'cpu'",
+    ),
     (attend(X, X, cache=[]), TypeError, "cache must be a KVCache, got list"),
-    (attend(X, X, mask=rows(3, 3)), TypeError, "mask must be bool (True: attend), got float32"),
-    (attend(X, X, score_bias=rows(4, 4)), ValueError, "bias must broadcast to"),
     (attend(X, X, kv_lengths=[4, 4]), ValueError, "kv_lengths must be from 0 to key's length 3, got 4"),
 ]
 

@@ -97,6 +97,29 @@ def row_positions(
     return positions.to(device=device, dtype=torch.int64)
 
 
+def check_device(name: str, value: Tensor, device: torch.device) -> None:
+    """Raise RuntimeError unless the tensor `value` is on `device`."""
+    if value.device != device:
+        raise RuntimeError(f"{name} is on device '{value.device}', expected '{device}'")
+
+
+def check_score_bias(bias: Any, query: Tensor, scores: tuple[int, int, int, int]) -> None:
+    """Raise unless `bias` can be added to scores of that shape, of the heads `query`."""
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"score_bias must be a torch.Tensor, got {type(bias).__name__}")
+    check_device("score_bias", bias, query.device)
+    if bias.dtype not in (query.dtype, torch.float32) and not (
+        bias.is_floating_point() and torch.is_autocast_enabled(query.device.type)  # which casts it
+    ):
+        advice = " (a bool goes to `mask`)" if bias.dtype == torch.bool else ""
+        expected = f"{query.dtype} like the heads, or float32"
+        raise TypeError(f"score_bias must be {expected}, got {bias.dtype}{advice}")
+    axes = zip(reversed(bias.shape), reversed(scores), strict=False)
+    if bias.dim() > 4 or any(size not in (1, full) for size, full in axes):
+        expected = f"broadcast to (batch, num_heads, queries, keys) = {tuple(scores)}"
+        raise ValueError(f"score_bias must {expected}, got shape {tuple(bias.shape)}")
+
+
 def check_backend(name: Any) -> None:
     """Raise TypeError unless `name` is a string or None; `fastattn.attention` knows which there are."""
     if name is not None and not isinstance(name, str):

@@ -54,16 +54,17 @@ class PackedLinear(nn.Linear):
 
 
 def repack(state_dict: dict[str, Any], prefix: str, packs: tuple[str, ...], sizes: dict[str, int]) -> None:
-    """Make a state_dict of other packs one of `packs`, in place; what does not fit is left as it is."""
+    """Make a state_dict of other packs one of `packs`, in place; incomplete ones are left as they are."""
     for name in ("weight", "bias"):
         keys = {pack: f"{prefix}{pack}_proj.{name}" for pack in PACKS}
         foreign = [pack for pack in PACKS if pack not in packs and keys[pack] in state_dict]
         pieces: dict[str, Tensor] = {}
         for pack in foreign:
-            heights = [sizes[letter] for letter in pack]
-            if len(state_dict[keys[pack]]) != sum(heights):
-                return
-            pieces.update(zip(pack, state_dict[keys[pack]].split(heights), strict=True))
+            tensor, heights = state_dict[keys[pack]], [sizes[letter] for letter in pack]
+            # What is of other sizes is cut and joined all the same, for load_state_dict to say that it is.
+            fits = len(tensor) == sum(heights)
+            parts = tensor.split(heights) if fits else tensor.tensor_split(len(pack))
+            pieces.update(zip(pack, parts, strict=True))
         missing = [pack for pack in packs if keys[pack] not in state_dict]
         if not pieces or set("".join(missing)) != set(pieces):
             continue

@@ -14,6 +14,7 @@ from fastattn.nn._common import (
     check_floating,
     check_integer,
     check_real,
+    check_score_bias,
 )
 from fastattn.nn._place import Alibi, check_position
 from fastattn.nn._projection import PackedLinear, repack
@@ -239,6 +240,8 @@ class Attention(nn.Module):
         ------
         TypeError, ValueError
             For an argument of the wrong type or shape.
+        RuntimeError
+            For one on another device.
         """
         if value is None:
             value = key
@@ -310,6 +313,7 @@ class Attention(nn.Module):
         self, heads: list[Any], bias: Tensor | None, **arguments: Any
     ) -> tuple[Tensor, Tensor | None]:
         query, key, value = heads
+        self._check_scores(query, key, bias, arguments["mask"])
         slopes = self.position(query.device) if isinstance(self.position, Alibi) else None
         if isinstance(self.position, RelativePositionBias):
             offset = arguments["query_offset"]
@@ -331,6 +335,15 @@ class Attention(nn.Module):
             **arguments,
         )
         return result if arguments["return_weights"] else (result, None)
+
+    def _check_scores(self, query: Tensor, key: Tensor, bias: Any, mask: Any) -> None:
+        """What `fastattn.attention` would say of a `bias`: here that is an argument of the constructor."""
+        if isinstance(mask, Tensor) and mask.is_floating_point():
+            advice = "pass values to add to the scores as `score_bias`"
+            raise TypeError(f"mask must be bool (True: attend), got {mask.dtype}: {advice}")
+        if bias is not None:
+            batch, length, heads, _ = query.shape
+            check_score_bias(bias, query, (batch, heads, length, key.shape[1]))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         repack(state_dict, prefix, self._packs, self._widths)

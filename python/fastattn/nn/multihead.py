@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from fastattn.nn._common import attend, check_backend, check_floating, check_integer, check_real
+from fastattn.nn._common import (
+    attend,
+    check_backend,
+    check_device,
+    check_floating,
+    check_integer,
+    check_real,
+)
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -195,7 +202,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         TypeError, ValueError
             For an argument of the wrong type or shape.
         RuntimeError
-            If `is_causal` is given without `attn_mask`.
+            If `is_causal` is given without `attn_mask`, and for a mask on another device.
         """
         batched = _check_sources(query, key, value, (self.embed_dim, self.kdim, self.vdim), self.batch_first)
         if is_causal and attn_mask is None:
@@ -205,7 +212,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         heads = [self._heads(rows, batched) for rows in self._project(query, key, value)]
         scores = (heads[0].shape[0], self.num_heads, heads[0].shape[1], heads[1].shape[1])
         hint = is_causal and key_padding_mask is None and not need_weights
-        masks = Masks(scores, heads[0].dtype)
+        masks = Masks(scores, heads[0])
         if attn_mask is not None and not hint:
             masks.add("attn_mask", attn_mask, _attn_shapes(scores))
         if key_padding_mask is not None:
@@ -285,9 +292,9 @@ class MultiheadAttention(nn.MultiheadAttention):
 class Masks:
     """What torch's masks say, as `mask` (True: attend) and `bias` of `fastattn.attention`."""
 
-    def __init__(self, scores: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    def __init__(self, scores: tuple[int, int, int, int], query: Tensor) -> None:
         self.scores = scores  # (N, H, L, S)
-        self.dtype = dtype
+        self.dtype, self.device = query.dtype, query.device
         self.mask: Tensor | None = None
         self.bias: Tensor | None = None
 
@@ -295,6 +302,7 @@ class Masks:
         """Take one in. `shapes` has what it becomes, broadcast to the scores, for each shape it may have."""
         if not isinstance(given, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(given).__name__}")
+        check_device(name, given, self.device)
         shape = tuple(given.shape)
         if shape not in shapes:
             raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {shape}")
