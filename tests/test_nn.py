@@ -21,6 +21,7 @@ from fastattn.nn import (
     SinusoidalPositionalEncoding,
     alibi_slopes,
 )
+from fastattn.nn._projection import PackedLinear
 from modules import HEADS, INF, OPTIONS, WIDTH, agree, make, randn, shaken
 
 BATCH, LENGTH = 2, 9
@@ -288,10 +289,11 @@ def test_meta_device(position: str, assign: bool) -> None:
     assert torch.equal(layer(x), real(x))
 
 
-def test_parameters_are_drawn_anew_module_by_module() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_parameters_are_drawn_anew_module_by_module(fused: bool) -> None:
     """As a model is, which was made on the meta device and has no checkpoint."""
     options = {"sinks": True, "qk_norm": True, "position": RelativePositionBias(HEADS), "device": "meta"}
-    layer = SelfAttention(WIDTH, HEADS, **options).to_empty(device="cpu")
+    layer = SelfAttention(WIDTH, HEADS, fused=fused, **options).to_empty(device="cpu")
     for parameter in layer.parameters():
         nn.init.constant_(parameter, 7.0)
     for module in layer.modules():
@@ -299,6 +301,36 @@ def test_parameters_are_drawn_anew_module_by_module() -> None:
             module.reset_parameters()
     assert layer.sinks.count_nonzero() == 0
     assert not any((parameter == 7).any() for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_parameters_are_drawn_anew_as_the_constructor_draws_them(fused: bool) -> None:
+    torch.manual_seed(3)
+    fresh = SelfAttention(WIDTH, HEADS, num_kv_heads=2, sinks=True, qk_norm=True, fused=fused)
+    want = copy.deepcopy(fresh.state_dict())
+    layer = shaken(fresh)
+    torch.manual_seed(3)
+    layer.reset_parameters()
+    assert all(torch.equal(tensor, want[name]) for name, tensor in layer.state_dict().items())
+
+
+def test_one_map_is_a_plain_linear() -> None:
+    """Tools that go by the exact class find it, torch's dynamic quantisation for one."""
+    layer = make(kind=CrossAttention, dtype=torch.float32, fused=True)
+    kinds = [type(getattr(layer, f"{pack}_proj")) for pack in ("q", "kv", "out")]
+    assert kinds == [nn.Linear, PackedLinear, nn.Linear]
+    with torch.device("meta"):
+        assert all(parameter.is_meta for parameter in SelfAttention(WIDTH).parameters())
+    assert not any(isinstance(module, PackedLinear) for module in make().modules())
+
+
+@pytest.mark.filterwarnings("ignore")  # torch deprecates it in favour of another package
+def test_dynamic_quantisation_reaches_the_projections() -> None:
+    layer, x = make(dtype=torch.float32, causal=True), randn(BATCH, LENGTH, WIDTH, dtype=torch.float32)
+    quantised = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear})
+    assert not any(isinstance(module, nn.Linear) for module in quantised.modules())
+    want = layer(x)
+    assert 0 < (quantised(x) - want).abs().max() < 0.05 * want.abs().max()
 
 
 @pytest.mark.parametrize(

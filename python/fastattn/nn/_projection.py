@@ -11,6 +11,29 @@ from torch import Tensor, nn
 PACKS = ("qkv", "kv", "q", "k", "v")  # letters say whose weights lie one below the other
 
 
+def projection(in_features: int, sizes: list[int], bias: bool, **factory: Any) -> nn.Linear:
+    """Return the module that maps rows to results of these widths, its parameters drawn.
+
+    One map is a plain `torch.nn.Linear`: what quantises or replaces layers may go by their exact class.
+    """
+    if len(sizes) > 1:
+        return PackedLinear(in_features, sizes, bias, **factory)
+    device = factory["device"] or torch.get_default_device()
+    # The constructor would draw, too: fused and separate weights are to take the same random numbers.
+    linear = nn.Linear(in_features, sizes[0], bias, **{**factory, "device": "meta"}).to_empty(device=device)
+    draw(linear, sizes)
+    return linear
+
+
+def draw(linear: nn.Linear, sizes: list[int]) -> None:
+    """Draw each weight as if it were alone, uniformly (Glorot and Bengio, 2010); vectors are 0."""
+    with torch.no_grad():
+        for weight in torch.split(linear.weight, sizes):
+            nn.init.xavier_uniform_(weight)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+
+
 class PackedLinear(nn.Linear):
     """Linear maps from rows of one width, their weights one below the other in `weight`.
 
@@ -28,23 +51,17 @@ class PackedLinear(nn.Linear):
         super().__init__(in_features, sum(sizes), bias=bias, **factory)
 
     def reset_parameters(self) -> None:
-        """Draw each weight as if it were alone, uniformly (Glorot and Bengio, 2010); vectors are 0."""
-        with torch.no_grad():
-            for weight in torch.split(self.weight, self.sizes):
-                nn.init.xavier_uniform_(weight)
-            if self.bias is not None:
-                self.bias.zero_()
+        """Draw the parameters as those of separate maps."""
+        draw(self, self.sizes)
 
     def forward(self, *sources: Tensor | None) -> Any:
         """Map each source by its weight; None stays None.
 
-        One map alone is an ordinary `torch.nn.Linear`. The results of several are views of one product if
-        their sources are the same.
+        The results are views of one product if sources are the same.
         """
         first = sources[0]
         if first is not None and all(source is first for source in sources):
-            rows = super().forward(first)
-            return rows if len(self.sizes) == 1 else torch.split(rows, self.sizes, dim=-1)
+            return torch.split(super().forward(first), self.sizes, dim=-1)
         weights = torch.split(self.weight, self.sizes)
         biases: Any = [None] * len(weights) if self.bias is None else torch.split(self.bias, self.sizes)
         return tuple(

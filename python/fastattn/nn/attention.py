@@ -17,7 +17,7 @@ from fastattn.nn._common import (
     check_score_bias,
 )
 from fastattn.nn._place import Alibi, check_position
-from fastattn.nn._projection import PackedLinear, repack
+from fastattn.nn._projection import draw, projection, repack
 from fastattn.nn.cache import KVCache
 from fastattn.nn.positions import RelativePositionBias
 from fastattn.nn.rotary import RotaryEmbedding
@@ -147,15 +147,20 @@ class Attention(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self._make_projections(bias, factory)
         width = self.num_heads * self.head_dim
-        self.out_proj = PackedLinear(width, [self.embed_dim], out_bias, **factory)
+        self.out_proj = projection(width, [self.embed_dim], out_bias, **factory)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **factory) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **factory) if qk_norm else None
-        self.sinks = nn.Parameter(torch.empty(self.num_heads, **factory)) if sinks else None
+        self.sinks = nn.Parameter(torch.zeros(self.num_heads, **factory)) if sinks else None
         self.position = check_position(position, self.head_dim, self.num_heads, factory)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set `sinks`, its one parameter, to 0; projections, norms and `position` have this method, too."""
+        """Set parameters as the constructor does; those of `position` are its own to draw."""
+        for pack in self._packs:
+            draw(getattr(self, f"{pack}_proj"), [self._widths[letter] for letter in pack])
+        draw(self.out_proj, [self.embed_dim])
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.reset_parameters()
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
 
@@ -193,7 +198,7 @@ class Attention(nn.Module):
                 got = f"embed_dim = {self.embed_dim}, kdim = {self.kdim} and vdim = {self.vdim}"
                 raise ValueError(f"fused must be False where sources differ in width, got {got}")
             heads = [self._widths[letter] for letter in pack]
-            self.add_module(f"{pack}_proj", PackedLinear(widths.pop(), heads, bias, **factory))
+            self.add_module(f"{pack}_proj", projection(widths.pop(), heads, bias, **factory))
 
     def forward(
         self,
