@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 import threading
 from typing import Any
 
@@ -313,6 +315,52 @@ def test_rows_come_back_as_they_were(dtype, layout, rng):
     again = again if layout == "bshd" else again.swapaxes(0, 1)
     expected = rows[1][0] if layout == "bshd" else rows[1][0].swapaxes(0, 1)
     assert (again[:4] == expected).all() and (again[4:] == expected[1:]).all()
+
+
+# --- copies ------------------------------------------------------------------------------------------------
+
+DUPLICATES = {"deepcopy": copy.deepcopy, "pickle": lambda cache: pickle.loads(pickle.dumps(cache))}
+QUANTISED = ["int8", ml_dtypes.float8_e4m3fn, torch.int8, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("duplicate", DUPLICATES.values(), ids=DUPLICATES)
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("dtype", [*PLAIN, *QUANTISED], ids=str)
+def test_copies_hold_the_same_and_go_on_apart(dtype, layout, duplicate, rng):
+    cache = fa.PagedKVCache(6, 4, 2, 8, 5, layers=2, dtype=dtype, layout=layout)
+    gone, first = filled(cache, 4), filled(cache, 6)
+    axes = (1, 6, 2) if layout == "bshd" else (1, 2, 6)
+    given = [rng.standard_normal((*axes, dim)).astype(np.float32) for dim in (8, 5)]
+    if dtype in PLAIN:
+        own = cache.layer(0)["key_cache"].dtype
+        given = [
+            torch.from_numpy(x).to(own) if isinstance(own, torch.dtype) else x.astype(own) for x in given
+        ]
+    elif isinstance(dtype, torch.dtype):
+        given = [torch.from_numpy(x) for x in given]
+    for layer in range(2):
+        cache.write([first], *given, layer=layer)
+    fork = cache.fork(first)
+    cache.free(gone)
+    before = cache.usage()
+
+    other = duplicate(cache)
+    assert other.usage() == before and repr(other) == repr(cache)
+    assert pages(other, first, fork) == [[1, 2], [1, 2]]
+    for mine, theirs in zip(other.layer(1).values(), cache.layer(1).values(), strict=True):
+        assert type(mine) is type(theirs)
+        if not isinstance(mine, str):
+            assert mine.dtype == theirs.dtype
+            strides = [x.strides if isinstance(x, np.ndarray) else x.stride() for x in (mine, theirs)]
+            assert strides[0] == strides[1]
+    for layer, sequence in itertools.product(range(2), (first, fork)):
+        arrays = zip(other.read(sequence, layer=layer), cache.read(sequence, layer=layer), strict=True)
+        assert all((mine == theirs).all() for mine, theirs in arrays)
+
+    other.extend([first, fork], 5)
+    other.write([fork], *given, start=5)
+    assert cache.usage() == before and cache.length(fork) == 6
+    assert other.allocate() == cache.allocate()
 
 
 CODES = {

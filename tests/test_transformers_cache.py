@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 from typing import Any
 
@@ -203,6 +204,27 @@ def test_answers_share_their_prompt():
         assert cache.usage().shared_pages == LENGTH // 5 and shared.get_seq_length() == LENGTH
         del cache
         assert shared.usage() == expected
+
+
+def test_a_prompt_is_saved():
+    """Without what other caches have in its pool; both go on apart."""
+    model = use(build(llama), "fastattn")
+    ids = prompt()["input_ids"][:1]
+    cache = PagedCache(model.config, page_size=5)
+    with torch.no_grad():
+        model(input_ids=ids, **{KEYWORD: cache})
+    other = copy.deepcopy(cache)  # a fork in the same pool
+    saved = pickle.dumps(cache)
+    asked = torch.cat([ids, torch.full((1, 3), 5)], 1)
+    inputs = {"input_ids": asked, "attention_mask": torch.ones_like(asked)}
+    want = generate(model, "fastattn", other, **inputs)
+    restored = pickle.loads(saved)
+    assert type(restored) is PagedCache and restored.get_seq_length() == LENGTH
+    assert restored.usage().sequences == 1 and restored.usage().shared_pages == 0
+    agree(generate(model, "fastattn", restored, **inputs), want)
+    assert cache.get_seq_length() == LENGTH
+    empty = pickle.loads(pickle.dumps(PagedCache(model.config)))
+    agree(generate(model, "fastattn", empty, **inputs), want)
 
 
 @pytest.mark.parametrize("size", [1, 4, 7])

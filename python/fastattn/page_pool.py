@@ -73,6 +73,21 @@ class PagePool:
         for pool in self.arrays.values():
             pool[:, new] = pool[:, old]
 
+    def contents(self, pages: NDArray[np.int32]) -> dict[str, Array]:
+        """Return copies of pages, in every layer."""
+        numbers = self._library.integers(pages)
+        return {name: self._storable(pool)[:, numbers] for name, pool in self.arrays.items()}
+
+    def restore(self, pages: NDArray[np.int32], contents: dict[str, Array]) -> None:
+        """Write what `contents` returned of these pages."""
+        numbers = self._library.integers(pages)
+        for name, pool in self.arrays.items():
+            self._storable(pool)[:, numbers] = contents[name]
+
+    def _storable(self, pool: Array) -> Array:
+        """View 8-bit numbers as bytes: pickle knows no float8 of torch."""
+        return pool.view(self._library.functions.uint8) if pool.itemsize == 1 else pool
+
     def reorder(self, old: NDArray[np.int32]) -> None:
         """Let page ``old[i]`` become page ``i``; one layer at a time is held twice.
 

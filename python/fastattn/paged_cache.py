@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypedDict
@@ -104,6 +105,9 @@ class PagedKVCache:
 
     On a GPU, memory is copied on the current stream.
 
+    ``copy.deepcopy`` makes a cache of its own, with the same sequences, on the same pages; ``pickle`` saves
+    one. Of the pool, both copy what sequences hold. What `layer` returned before belongs to the old one.
+
     References
     ----------
     .. [1] Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention",
@@ -152,6 +156,27 @@ class PagedKVCache:
         self.dtype = self._pool.dtype
         self._table = PageTable(num_pages, page_size)
         self._lock = threading.RLock()
+        self._sizes = (page_size, kv_heads, head_dim, value_dim)
+        self._options = {"layers": layers, "dtype": dtype, "device": device, "layout": layout}
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            held = self._table.held_pages()
+            table = copy.deepcopy(self._table)  # which other threads may change before it is saved
+            return {
+                "sizes": self._sizes,
+                "options": self._options,
+                "table": table,
+                "pages": held,
+                "contents": self._pool.contents(held),
+            }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A new pool: copies of arrays would not have pages first in memory, nor begin where a page does.
+        num_pages = len(state["table"].references)
+        PagedKVCache.__init__(self, num_pages, *state["sizes"], **state["options"])
+        self._table = state["table"]
+        self._pool.restore(state["pages"], state["contents"])
 
     @property
     def sequences(self) -> tuple[int, ...]:

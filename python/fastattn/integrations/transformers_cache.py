@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import deque
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ class PagedCache(Cache):
     ``EncoderDecoderCache(PagedCache(config), DynamicCache())``. It has no gradients.
 
     ``copy.deepcopy`` of it shares all pages until one of the two goes on: a prompt is computed once for any
-    number of answers.
+    number of answers. ``pickle`` saves the pages that the cache holds, for another process.
     """
 
     def __init__(
@@ -151,6 +152,10 @@ class PagedCache(Cache):
         copied.layers = list(copied._own)
         memo[id(self)] = copied
         return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return self.__dict__
 
     def __repr__(self) -> str:
         return f"PagedCache(length={self.get_seq_length()}, {self._pages.tidied_pool()})"
@@ -321,6 +326,14 @@ class _Pages:
         if self.pool is not None:
             forked.sequences = [self.pool.fork(sequence) for sequence in self.sequences]
         return forked
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle takes: of a pool that forks share, the sequences of this one."""
+        pool = copy.deepcopy(self.tidied_pool())
+        if pool is not None:
+            for sequence in set(pool.sequences).difference(self.sequences):
+                pool.free(sequence)
+        return {**self.__dict__, "pool": pool, "orphans": deque()}
 
     def _set_starts(self, starts: list[int]) -> None:
         self.starts = starts
