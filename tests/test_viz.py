@@ -45,13 +45,14 @@ def top_k(matrix, k):
 
 def test_cells_and_tokens():
     matrix = weights(4, 6)
-    (ax, _) = viz.heatmap(matrix, TOKENS[:4], TOKENS, title="head of $5 or $6").axes
+    figure = viz.heatmap(matrix, TOKENS[:4], TOKENS, title="head of $5 or $6")
+    (ax, _) = figure.axes
     (image,) = ax.images
     np.testing.assert_array_equal(image.get_array(), matrix.astype(np.float64))
     assert texts(ax.get_xticklabels()) == LABELS
     assert texts(ax.get_yticklabels()) == LABELS[:4]
-    assert ax.get_title(loc="left") == "head of $5 or $6"
-    for text in (*ax.get_xticklabels(), ax._left_title):
+    assert figure.get_suptitle() == "head of $5 or $6"
+    for text in (*ax.get_xticklabels(), figure._suptitle):
         assert not text.get_parse_math()
 
 
@@ -72,7 +73,7 @@ def test_every_head_or_one_or_the_average():
 def test_labels_stay_apart(heads, length):
     figure = viz.heatmap(weights(heads, length, length), [f"word{number}" for number in range(length)])
     figure.set_dpi(50)
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     assert max(figure.get_size_inches()) <= 21
     first, *others = [ax for ax in figure.axes if ax.images and ax.get_ylabel() != "attention weight"]
     lowest = others[-1] if others else first
@@ -96,7 +97,7 @@ def test_one_cell_for_several_pairs_has_the_largest():
     assert cells[1, 1] == 0.25
     assert cells[-1, 2] == 1.0
     assert cells.sum() == 1.75
-    assert figure.axes[1].get_ylabel() == "attention weight, the largest of 5 x 1 pairs"
+    assert figure.axes[1].get_ylabel() == "attention weight,\nthe largest of 5 x 1 pairs"
 
 
 def test_more_is_darker():
@@ -110,11 +111,56 @@ def test_more_is_darker():
     assert lightness[0] > 0.9 > 0.2 > lightness[-1]
 
 
+LONG = "What the heads of a layer look at in a sentence that has more words than a picture has inches of room"
+FLAT = np.ones((40, 400))
+DRAWN = {
+    **{f"distance, {heads} heads, {length} tokens":
+        lambda heads=heads, length=length, **said: viz.distance(weights(heads, length, length), **said)
+        for heads in (1, 2, 9) for length in (1, 13, 300)},
+    "overlay, flat": lambda **said: viz.overlay(FLAT, weights(1, 2, 40)[0], (2, 20), **said),
+    "overlay, tall": lambda **said: viz.overlay(FLAT.T, weights(1, 2, 40)[0], (20, 2), **said),
+    "heatmap, small": lambda **said: viz.heatmap(weights(6, 6), **said),
+    "heatmap, flat": lambda **said: viz.heatmap(weights(3, 3000), **said),
+    "heatmap, grid": lambda **said: viz.heatmap(weights(2, 3, 3000), **said),
+    "links": lambda **said: viz.links(weights(3, 6, 6), **said),
+    "mass, bars": lambda **said: viz.mass(weights(30), **said),
+    "mass, text": lambda **said: viz.mass(40 * weights(6), TOKENS, style="text", **said),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("drawn", DRAWN)
+@pytest.mark.parametrize("title", [None, "Short", LONG])
+def test_words_are_neither_cut_nor_on_one_another(drawn, title):
+    figure = DRAWN[drawn](title=title)
+    figure.draw_without_rendering()
+    assert figure.get_suptitle() == (title or "")
+    paper = figure.bbox_inches.padded(0.02)
+    assert all(paper.contains(*corner) for corner in figure.get_tightbbox().corners())
+    if (bar := figure.axes[-1]).get_label() == "<colorbar>":
+        side = "x" if bar.get_xlabel() else "y"
+        numbers = getattr(bar, f"get_{side}ticklabels")()
+        assert len(numbers) >= 2
+        assert not overlap(numbers, side)
+
+
+@pytest.mark.parametrize("top", [1e-9, 0.027, 0.3, 0.87, 1.0, 9.4, 99.99, 100.0, 712.0])
+def test_numbers_beside_colours(top):
+    figure = viz.heatmap([[top, 0.0]])
+    marks = figure.axes[1].get_yticks()
+    assert [f"{mark:g}" for mark in marks] == texts(figure.axes[1].get_yticklabels())
+    places = np.sqrt(marks / top)
+    assert places[0] == 0.0
+    assert 0.7 < places[-1] <= 1.0
+    assert (np.diff(places) >= 0.249).all()
+    assert 3 <= len(marks) <= 5
+
+
 def test_an_axes_of_the_callers():
     from matplotlib.figure import Figure
 
     ax = Figure().add_subplot()
-    assert viz.heatmap(weights(6, 6), TOKENS, ax=ax) is ax.figure
+    assert viz.heatmap(weights(6, 6), TOKENS, title="this one", ax=ax) is ax.figure
+    assert ax.get_title(loc="left") == "this one"
     assert viz.links(weights(6, 6), TOKENS, ax=ax) is ax.figure
     with pytest.raises(ValueError, match="ax: one axes holds one map, got 2 heads"):
         viz.heatmap(weights(2, 6, 6), TOKENS, ax=ax)
@@ -166,6 +212,25 @@ def test_no_key_is_no_line():
     assert places == [(0.5, 0.75)]
 
 
+def test_what_is_drawn_of_several_heads_is_said():
+    def said(array, **options):
+        return viz.links(array, **options).axes[0].get_xlabel()
+
+    matrix = weights(3, 6, 6)
+    for source in (matrix, top_k(matrix, 2)):
+        assert said(source) == said(source, query=1) == "average of the heads"
+        assert said(source, head=2) == "head 2"
+    assert said(matrix[0]) == said(top_k(matrix[:1], 2)) == ""
+
+
+def test_positions_are_not_written_twice():
+    matrix = np.zeros((400, 400))
+    matrix[123, [7, 361]] = 0.75, 0.25
+    written = texts(viz.links(top_k(matrix[None], 2), query=123).axes[0].texts)
+    assert {"123", "7  0.75", "361  0.25"} <= set(written)
+    assert not any(":" in text for text in written)
+
+
 def test_one_query():
     matrix = np.full((4, 4), 0.25)
     matrix[2] = [0.0, 0.125, 0.875, 0.0]
@@ -180,7 +245,7 @@ def test_one_query_of_a_long_text_names_its_keys():
     matrix = np.zeros((400, 400))
     matrix[123, [7, 361]] = 0.75, 0.25
     figure = viz.links(matrix, [f"word{number}" for number in range(400)], query=123)
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     written = figure.axes[0].texts
     assert {"123: word123", "7: word7  0.75", "361: word361  0.25"} <= set(texts(written))
     for side in ("left", "right"):
@@ -198,7 +263,7 @@ def test_patches_lie_over_the_image():
         below, above = ax.images
         np.testing.assert_allclose(above.get_array(), head.reshape(2, 3))
         assert tuple(above.get_extent()) == tuple(below.get_extent()) == (-0.5, 11.5, 7.5, -0.5)
-    assert bar.get_ylabel() == "attention weight of a patch"
+    assert bar.get_xlabel() == "attention weight of a patch"
     average = viz.overlay(image[..., 0], attention[None, :, :4], head="mean").axes[1]
     np.testing.assert_allclose(average.images[1].get_array().ravel(), attention[:, :4].mean(0), rtol=1e-6)
 
@@ -221,7 +286,7 @@ def test_shaded_text_is_the_text():
     received = np.arange(len(tokens), dtype=float)
     figure = viz.mass(received, tokens, style="text")
     figure.set_dpi(50)
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     ax = figure.axes[0]
     lines = {}
     for text in ax.texts:
@@ -307,6 +372,12 @@ def test_wrong_values(message):
         (lambda: viz.heatmap(np.eye(3), head="max"), "head: expected an integer or 'mean', got 'max'"),
         (lambda: viz.links(np.eye(3), query="its"), "query: expected the position of a query"),
         (lambda: viz.mass("mass"), "key_mass: expected an array of numbers, got str"),
+        (
+            lambda: viz.heatmap(top_k(np.eye(3)[None], 1)),
+            "weights: .* got SimpleNamespace, .* links and page",
+        ),
+        (lambda: viz.mass(top_k(np.eye(3)[None], 1)), "key_mass: .* mass takes its key_mass"),
+        (lambda: viz.distance(top_k(np.eye(3)[None], 1)), "distance takes it with the same distances"),
     ],
 )
 def test_wrong_types(call, message):

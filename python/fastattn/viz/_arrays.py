@@ -14,10 +14,20 @@ FloatArray: TypeAlias = NDArray[np.float64]
 Head: TypeAlias = "int | Literal['mean']"
 
 
+def is_insight(source: Any) -> bool:
+    """Whether `source` has the strongest keys of each query, as `fastattn.insight` returns them."""
+    return hasattr(source, "keys") and hasattr(source, "weights")
+
+
 def numbers(name: str, array: ArrayLike) -> FloatArray:
     """`array` in float64; a ValueError unless every number is finite and at least 0."""
     if hasattr(array, "detach"):  # torch, whose bfloat16 NumPy does not know
         array = array.detach().cpu().double().numpy()
+    if is_insight(array):
+        raise TypeError(
+            f"{name}: expected an array of numbers, got {type(array).__name__}, which has not all weights: "
+            f"links and page take it, mass takes its key_mass, distance takes it with the same distances"
+        )
     try:
         values = np.asarray(array).astype(np.float64)
     except (TypeError, ValueError) as error:

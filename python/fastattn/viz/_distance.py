@@ -100,7 +100,7 @@ def _binned(heads: FloatArray, bounds: list[int], query_offset: int | None) -> F
 def _draw(shares: FloatArray, names: list[str], title: str | None) -> Figure:
     heads, bins = shares.shape
     width, height = max(2.4, 0.52 * bins), _style.inches(heads, least=0.6)
-    figure = _style.new_figure(width + 1.9, height + 1.2)
+    figure = _style.new_figure(max(3.4, width + 1.0), height + 1.4)
     ax = figure.add_subplot()
     top = float(shares.max(initial=0.0))
     image = _style.paint(ax, shares, top)
@@ -116,7 +116,8 @@ def _draw(shares: FloatArray, names: list[str], title: str | None) -> Figure:
     ax.set_xlabel("distance from query to key, in tokens", fontsize=_style.FONT_POINTS)
     ax.set_ylabel("head", fontsize=_style.FONT_POINTS)
     _style.write_title(ax, title)
-    _style.colour_bar(image, ax, "share of the head's attention, %")
+    # Below, where the label has room: few heads are no higher than a word or two.
+    _style.colour_bar(image, ax, "share of the head's attention, %", "bottom")
     return figure
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn.viz import _arrays
-from fastattn.viz._arrays import ArrayLike, FloatArray, Head
+from fastattn.viz._arrays import ArrayLike, FloatArray, Head, is_insight
 
 
 class Edges(NamedTuple):
@@ -17,11 +17,6 @@ class Edges(NamedTuple):
     query: NDArray[np.int64]
     key: NDArray[np.int64]
     weight: FloatArray
-
-
-def is_insight(source: Any) -> bool:
-    """Whether `source` has the strongest keys of each query, as `fastattn.insight` returns them."""
-    return hasattr(source, "keys") and hasattr(source, "weights")
 
 
 def strongest(source: Any) -> tuple[NDArray[np.int64], FloatArray]:
@@ -49,12 +44,13 @@ def key_count(insight: Any, tokens: int) -> int:
     return tokens or max(named, keys.shape[1])
 
 
-def sizes(source: ArrayLike, tokens: int) -> tuple[int, int]:
-    """How many queries and keys `source` has; for an insight that does not tell, as many keys as `tokens`."""
+def sizes(source: ArrayLike, tokens: int) -> tuple[int, int, int]:
+    """How many heads, queries and keys there are; of an insight that does not tell, `tokens` keys."""
     if is_insight(source):
-        return strongest(source)[1].shape[1], key_count(source, tokens)
-    queries, keys = _arrays.with_heads("weights", source, "queries, keys").shape[1:]
-    return queries, keys
+        heads, queries, _ = strongest(source)[1].shape
+        return heads, queries, key_count(source, tokens)
+    heads, queries, keys = _arrays.with_heads("weights", source, "queries, keys").shape
+    return heads, queries, keys
 
 
 def edges(source: ArrayLike, head: Head, keys: int) -> Edges:

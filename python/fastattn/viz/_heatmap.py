@@ -84,13 +84,12 @@ def _single(
     matrix: FloatArray, names_q: list[str], names_k: list[str], title: str | None, ax: Axes | None
 ) -> Figure:
     width, height = _style.inches(len(names_k)), _style.inches(len(names_q))
+    alone = ax is None
     if ax is None:
-        figure = _style.new_figure(max(4.0, width + 1.9), max(2.8, height + 1.3))
-        ax = figure.add_subplot()
+        ax = _style.new_figure(max(4.0, width + 1.9), max(2.8, height + 1.3)).add_subplot()
     else:
-        figure = _style.figure_of(ax)
-        box = ax.get_window_extent()
-        width, height = box.width / figure.dpi, box.height / figure.dpi
+        box, dpi = ax.get_window_extent(), _style.figure_of(ax).dpi
+        width, height = box.width / dpi, box.height / dpi
     cells, rows, columns = _arrays.pooled(matrix, _most_cells(_style.THINNED_INCHES))
     image = _style.paint(ax, cells, float(matrix.max(initial=0.0)))
     image.set_extent((-0.5, len(names_k) - 0.5, len(names_q) - 0.5, -0.5))
@@ -99,9 +98,9 @@ def _single(
     ax.tick_params(labeltop=True, labelbottom=False)
     ax.set_ylabel("query", fontsize=_style.FONT_POINTS)
     ax.set_xlabel("key", fontsize=_style.FONT_POINTS)
-    _style.write_title(ax, title)
+    _style.write_title(ax, title, alone=alone)
     _style.colour_bar(image, ax, _legend(rows, columns))
-    return figure
+    return _style.figure_of(ax)
 
 
 def _grid(
@@ -132,7 +131,7 @@ def _grid(
         ax.tick_params(labelleft=place % columns == 0, labelbottom=place + columns >= count)
     figure.supxlabel("key", fontsize=_style.FONT_POINTS)
     figure.supylabel("query", fontsize=_style.FONT_POINTS)
-    _style.write_title(figure, title)
+    _style.write_title(ax, title)
     _style.colour_bar(image, axes.ravel().tolist(), _legend(steps_q, steps_k))
     return figure
 
@@ -144,4 +143,4 @@ def _most_cells(inches: float) -> int:
 
 def _legend(rows: int, columns: int) -> str:
     """Name the colours, and say what a cell stands for if it is not one pair."""
-    return _LEGEND if rows == columns == 1 else f"{_LEGEND}, the largest of {rows} x {columns} pairs"
+    return _LEGEND if rows == columns == 1 else f"{_LEGEND},\nthe largest of {rows} x {columns} pairs"

@@ -58,6 +58,7 @@ def links(
     -------
     matplotlib.figure.Figure
         Opacity and width of a line grow with its weight; pairs below a hundredth of the strongest have none.
+        Below stands which of several heads is drawn.
 
     Raises
     ------
@@ -69,7 +70,7 @@ def links(
         Where shapes do not fit, or there is no such head, query or key.
     """
     given = key_tokens if key_tokens is not None else query_tokens
-    queries, keys = _edges.sizes(weights, len(given or ()))
+    heads, queries, keys = _edges.sizes(weights, len(given or ()))
     names_q = _arrays.check_tokens("query_tokens", query_tokens, queries)
     if key_tokens is None and keys == queries:
         key_tokens = query_tokens
@@ -80,12 +81,16 @@ def links(
     if query is not None:
         pairs = type(pairs)(*(part[pairs.query == query] for part in pairs))
     height = _style.inches(max(len(names_q), len(names_k)))
+    alone = ax is None
     if ax is None:
-        ax = _style.new_figure(5.0, height + (0.7 if title is None else 1.1)).add_subplot()
+        ax = _style.new_figure(5.0, height + (0.7 if heads == 1 else 0.9)).add_subplot()
     found = {} if query is None else _strongest(pairs)
     _write(ax, names_q, names_k, height, query, found)
     _draw(ax, pairs, len(names_q), len(names_k), 1.0 if query is None else 0.5)
-    _style.write_title(ax, title)
+    if heads > 1:
+        of = "average of the heads" if head == "mean" else f"head {head}"
+        ax.set_xlabel(of, fontsize=_style.FONT_POINTS)
+    _style.write_title(ax, title, alone=alone)
     return _style.figure_of(ax)
 
 
@@ -122,9 +127,7 @@ def _write(
     chosen = [] if query is None else [query]
     for names, x, side, first in ((names_q, -0.02, "right", chosen), (names_k, 1.02, "left", list(found))):
         places = _labelled(len(names), height, first)
-        for position in places:
-            text = _style.label(names[position])
-            text = text if len(places) == len(names) else f"{position}: {text}"
+        for position, text in zip(places, _style.labels(names, places), strict=True):
             bold = position in first
             if bold and side == "left":
                 text += f"  {found[position]:.2f}"

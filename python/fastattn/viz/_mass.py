@@ -103,7 +103,7 @@ def _text(received: FloatArray, names: list[str], title: str | None) -> Figure:
         raise ValueError(
             f"tokens: they fill {lines} lines, and a picture has {_MOST_LINES}; style='bars' takes any"
         )
-    figure = _style.new_figure(_WIDTH + 0.2, lines * _LINE + (0.9 if title is None else 1.3))
+    figure = _style.new_figure(_WIDTH + 0.2, lines * _LINE + 0.9)
     ax = figure.add_subplot()
     ax.set(xlim=(0, letters), ylim=(lines, 0))
     ax.set_axis_off()

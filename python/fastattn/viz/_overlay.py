@@ -114,7 +114,7 @@ def _draw(
     rows = math.ceil(count / columns)
     height, width = grey.shape
     scale = _SIDE / max(height, width)
-    size = (1.2 + columns * (0.15 + width * scale), 0.4 + rows * (0.35 + height * scale))
+    size = (0.4 + columns * (0.15 + width * scale), 0.75 + rows * (0.35 + height * scale))
     figure = _style.new_figure(max(size[0], 3.0), size[1])
     axes = figure.subplots(rows, columns, squeeze=False)
     top = float(maps.max(initial=0.0))
@@ -131,6 +131,6 @@ def _draw(
                 interpolation="bilinear",
             )  # fmt: skip
         ax.set_title(names[place - 1] if place else "image", fontsize=_style.FONT_POINTS, pad=3)
-    _style.write_title(figure, title)
-    _style.colour_bar(shown, axes.ravel().tolist(), "attention weight of a patch")
+    _style.write_title(axes[0, 0], title)
+    _style.colour_bar(shown, axes.ravel().tolist(), "attention weight of a patch", "bottom")
     return figure

@@ -65,11 +65,11 @@ def _recorded(recording: Any) -> list[_Source]:
 
 
 def _given(source: Any) -> list[_Source]:
-    if _edges.is_insight(source):
+    if _arrays.is_insight(source):
         return [_Source("attention", source, False)]
     if isinstance(source, list | tuple) and source:
         first = source[0]
-        if hasattr(first, "shape") or _edges.is_insight(first):
+        if hasattr(first, "shape") or _arrays.is_insight(first):
             return [_Source(f"layer {place}", layer, False) for place, layer in enumerate(source)]
     array = source if hasattr(source, "shape") else np.asarray(source)
     if len(array.shape) == 4 and array.shape[0] != 1:
@@ -81,7 +81,7 @@ def _layer(
     source: _Source, tokens: Sequence[str] | None, key_tokens: Sequence[str] | None, budget: int
 ) -> LayerData:
     keys: NDArray[np.int64] | None = None
-    if _edges.is_insight(source.attention):
+    if _arrays.is_insight(source.attention):
         keys, weights = _edges.strongest(source.attention)
         count = _edges.key_count(source.attention, len(key_tokens or tokens or ()))
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,7 @@ BLUE, VERMILION = "#0072B2", "#D55E00"
 INK = "#222222"
 # Attention is often a few large weights over many small ones; the square root keeps the small ones visible.
 _GAMMA = 0.5
+_MARKS_APART = 0.25  # of a bar of colours, the least between two of its numbers
 _LONGEST_LABEL = 20
 
 
@@ -72,13 +74,17 @@ def kept(count: int, room: float, each: float) -> range:
     return range(0, count, max(1, step))
 
 
+def labels(tokens: Sequence[str], places: Sequence[int]) -> list[str]:
+    """Labels of the `tokens` at some `places`; with their positions if these are not all, nor the tokens."""
+    numbered = len(places) < len(tokens) and list(tokens) != [str(place) for place in range(len(tokens))]
+    return [f"{place}: {label(tokens[place])}" if numbered else label(tokens[place]) for place in places]
+
+
 def name_tokens(axis: Any, tokens: Sequence[str], room: float, size: float = FONT_POINTS) -> None:
     """Write `tokens` along an axis `room` inches long: all, or with their positions every so many."""
     places = kept(len(tokens), room, size / FONT_POINTS * LINE_INCHES)
-    numbered = len(places) < len(tokens) and list(tokens) != [str(place) for place in range(len(tokens))]
-    names = [f"{place}: {label(tokens[place])}" if numbered else label(tokens[place]) for place in places]
     # A token with two dollars is no mathematics.
-    axis.set_ticks(list(places), names, parse_math=False)
+    axis.set_ticks(list(places), labels(tokens, places), parse_math=False)
     if axis.axis_name == "x":
         axis.set_tick_params(labelrotation=90)
     axis.set_tick_params(length=0, labelsize=size, pad=2)
@@ -113,22 +119,44 @@ def bare(ax: Axes, *sides: str) -> None:
 
 def colour_bar(mappable: Any, axes: Any, text: str, side: str = "right") -> None:
     """Say beside or below `axes`, one or several, which colour is which number."""
+    from matplotlib.colors import PowerNorm
+
     figure = figure_of(axes[0] if isinstance(axes, list) else axes)
-    bar = figure.colorbar(
-        mappable, ax=axes, location=side, shrink=0.6, aspect=18 if side == "right" else 40, pad=0.02
-    )
+    aspect, pad = (18, 0.02) if side == "right" else (40, 0.04)
+    bar = figure.colorbar(mappable, ax=axes, location=side, shrink=0.6, aspect=aspect, pad=pad)
+    if isinstance(mappable.norm, PowerNorm) and (top := mappable.norm.vmax):
+        marks = _marks(top)  # matplotlib's are in equal steps, which crowd at the upper end
+        bar.set_ticks(marks, labels=[f"{mark:g}" for mark in marks])
     bar.set_label(text, fontsize=FONT_POINTS)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=2, labelsize=FONT_POINTS)
 
 
-def write_title(target: Any, title: str | None) -> None:
-    """Write `title` over a figure or an axes, as it stands: dollars are dollars."""
+def _marks(top: float) -> list[float]:
+    """0, the highest number of one digit up to `top`, and round ones that `norm` sets apart from these."""
+    first = math.floor(math.log10(top))
+    marks: list[float] = []
+    last = 1 + _MARKS_APART
+    for power, digit in product(range(first, first - 3, -1), range(9, 0, -1)):
+        mark = float(f"{digit}e{power}")
+        place = (mark / top) ** _GAMMA
+        round_enough = digit <= 5 or not marks
+        if round_enough and _MARKS_APART <= place <= last - _MARKS_APART:
+            marks.append(mark)
+            last = place
+    return [0.0, *reversed(marks)]
+
+
+def write_title(ax: Axes, title: str | None, *, alone: bool = True) -> None:
+    """Write `title` over the figure of `ax`, which grows by it; over `ax` if that is not `alone` there."""
     if title is None:
         return
-    if hasattr(target, "suptitle"):
-        target.suptitle(title, fontweight="bold", fontsize=FONT_POINTS + 2, parse_math=False)
-    else:
-        target.set_title(
-            title, loc="left", fontweight="bold", fontsize=FONT_POINTS + 2, pad=10, parse_math=False
-        )
+    # Dollars are dollars.
+    looks: dict[str, Any] = {"fontweight": "bold", "fontsize": FONT_POINTS + 2, "parse_math": False}
+    if not alone:
+        ax.set_title(title, loc="left", pad=10, **looks)
+        return
+    # Over `ax` a long title would run out of the figure, and the layout would narrow `ax` for it.
+    figure = figure_of(ax)
+    text = figure.suptitle(title, x=0.01, ha="left", wrap=True, **looks)
+    figure.set_figheight(figure.get_figheight() + text.get_window_extent().height / figure.dpi + 0.1)
