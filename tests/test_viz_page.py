@@ -136,6 +136,26 @@ def test_a_long_text_of_its_strongest_keys(browser, tmp_path):
     assert browser.fetched() == []
 
 
+def test_buttons_are_on_no_label(browser, tmp_path):
+    for length, letters in ((20, 20), (8, 1), (150, 10)):
+        tokens = [f"{place}".rjust(letters, "w") for place in range(length)]
+        viz.page(np.eye(length), tokens, tmp_path / "a.html")
+        browser.open(tmp_path / "a.html")
+        found = browser.wait(
+            """
+            const box = (element) => element.getBoundingClientRect();
+            const map = document.querySelector("#map"), written = [...map.querySelectorAll("svg text")];
+            const page = box(map), buttons = box(map.querySelector(".modebar"));
+            const apart = (one, other) => one.right <= other.left || other.right <= one.left
+              || one.bottom <= other.top || other.bottom <= one.top;
+            return written.length > 0 && {
+              inside: buttons.top >= page.top && buttons.bottom <= page.bottom,
+              covered: written.filter((text) => !apart(box(text), buttons)).map((text) => text.textContent),
+            };"""
+        )
+        assert found == {"inside": True, "covered": []}
+
+
 def layers_in(page):
     """What a page carries, decoded: (layer, weights, keys)."""
     for layer in json.loads(RECORDED.search(page)[1]):

@@ -24,6 +24,8 @@ h1 { font-size: 1.4rem; }
 select, input { font: inherit; max-width: 16rem; }
 .views { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 34rem), 1fr)); gap: 1rem; }
 .views > div { min-width: 0; }
+/* Plotly's buttons: in the margin below, where the labels of the map leave them room. */
+#map .modebar-container { top: auto !important; bottom: 30px; }
 """
 _BODY = """<main>
 <h1>{title}</h1>
