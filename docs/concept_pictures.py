@@ -159,9 +159,9 @@ def positions() -> Figure:
     distance = np.arange(257)
     for slope in alibi_slopes(8).tolist():
         subtracted.plot(distance, -slope * distance, color=RED, linewidth=1.1)
-    subtracted.text(250, -6, "last head", ha="right", fontsize=8)
-    subtracted.text(60, -37, "first head", fontsize=8)
-    subtracted.set(xlabel="distance from query to key", ylabel="added to the score", ylim=(-40, 1))
+    subtracted.text(256, 0.5, "last head", ha="right", fontsize=8)  # whose line is the topmost
+    subtracted.text(68, -38, "first head", ha="right", fontsize=8)
+    subtracted.set(xlabel="distance from query to key", ylabel="added to the score", ylim=(-40, 3))
     subtracted.set_title("ALiBi: distance is subtracted")
     return figure
 
