@@ -306,7 +306,7 @@ def test_compare_prints_tables_and_draws(little, tmp_path):
         "by kind of position",
     ):
         assert title in told.stdout
-    assert {path.stem for path in (tmp_path / "pictures").iterdir()} == {"times", "memory", "recall", "order"}
+    assert {path.stem for path in (tmp_path / "pictures").iterdir()} == {"times", "recall", "order"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "pictures").iterdir())
 
 

@@ -270,6 +270,36 @@ def test_pictures_have_the_lines_and_say_which(tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.png").stat().st_size > 2000
 
 
+@pytest.mark.parametrize("lengths", [(64, 256), (256,)])
+def test_the_picture_of_memory_shows_all_of_it(lengths: tuple[int, ...]) -> None:
+    """As lines, or of one length as bars that name their kind and have their number; no panel is cut."""
+    pytest.importorskip("matplotlib")
+    settings = CostSettings(kinds=("full", "causal", "rnn"), memory_lengths=lengths)
+    cost = Cost(settings, peaks=[50.0, 100.0], memory=[
+        Memory(kind, length, mode, 2**20 * (length + 5000 * (mode and kind == "rnn")))
+        for kind in settings.kinds for length in lengths for mode in (False, True)
+    ])  # fmt: skip
+    (figure,) = (figure for name, figure in pictures.of_part("cost", cost) if name == "memory")
+    figure.draw_without_rendering()
+    forward, training = figure.axes
+    for ax, most in ((forward, lengths[-1]), (training, lengths[-1] + 5000)):
+        value = ax.yaxis if len(lengths) > 1 else ax.xaxis
+        assert value.get_view_interval()[1] > 1.05 * most  # and the mark, or the number, that stands there
+        assert all(ax.bbox.x0 <= text.get_window_extent().x1 <= ax.bbox.x1 for text in ax.texts)
+    if len(lengths) == 1:
+        assert [label.get_text() for label in forward.get_yticklabels()] == [
+            "full attention",
+            "causal attention",
+            "RNN",
+        ]
+        assert [text.get_text() for text in training.texts] == ["256", "256", "5256"]
+
+
+def test_memory_that_nobody_could_measure_is_not_drawn() -> None:
+    pytest.importorskip("matplotlib")
+    assert "memory" not in dict(pictures.of_part("cost", dataclasses.replace(a_cost(), memory=[])))
+
+
 def test_the_command_keeps_prints_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rich")
     pytest.importorskip("matplotlib")

@@ -29,6 +29,7 @@ _NAMES = {
 }  # fmt: skip
 _MODES = ((False, "forward"), (True, "training: forward and backward"))
 _GREY = "#6b6862"
+_SCORES = "scores of all pairs, were they kept"
 
 
 def draw_times(cost: Cost) -> Figure:
@@ -60,18 +61,49 @@ def draw_times(cost: Cost) -> Figure:
 
 
 def draw_memory(cost: Cost) -> Figure:
-    """MiB over length; dashed, what the scores of all pairs would take alone."""
+    """MiB over length, of a single one as bars; dashed, what the scores of all pairs would take alone."""
     lengths = cost.settings.memory_lengths
+    if len(lengths) == 1:
+        return _memory_bars(cost, lengths[0])
     figure, axes = _panels(lengths, "MiB beside input and weights")
     for ax, (training, _) in zip(axes, _MODES, strict=True):
         for kind in cost.settings.kinds:
             _line(ax, kind, cost.bytes(kind, training), 2**-20)
-        scores = [4 * cost.settings.heads * length**2 / 2**20 for length in lengths]
-        ax.plot(lengths, scores, "--", color=_GREY, linewidth=1)
+        ax.plot(lengths, [_scores(cost, length) for length in lengths], "--", color=_GREY, linewidth=1)
         _logarithmic(ax)
-        ax.set_ylim(bottom=0.05)
-    _finish(figure, cost, "memory of one layer", {"--": "scores of all pairs, were they kept"})
+    axes[0].set_ylim(bottom=0.05)  # of both, once the highest is drawn
+    _finish(figure, cost, "memory of one layer", {"--": _SCORES})
     return figure
+
+
+def _memory_bars(cost: Cost, length: int) -> Figure:
+    kinds = cost.settings.kinds
+    figure = _figure(10.5, 1.4 + 0.3 * len(kinds))
+    axes: Sequence[Axes] = figure.subplots(1, 2, sharex=True, sharey=True)
+    for ax, (training, told) in zip(axes, _MODES, strict=True):
+        found = [cost.bytes(kind, training).get(length, 0) / 2**20 for kind in kinds]
+        bars = ax.barh(range(len(kinds)), found, color=[_COLOURS[kind] for kind in kinds])
+        ax.bar_label(
+            bars,
+            [f"{value:.0f}" if value >= 10 else f"{value:.1f}" for value in found],
+            padding=3,
+            fontsize=9,
+        )
+        scores = ax.axvline(_scores(cost, length), color=_GREY, linewidth=1, linestyle="--")
+        ax.set_title(told, loc="left", fontsize=10)
+        ax.set_xlabel("MiB beside input and weights")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(kinds)), [_name(kind, cost.settings.window) for kind in kinds])
+    axes[0].invert_yaxis()
+    axes[0].margins(x=0.15)  # for the numbers
+    figure.legend([scores], [_SCORES], loc="outside lower center", frameon=False, fontsize=9)
+    _write_title(figure, cost, f"memory of one layer at {length} rows")
+    return figure
+
+
+def _scores(cost: Cost, length: int) -> float:
+    """MiB of one number for every pair in every head."""
+    return 4 * cost.settings.heads * length**2 / 2**20
 
 
 def draw_speedup(cost: Cost) -> Figure:
@@ -137,7 +169,10 @@ _PICTURES: dict[str, dict[str, Callable[[Any], Figure]]] = {
 def of_part(part: str, result: Cost | Recall | Order) -> Iterator[tuple[str, Figure]]:
     """All pictures of what was compared, "cost", "recall" or "order", with their names."""
     for name, draw in _PICTURES[part].items():
-        if name == "speedup" and isinstance(result, Cost) and len(result.settings.threads) < 2:
+        if isinstance(result, Cost) and (
+            (name == "speedup" and len(result.settings.threads) < 2)
+            or (name == "memory" and not result.memory)
+        ):
             continue
         yield name, draw(result)
 
@@ -235,6 +270,11 @@ def _finish(figure: Figure, cost: Cost, told: str, styles: Mapping[Any, str]) ->
         )  # fmt: skip
         labels.append(label)
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    _write_title(figure, cost, told)
+
+
+def _write_title(figure: Figure, cost: Cost, told: str) -> None:
+    settings = cost.settings
     heads = _count(settings.heads, "head")
     figure.suptitle(
         f"{told}: width {settings.width}, {heads}, batch 1, float32", x=0.01, ha="left", fontsize=10
