@@ -261,18 +261,15 @@ def test_a_table_of_caches() -> None:
 def test_few_queries_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from bench.plot import draw
-    from bench.plot import queries as draw_queries
 
     run = a_run()
-    rows = [Row(**vars(run.rows[0])) for _ in range(4)]
-    for row, queries in zip(rows, (1, 2, 64, 63), strict=True):
+    rows = [Row(**vars(run.rows[0])) for _ in range(3)]
+    for row, queries in zip(rows, (1, 2, 63), strict=True):
         row.name = f"queries-{queries}-s8192" if queries > 1 else "decode-32x8-s8192"
         row.limit = Limit("read" if queries == 1 else "fma_f32", 2)
         row.case = {**row.case, "seqlen_q": queries}
     run.rows = rows
     assert "run-queries.png" in [path.name for path in draw(run, tmp_path / "run")]
-    (ax,) = draw_queries(run).axes
-    assert all(list(line.get_xdata()) == [1, 2, 64] for line in ax.lines[:-1])  # without 63, on top of 64
     run.rows = rows[:2]
     assert "run-queries.png" not in [path.name for path in draw(run, tmp_path / "run")]
 
