@@ -18,7 +18,7 @@ void parallel_for(int64_t tasks, int num_threads, TaskFn run, void* context, int
 // How many threads a loop of `tasks` tasks has work for when `wanted` are asked for: scratch for as many is enough.
 int effective_threads(int64_t tasks, int wanted) noexcept;
 
-// Whether loops run on this thread alone, because it came out of fork() and its threads did not.
+// Whether loops run on this thread alone: it came out of fork(), and its threads did not, or is of a parallel region.
 bool runs_alone() noexcept;
 
 // Long calls can be left early. While an Interruptible is alive, loops started on its thread ask it every now and then,

@@ -54,7 +54,7 @@ def find_kernels() -> tuple[Kernel, ...]:
     for isa in _core.available_isas():
         with forced(isa):
             for dtype in DTYPES:
-                path = _core.describe_path(_core.DTYPE_CODES[dtype], 1, 64, 64)
+                path = _core.describe_path(_core.DTYPE_CODES[dtype], 1)
                 found.setdefault((dtype, path), Kernel(isa, dtype, path))
     return tuple(found.values())
 

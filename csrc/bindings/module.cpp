@@ -179,7 +179,7 @@ py::object plain_backward(py::handle grad_out, py::handle grad_lse, py::handle q
   return attention_plain_backward(gradients, query, key, value, causal, scale, bshd, num_threads);
 }
 
-std::string describe_path(int dtype, int64_t seqlen_q, int64_t /*head_dim*/, int64_t /*value_dim*/) {
+std::string describe_path(int dtype, int64_t seqlen_q) {
   if (dtype < 0 || dtype >= kDTypes) {
     throw std::invalid_argument("dtype code " + std::to_string(dtype) + " is not a floating-point type");
   }
@@ -274,7 +274,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         "scale"_a, "bshd"_a, "return_lse"_a, "num_threads"_a);
   m.def("attention_plain_backward", plain_backward, "grad_out"_a, "grad_lse"_a, "query"_a, "key"_a, "value"_a, "out"_a,
         "lse"_a, "wanted"_a, "causal"_a, "scale"_a, "bshd"_a, "num_threads"_a);
-  m.def("describe_path", describe_path, "dtype"_a, "seqlen_q"_a, "head_dim"_a, "value_dim"_a);
+  m.def("describe_path", describe_path, "dtype"_a, "seqlen_q"_a);
   m.def("compiled_isas", compiled_isas);
   m.def("available_isas", available_isas);
   m.def("selected_isa", selected_isa);

@@ -144,6 +144,17 @@ void set_contiguous(std::initializer_list<int64_t> sizes, TensorView& view) {
   }
 }
 
+bool is_contiguous(const TensorView& view) {
+  int64_t stride = 1;
+  for (int i = view.rank - 1; i >= 0; --i) {
+    if (view.strides[i] != stride) {
+      return false;
+    }
+    stride *= view.sizes[i];
+  }
+  return true;
+}
+
 }  // namespace
 
 bool read_torch_any(py::handle tensor, int rank, TensorView& view) {
@@ -156,17 +167,6 @@ bool read_torch_any(py::handle tensor, int rank, TensorView& view) {
 
 bool read_torch(py::handle tensor, int rank, TensorView& view) {
   return read_torch_any(tensor, rank, view) && view.code < kDTypes;
-}
-
-bool is_contiguous(const TensorView& view) {
-  int64_t stride = 1;
-  for (int i = view.rank - 1; i >= 0; --i) {
-    if (view.strides[i] != stride) {
-      return false;
-    }
-    stride *= view.sizes[i];
-  }
-  return true;
 }
 
 py::object empty_torch(py::handle like, std::initializer_list<int64_t> sizes, TensorView& view) {

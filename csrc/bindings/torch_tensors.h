@@ -28,6 +28,4 @@ pybind11::object empty_torch(pybind11::handle like, DType dtype, std::initialize
 // One with the sizes of `like` where `view`, of `like`, is contiguous: the quickest way.
 pybind11::object empty_torch_like(pybind11::handle like, const TensorView& view, TensorView& out);
 
-bool is_contiguous(const TensorView& view);
-
 }  // namespace fastattn

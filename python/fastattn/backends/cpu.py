@@ -179,10 +179,9 @@ class CpuBackend:
 
     def describe(self, problem: AttentionProblem) -> dict[str, str]:
         """Tell the instruction set, the path and the threads."""
-        dtype, (_, _, seqlen_q, head_dim) = _core.DTYPE_CODES[problem.dtype], problem.query.shape
         return {
             "isa": _core.selected_isa(),
-            "path": _core.describe_path(dtype, seqlen_q, head_dim, problem.value.shape[3]),
+            "path": _core.describe_path(_core.DTYPE_CODES[problem.dtype], problem.query.shape[2]),
             "threads": "1: this thread came out of fork()" if _core.runs_alone() else str(get_num_threads()),
         }
 
