@@ -125,3 +125,28 @@ def test_the_codes_that_a_call_reads(isa: str, query_dtype: str, columns: int, d
     # Far less than from one code to the next: a logarithm was taken.
     np.testing.assert_allclose(lse.ravel()[finite], scores[finite], rtol=1e-4, atol=2e-6)
     np.testing.assert_allclose(out[finite].astype(np.float32), seen[finite], rtol=3e-7)
+
+
+@pytest.mark.parametrize("query_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", FLOAT8)
+@pytest.mark.parametrize("isa", _core.available_isas())
+@pytest.mark.parametrize("seqlen", [1, 9, 40])
+@pytest.mark.parametrize("scale", [0.25, 3.4e38])
+def test_values_that_are_added_alone(
+    isa: str, dtype: str, query_dtype: str, seqlen: int, scale: float
+) -> None:
+    """Rows that hold NaN, and rows whose scale is too large for a probability."""
+    kind, wide = getattr(ml_dtypes, dtype), np.dtype(getattr(ml_dtypes, query_dtype, query_dtype))
+    smallest = ml_dtypes.finfo(kind).smallest_subnormal
+    keys = np.zeros((1, seqlen, 1, 32), kind)
+    values = np.full_like(keys, 1 if scale < 1 else smallest)
+    values[0, -1, 0, 5] = np.nan
+    values[0, :, 0, 7] = 0
+    scales = np.full((1, seqlen, 1), scale, np.float32)
+    query = np.zeros((1, 1, 1, 32), wide)
+    with forced(isa):
+        out = fa.attention_with_kvcache(query, keys, values, key_scale=scales * 0, value_scale=scales)
+    expected = values[0].astype(np.float64)[:, 0].mean(0) * np.float64(scales[0, 0, 0])
+    np.testing.assert_allclose(
+        out.ravel().astype(np.float64), expected, rtol=1e-5 if wide.itemsize == 4 else 4e-3
+    )

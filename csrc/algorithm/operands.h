@@ -141,6 +141,14 @@ struct StoredRows {
 
 inline bool is_quantised(const AttentionParams& p) { return p.kv_dtype != p.dtype; }
 
+inline float row_scale(const AttentionParams& p, const StoredRows& rows, int64_t batch, int64_t head, int64_t key) {
+  return rows.scales[row_index(p, rows.scale_strides, batch, head, key)];
+}
+
+// Whether a scale does not go into a probability, which is up to 2^8: the product would not be finite. Its row of
+// values is added by itself.
+inline bool stands_alone(float scale) { return !(__builtin_fabsf(scale) < 0x1p118F); }
+
 // The numbers of a quantised row, which starts at `index`, times its scale.
 template <class E, class Stored>
 FASTATTN_NOINLINE void dequantise(const StoredRows& rows, int64_t index, float scale, typename E::Source* out) {
@@ -160,14 +168,14 @@ FASTATTN_NOINLINE void dequantise(const StoredRows& rows, int64_t index, float s
   }
 }
 
-// A row as numbers of the engine's type next to each other: where it lies, or in `buffer`.
+// A row as numbers of the engine's type next to each other: where it lies, or in `buffer`. `scaled`: times its scale.
 template <class E>
 inline const typename E::Source* read_row(const AttentionParams& p, const StoredRows& rows, int64_t batch, int64_t head,
-                                          int64_t key, typename E::Source* buffer) {
+                                          int64_t key, typename E::Source* buffer, bool scaled = true) {
   const int64_t index = row_index(p, rows.strides, batch, head, key);
   if constexpr (sizeof(typename E::Scalar) == sizeof(float)) {
     if (is_quantised(p)) {
-      const float scale = rows.scales[row_index(p, rows.scale_strides, batch, head, key)];
+      const float scale = scaled ? row_scale(p, rows, batch, head, key) : 1;
       switch (p.kv_dtype) {
         case DType::int8:
           dequantise<E, Int8>(rows, index, scale, buffer);

@@ -26,11 +26,10 @@ struct RowTable {
   const char* keys[E::kBlockKeys];
   const char* values[E::kBlockKeys];
   const char* next[kRowsAhead<E> + E::kKeys];
-  // What multiplies rows that are quantised. A value's scale goes into its probability, where one that is not finite
-  // stands as 1: such a row is added by itself.
+  // What multiplies rows that are quantised. A value's scale goes into its probability, unless it stands alone.
   alignas(64) float key_scales[E::kBlockKeys];
   alignas(64) float value_scales[E::kBlockKeys];
-  bool odd_scales;  // some of the values' are not finite
+  bool odd_scales;  // some of the values' stand alone
 };
 
 // Lists rows [begin, begin + count) of a head; in place of those from `end` on, the last that exists.
@@ -82,7 +81,7 @@ inline void list_scales(const AttentionParams& p, int64_t batch, int64_t head, i
   uint32_t odd = 0;  // a number, of which compilers make vectors
   for (int64_t i = 0; i < end - begin; ++i) {
     const float scale = table.value_scales[i];
-    const bool is_odd = !(scale - scale == 0);
+    const bool is_odd = stands_alone(scale);
     odd |= static_cast<uint32_t>(is_odd);
     table.value_scales[i] = is_odd ? 1 : scale;
     // An infinite one would hide the key where its product is negative.

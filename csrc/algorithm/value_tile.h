@@ -105,8 +105,14 @@ inline void accumulate_values(Panel<E>& panel, const typename E::Scalar* probs, 
   }
 }
 
-// Marks the keys of [begin, end), counted in the head, whose values are not all finite: a probability of 0 does not
-// silence those. Returns whether there are any.
+// Whether the scale of a row of values, counted in the head, stands alone.
+template <class E>
+inline bool scaled_alone(const AttentionParams& p, const StoredRows& values, int64_t batch, int64_t head, int64_t key) {
+  return E::kMethod == Method::rows && is_quantised(p) && stands_alone(row_scale(p, values, batch, head, key));
+}
+
+// Marks the keys of [begin, end), counted in the head, whose values are not all finite, which a probability of 0 does
+// not silence, or whose scales stand alone. Returns whether there are any.
 template <class E>
 FASTATTN_NOINLINE bool find_nonfinite(const AttentionParams& p, int64_t batch, int64_t head, int64_t begin, int64_t end,
                                       bool* bad) {
@@ -121,7 +127,7 @@ FASTATTN_NOINLINE bool find_nonfinite(const AttentionParams& p, int64_t batch, i
       const int count = static_cast<int>(min64(E::kWidth, p.value_dim - d));
       sum = V::fma(count == E::kWidth ? V::load(row + d) : V::load_partial(row + d, count), V::zero(), sum);
     }
-    bad[key - begin] = V::any(V::unordered(sum));
+    bad[key - begin] = V::any(V::unordered(sum)) || scaled_alone<E>(p, values, batch, head, key);
     found |= bad[key - begin];
   }
   return found;
@@ -155,7 +161,9 @@ FASTATTN_NOINLINE void accumulate_guarded(Panel<E>& panel, typename E::Scalar* p
         continue;
       }
       const double prob = prob_value<E>(probs, lane, key);
-      const auto* row = read_row<E>(p, values, batch, head, block + key, buffer);
+      // Other probabilities have it already.
+      const bool scaled = E::kMethod != Method::rows || scaled_alone<E>(p, values, batch, head, block + key);
+      const auto* row = read_row<E>(p, values, batch, head, block + key, buffer, scaled);
       for (int64_t d = 0; d < p.value_dim; ++d) {
         panel.output[output_index<E>(lane, d, output_stride)] += static_cast<Scalar>(prob * to_scalar(row[d]));
       }
